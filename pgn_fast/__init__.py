@@ -1,0 +1,54 @@
+"""pgn_fast: Prompt Generation Networks and Visual Prompt Tuning for frozen vision transformers.
+
+The public names are loaded when they are first used, so that ``import pgn_fast`` is quick and needs
+neither timm nor torchvision.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_EXPORTS = {
+    "PGN": "models",
+    "VPT": "models",
+    "PromptedViT": "models",
+    "PromptGenerator": "prompts",
+    "GamutLibrary": "inversion",
+    "invert": "inversion",
+    "from_pretrained": "adapters",
+    "capture": "frozen.capture",
+    "backends": "ops.backends",
+}
+_MODULES = ("adapters", "client", "inversion", "kernels", "models", "ops", "prompts", "reference")
+
+__all__ = ["__version__", *_EXPORTS, *_MODULES]
+
+if TYPE_CHECKING:
+    from .adapters import from_pretrained as from_pretrained
+    from .frozen.capture import capture as capture
+    from .inversion import GamutLibrary as GamutLibrary
+    from .inversion import invert as invert
+    from .models import PGN as PGN
+    from .models import VPT as VPT
+    from .models import PromptedViT as PromptedViT
+    from .ops.backends import backends as backends
+    from .prompts import PromptGenerator as PromptGenerator
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
