@@ -1,0 +1,26 @@
+# One virtual environment, one incremental build. `make demo` and `make test` work from a fresh clone.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+UV     := $(BIN)/uv pip install -q --python $(BIN)/python
+
+.PHONY: demo test bench lint build
+demo: build
+	$(BIN)/pgn-fast demo
+test: build lint
+	$(BIN)/pytest
+	$(BIN)/pytest bench/ --benchmark-disable
+bench: build
+	$(BIN)/pytest bench/ --benchmark-only
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy pgn_fast
+build: $(VENV)/.ready
+	$(UV) --no-build-isolation --no-deps -e .
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q uv
+	$(UV) -r pyproject.toml --extra dev
+	touch $@

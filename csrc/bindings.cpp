@@ -1,0 +1,33 @@
+// The Python module pgn_fast._C: facts about the build and the choice of instruction set. Tensors
+// never pass here; they go through the registered ops.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of pgn_fast (registered as torch ops when this module is imported)";
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["compiler"] = __VERSION__;
+        info["cpu_isa"] = pgn_fast::isa_name();
+#ifdef PGN_FAST_CUDA_VERSION
+        info["cuda"] = PGN_FAST_CUDA_VERSION;
+        info["cuda_arch"] = PGN_FAST_CUDA_ARCH;
+#else
+        info["cuda"] = py::none();
+        info["cuda_arch"] = py::none();
+#endif
+        return info;
+      },
+      "Compiler, chosen CPU instruction set, CUDA version and architectures of this build.");
+  m.def(
+      "set_isa", [](const std::string& name) { return pgn_fast::set_isa(name.c_str()); },
+      py::arg("name"),
+      "Choose \"scalar\", \"avx2\" or \"avx512\"; False where this processor lacks it.");
+}

@@ -1,0 +1,22 @@
+// Launchers of the CUDA kernels: plain data in, no torch header, so that nvcc compiles a kernel
+// file in a second and a resource report needs nothing but the file.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+namespace pgn_fast::cuda {
+
+enum class Number : int { float32, float16, bfloat16 };  // element type behind a void pointer
+
+struct MixPrompts {
+  const void* logits;   // [R, K]
+  const void* library;  // [K, D]
+  void* prompts;        // [R, D]
+  int64_t R;            // B * P
+  int K, D;
+  bool softmax;
+};
+cudaError_t mix_prompts(const MixPrompts& args, Number number, cudaStream_t stream);
+
+}  // namespace pgn_fast::cuda

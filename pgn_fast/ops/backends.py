@@ -1,0 +1,149 @@
+"""Which backend runs an op: what is installed, what each accepts, and the measured preference."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Which backends to try first, by op and device; the first that accepts the inputs runs, and the
+# reference stands behind every list. An order here is data: bench/results holds the runs behind
+# it, and an op is listed only where it beats plain torch there.
+PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "mix_prompts": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
+}
+
+HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
+
+# dtypes that the kernels of a backend take, where they are fewer than all
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": HALF_OR_FLOAT,
+    "triton": HALF_OR_FLOAT,
+    "cuda": HALF_OR_FLOAT,
+}
+
+
+@functools.cache
+def _missing(backend: str) -> str | None:
+    """Why a backend is not there on this machine at all; None where it is."""
+    if backend == "cpu":
+        return _native.cpu_missing
+    if backend == "cuda":
+        if _native.cuda_missing is None and not torch.cuda.is_available():
+            return "no CUDA device is visible to torch"
+        return _native.cuda_missing
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+def _interpreted() -> bool:
+    """Triton's interpreter runs the kernels on CPU tensors (a debugging aid, slow)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def refusal(backend: str, op: str, *tensors: Tensor | None) -> str | None:
+    """Why ``backend`` cannot run ``op`` on these tensors; None where it can.
+
+    The sentence is the one that a user reads in the error of a named backend.
+    """
+    present = [t for t in tensors if t is not None]
+    device, prefix = present[0].device, f"{op}: backend={backend!r} cannot run: "
+    if backend not in BACKENDS:
+        return f"{op}: no backend named {backend!r}; known: {', '.join(BACKENDS)}."
+    if backend == "reference":
+        return None
+    if reason := _missing(backend):
+        return f"{prefix}{reason}. Leave backend=None to use the fastest one that can."
+    if not _has_kernel(backend, op):
+        return f"{prefix}it has no kernel of this op. Leave backend=None to use one that has."
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device.type != wanted and not (backend == "triton" and _interpreted()):
+        return (
+            f"{prefix}its kernels run on {wanted} tensors, these are on {device.type}. "
+            "Leave backend=None to use the fastest one that can."
+        )
+    for t in present:
+        if t.is_floating_point() and t.dtype not in _DTYPES[backend]:
+            return (
+                f"{prefix}its kernels take {', '.join(map(str, _DTYPES[backend]))}, got {t.dtype}. "
+                "Leave backend=None to run it in plain torch."
+            )
+    return None
+
+
+@functools.cache
+def _has_kernel(backend: str, op: str) -> bool:
+    if backend == "triton":
+        return hasattr(_triton_module(op), op)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pgn_fast_C::{op}", backend.upper())
+
+
+def _triton_module(op: str) -> ModuleType:
+    return importlib.import_module(f"pgn_fast.kernels.{op.removesuffix('_backward')}")
+
+
+@functools.cache
+def _kernel(backend: str, op: str) -> Callable[..., Any]:
+    if backend == "reference":
+        from .. import reference
+
+        return getattr(reference, op)
+    if backend == "triton":
+        return getattr(_triton_module(op), op)
+    return getattr(torch.ops.pgn_fast_C, op).default
+
+
+def select_kernel(op: str, backend: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """The function that runs ``op`` on these tensors.
+
+    Args:
+        op: the op's name; a backward is found under its forward's preference.
+        backend: a backend's name, or "auto" for the fastest that accepts the inputs.
+        tensors: the op's tensor arguments, the first of them on the device that counts.
+
+    Raises:
+        RuntimeError: the named backend cannot run these inputs; the message says why.
+    """
+    if backend != "auto":
+        if reason := refusal(backend, op, *tensors):
+            raise RuntimeError(reason)
+        return _kernel(backend, op)
+    device = next(t.device.type for t in tensors if t is not None)
+    for candidate in PREFERENCE[op.removesuffix("_backward")].get(device, ()):
+        if refusal(candidate, op, *tensors) is None:
+            return _kernel(candidate, op)
+    return _kernel("reference", op)
+
+
+def backends() -> dict[str, str]:
+    """What this installation can run, one sentence for each backend.
+
+    Returns:
+        ``{"reference": "available", "cpu": "available (avx512)", "triton": "...", "cuda": "..."}``;
+        a missing backend's sentence says why it is missing.
+    """
+    report = {"reference": "available (plain torch, any device and dtype)"}
+    info = _native.build_info()
+    for backend in BACKENDS[1:]:
+        reason = _missing(backend)
+        if reason is None and backend == "triton" and not torch.cuda.is_available():
+            reason = None if _interpreted() else "no CUDA device is visible to torch"
+        detail = {
+            "cpu": info.get("cpu_isa"),
+            "cuda": f"built with CUDA {info.get('cuda')} for {info.get('cuda_arch')}",
+            "triton": "interpreted" if _interpreted() else "compiled at first use",
+        }[backend]
+        report[backend] = f"available ({detail})" if reason is None else f"missing: {reason}"
+    return report

@@ -1,0 +1,129 @@
+"""Token-library mixing: the last step of a Prompt Generation Network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._register import follow_autocast, register_op
+from .backends import select_kernel
+
+ACTIVATIONS = ("softmax", "sigmoid")
+
+
+def mix_prompts(
+    logits: Tensor,
+    token_library: Tensor,
+    activation: str = "softmax",
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Mix the token library into the prompt tokens of every image.
+
+        prompts[b, p] = sum_k softmax(logits[b, p])[k] * token_library[k]
+
+    Args:
+        logits: unnormalised mixture coefficients, (B, P, K); float32, float16 or bfloat16
+            (float64 in plain torch).
+        token_library: library tokens, (K, D); same dtype and device as ``logits``.
+        activation: "softmax" (the paper's) or "sigmoid" (an option of the official code; the
+            coefficients then do not sum to one).
+        backend: "reference", "cpu", "triton" or "cuda" for forward and backward; None runs the
+            fastest that accepts the inputs.
+
+    Returns:
+        Prompt tokens, (B, P, D), in the dtype of the arguments (under autocast: the autocast
+        dtype). Differentiable once in both arguments. Sums run in float32; the (B, P, K)
+        coefficients are recomputed in backward, not stored.
+
+    Raises:
+        ValueError: the shapes, dtypes or devices disagree, or the activation is unknown.
+        RuntimeError: the named backend cannot run these inputs; the message says why.
+
+    Source: Loedeman et al., BMVC 2024 (arXiv:2210.06466); official code, ``pgn_models/tlpgn.py``.
+    """
+    logits, token_library = follow_autocast(logits, token_library)  # type: ignore[assignment]
+    check(logits, token_library, activation)
+    return _op(logits, token_library, activation, backend or "auto")
+
+
+def check(logits: Tensor, token_library: Tensor, activation: str) -> None:
+    """Refuse what does not fit together, naming the argument and the way out."""
+    if logits.ndim != 3 or token_library.ndim != 2 or logits.shape[2] != token_library.shape[0]:
+        raise ValueError(
+            "mix_prompts takes logits (B, P, K) and token_library (K, D), got "
+            f"{tuple(logits.shape)} and {tuple(token_library.shape)}. K is the library size: "
+            "set the generator's output to P * K."
+        )
+    if logits.shape[2] == 0:
+        raise ValueError(
+            f"mix_prompts: the token library is empty, token_library is "
+            f"{tuple(token_library.shape)}. It needs at least one token."
+        )
+    if logits.dtype != token_library.dtype:
+        raise ValueError(
+            f"mix_prompts: logits are {logits.dtype}, token_library is {token_library.dtype}. "
+            "Cast one, e.g. token_library.to(logits.dtype)."
+        )
+    if logits.device != token_library.device:
+        raise ValueError(
+            f"mix_prompts: logits are on {logits.device}, token_library is on "
+            f"{token_library.device}. Move one, e.g. token_library.to(logits.device)."
+        )
+    if not logits.is_floating_point():
+        raise ValueError(
+            f"mix_prompts takes floating-point logits and token_library, got {logits.dtype}."
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"mix_prompts: activation={activation!r}; known: {', '.join(ACTIVATIONS)}."
+        )
+
+
+def _kernel(logits: Tensor, token_library: Tensor, activation: str, backend: str) -> Tensor:
+    kernel = select_kernel("mix_prompts", backend, logits, token_library)
+    return kernel(logits, token_library, activation)
+
+
+def _fake(logits: Tensor, token_library: Tensor, activation: str, backend: str) -> Tensor:
+    return token_library.new_empty(*logits.shape[:2], token_library.shape[1])
+
+
+def _backward_kernel(
+    grad_prompts: Tensor, logits: Tensor, token_library: Tensor, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    kernel = select_kernel("mix_prompts_backward", backend, logits, token_library)
+    return kernel(grad_prompts, logits, token_library, activation)
+
+
+def _backward_fake(
+    grad_prompts: Tensor, logits: Tensor, token_library: Tensor, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logits), torch.empty_like(token_library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, token_library, ctx.activation, ctx.backend = inputs
+    ctx.save_for_backward(logits, token_library)
+
+
+def _backward(ctx: Any, grad_prompts: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _backward_op(grad_prompts, *ctx.saved_tensors, ctx.activation, ctx.backend)
+    return *grads, None, None  # activation and backend have no gradient
+
+
+_backward_op = register_op(
+    "mix_prompts_backward(Tensor grad_prompts, Tensor logits, Tensor token_library, "
+    "str activation, str backend) -> (Tensor, Tensor)",
+    _backward_kernel,
+    fake=_backward_fake,
+)
+_op = register_op(
+    "mix_prompts(Tensor logits, Tensor token_library, str activation, str backend) -> Tensor",
+    _kernel,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
