@@ -1,0 +1,89 @@
+"""The house's rules that no other test holds: who may import whom, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "pgn_fast"
+
+# A room may import what stands behind it in this list, and its own files.
+ROOMS = [
+    {"cli"},
+    {"train", "serve", "demo", "client"},
+    {"tasks", "inversion", "adapters"},
+    {"models", "heads"},
+    {"frozen", "prompts"},
+    {"ops"},
+    {"reference", "kernels", "_native", "_C"},
+    {"errors"},
+]
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+# imports inside functions that close a circle on purpose, with the reason
+ALLOWED = {
+    ("models", "adapters"),  # save_pretrained is a method, its code is a room of its own
+    ("frozen", "demo"),  # load_backbone("pgn_demo_vit") reads the packaged weights
+}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Top-level rooms of pgn_fast that a file imports, anywhere in it."""
+    package = ("pgn_fast", *path.relative_to(PACKAGE).parent.parts)
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets: list[tuple[str, ...]] = []
+        if isinstance(node, ast.Import):
+            targets = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = (*base, *(node.module.split(".") if node.module else ()))
+            targets = [(*module, alias.name) for alias in node.names]
+        rooms |= {t[1] for t in targets if t[0] == "pgn_fast" and len(t) > 1 and t[1] in LEVEL}
+    return rooms
+
+
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert room in LEVEL, f"{room} has no place in the house: add it to ROOMS"
+    for other in imported_rooms(path) - {room}:
+        if (room, other) not in ALLOWED:
+            assert LEVEL[other] > LEVEL[room], f"{path.name} ({room}) imports {other}"
+
+
+def test_import_is_light():
+    """`import pgn_fast` and `pgn-fast --help` must not pay for timm (10 s) or torchvision."""
+    code = (
+        "import sys, pgn_fast\n"
+        "heavy = {'timm', 'torchvision', 'torch', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "from pgn_fast import ops, PromptGenerator\n"
+        "heavy = {'timm', 'torchvision', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_layout_hides_no_other_package():
+    """A `kernels/__init__.py` would shadow Hugging Face's package `kernels` from the root, a root
+    conftest would put the root on sys.path, a folder `kernels/triton` would shadow triton."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+    assert not (ROOT / "kernels/triton").exists()
+
+
+def test_public_names_exist():
+    import pgn_fast
+
+    for name in pgn_fast.__all__:
+        assert getattr(pgn_fast, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        pgn_fast.nonsense  # noqa: B018
