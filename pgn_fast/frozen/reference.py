@@ -1,0 +1,196 @@
+"""A frozen ViT with prompts in the plainest way: timm's own blocks and ``torch.cat``.
+
+Every faster engine of this package is measured against these functions. They change nothing in
+the backbone, not for a moment: two threads may run one backbone with different prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .schedule import Position, PromptSchedule
+
+
+def encode_reference(
+    backbone: VisionTransformer,
+    images: Tensor,
+    schedule: PromptSchedule,
+    *,
+    rows: int | None = None,
+) -> Tensor:
+    """Images and prompts to tokens after the backbone's final norm, prompts included.
+
+    Args:
+        backbone: a timm ``VisionTransformer`` or one of its relatives (see ``load_backbone``).
+        images: normalised images (B, C, H, W), in the backbone's dtype.
+        schedule: the prompts; those of another dtype are cast to the tokens'.
+        rows: return only the first ``rows`` tokens, where the caller reads no others; None all.
+
+    Returns:
+        (B, S + P + N, D) in the order that ``schedule.position`` names, P being
+        ``schedule.num_prompts_left``; (B, rows, D) with ``rows``.
+    """
+    x, rope = embed(backbone, images, schedule.patch_weight)
+    num_prefix = backbone.num_prefix_tokens
+    if 0 in schedule.layers:
+        x = add_prompts(x, schedule.layers[0], schedule.position, num_prefix)
+    x = getattr(backbone, "norm_pre", nn.Identity())(x)
+
+    inside = schedule.num_prompts if 0 in schedule.layers else 0
+    for i in range(len(backbone.blocks)):
+        if i > 0 and i in schedule.layers:
+            x = remove_prompts(x, inside, schedule.position, num_prefix)
+            x = add_prompts(x, schedule.layers[i], schedule.position, num_prefix)
+            inside = schedule.num_prompts
+        run = block_function(backbone, i, rope, inside, schedule.position)
+        if backbone.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(run, x, use_reentrant=False)
+        else:
+            x = run(x)
+        if i == schedule.last and not schedule.keep:
+            x = remove_prompts(x, inside, schedule.position, num_prefix)
+            inside = 0
+    return backbone.norm(x[:, :rows])
+
+
+def embed(
+    backbone: VisionTransformer,
+    images: Tensor,
+    patch_weight: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Patch embedding, prefix tokens and position embedding: what stands before ``norm_pre``.
+
+    Returns:
+        Tokens (B, S + N, D), and for class ``Eva`` its rotary position embedding, sine and cosine
+        side by side: (N, 2 d), or (depth, h, N, 2 d) where every block has its own.
+    """
+    if patch_weight is None:
+        patches = backbone.patch_embed(images)
+    else:
+        weight, bias = patch_weight
+        stand_in = {"proj.weight": weight} | ({} if bias is None else {"proj.bias": bias})
+        patches = torch.func.functional_call(backbone.patch_embed, stand_in, (images,))
+    if isinstance(backbone, Eva):
+        return backbone._pos_embed(patches)
+    if isinstance(backbone, Beit):
+        x = torch.cat([backbone.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return x if backbone.pos_embed is None else x + backbone.pos_embed, None
+    return backbone.patch_drop(backbone._pos_embed(patches)), None
+
+
+def add_prompts(x: Tensor, prompts: Tensor, position: Position, num_prefix: int) -> Tensor:
+    """Put prompts (P, D) or (B, P, D) into the sequence x, (B, S + N, D); see PromptSchedule."""
+    prompts = prompts.to(x.dtype)
+    if position == "add":
+        return x + prompts
+    prompts = prompts.expand(len(x), -1, -1)
+    if position == "append":
+        return torch.cat([x, prompts], dim=1)
+    return torch.cat([x[:, :num_prefix], prompts, x[:, num_prefix:]], dim=1)
+
+
+def remove_prompts(x: Tensor, num_prompts: int, position: Position, num_prefix: int) -> Tensor:
+    """Take ``num_prompts`` prompt tokens out of the sequence (B, S + P + N, D)."""
+    if num_prompts == 0:
+        return x
+    if position == "append":
+        return x[:, :-num_prompts]
+    return torch.cat([x[:, :num_prefix], x[:, num_prefix + num_prompts :]], dim=1)
+
+
+def block_function(
+    backbone: VisionTransformer,
+    index: int,
+    rope: Tensor | None,
+    num_prompts: int,
+    position: Position,
+) -> Callable[[Tensor], Tensor]:
+    """Block ``index`` as a function of the sequence, its position terms extended to the prompts."""
+    block = backbone.blocks[index]
+    if isinstance(backbone, Eva):
+        if rope is not None and getattr(backbone, "rope_mixed", False):
+            rope = rope[index]
+        return lambda x: block(x, rope=_extend_rope(rope, num_prompts, position))
+    if isinstance(backbone, Beit):
+        bias = _extend_relative_bias(backbone, block, num_prompts, position)
+        return lambda x: _beit_block(block, x, bias)
+    return block
+
+
+def _extend_rope(rope: Tensor | None, num_prompts: int, position: Position) -> Tensor | None:
+    """Rotary rows (..., N, 2 d) for N patches and P prompts: prompts have no place in the image,
+    so theirs are the identity, sine 0 and cosine 1, as if they were prefix tokens."""
+    if rope is None or num_prompts == 0:
+        return rope
+    sine, cosine = rope.new_empty(*rope.shape[:-2], num_prompts, rope.shape[-1]).chunk(2, dim=-1)
+    identity = torch.cat([torch.zeros_like(sine), torch.ones_like(cosine)], dim=-1)
+    return torch.cat([rope, identity] if position == "append" else [identity, rope], dim=-2)
+
+
+def _extend_relative_bias(
+    backbone: VisionTransformer, block: nn.Module, num_prompts: int, position: Position
+) -> Tensor | None:
+    """BEiT's relative position bias (1, h, T, T), with zeros for every pair that has a prompt."""
+    shared, own = backbone.rel_pos_bias, block.attn.relative_position_bias_table
+    bias = None if shared is None else shared()
+    if own is not None:
+        own_bias = block.attn._get_rel_pos_bias()
+        bias = own_bias if bias is None else own_bias + bias
+    if bias is None or num_prompts == 0:
+        return bias
+    if position == "append":
+        return F.pad(bias, (0, num_prompts, 0, num_prompts))
+    for dim in (-2, -1):
+        zeros = torch.zeros_like(bias.narrow(dim, 0, 1)).repeat_interleave(num_prompts, dim)
+        one, rest = bias.split([1, bias.shape[dim] - 1], dim)
+        bias = torch.cat([one, zeros, rest], dim)
+    return bias
+
+
+def _beit_block(block: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    """timm's BEiT block with the attention bias as an argument, which its own forward has not."""
+    attention = block.attn
+    y = block.norm1(x)
+    qkv_bias = None
+    if attention.q_bias is not None:
+        qkv_bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    qkv = F.linear(y, attention.qkv.weight, qkv_bias)
+    q, k, v = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scale)
+    y = attention.proj(y.transpose(1, 2).flatten(2))
+    x = x + (y if block.gamma_1 is None else block.gamma_1 * y)
+    y = block.mlp(block.norm2(x))
+    return x + (y if block.gamma_2 is None else block.gamma_2 * y)
+
+
+def rows_read(backbone: VisionTransformer) -> int | None:
+    """How many leading tokens the backbone's own pooling reads: the class token, also the
+    distillation token, or None for a pool over the patches."""
+    if isinstance(backbone, VisionTransformerDistilled):
+        return 2
+    return 1 if backbone.global_pool == "token" else None
+
+
+def pool(backbone: VisionTransformer, tokens: Tensor) -> Tensor:
+    """The backbone's own pooling of tokens without prompts: (B, S + N, D) to (B, D).
+
+    The class token, the mean of class and distillation token, an average or attention over the
+    patches, and the norm behind it, whichever the backbone was made with.
+    """
+    return backbone.forward_head(tokens, pre_logits=True)
+
+
+def pool_mean(backbone: VisionTransformer, tokens: Tensor) -> Tensor:
+    """The mean of the given tokens (B, T, D), and the backbone's norm behind pooling: (B, D)."""
+    return backbone.fc_norm(tokens.mean(dim=1))
