@@ -7,6 +7,7 @@ library, N patches, S prefix tokens, D embedding width, h heads, T tokens of an 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,22 @@ def mix_prompts_backward(
         mean = (coefficients * grad_coefficients).sum(dim=-1, keepdim=True)
         return coefficients * (grad_coefficients - mean), grad_library
     return coefficients * (1 - coefficients) * grad_coefficients, grad_library
+
+
+def feedback_round(levels: Tensor, feedback: Tensor, order: Tensor) -> Tensor:
+    """Round pixels to 8 bits one by one; those still to come absorb the error of those before.
+
+    w[:, j] = levels[:, order[j]] - sum_{i<j} feedback[j, i] * (w[:, i] - q[:, i]),
+    q = round(w) clipped to [0, 255]; levels (R, n), feedback (n, n), order (n,) -> uint8 (R, n).
+    """
+    w, errors = levels[:, order], torch.zeros_like(levels)
+    rounded = torch.empty_like(levels, dtype=torch.uint8)
+    for start in range(0, order.numel(), 64):
+        stop = start + 64
+        block = w[:, start:stop] - errors[:, :start] @ feedback[start:stop, :start].mT
+        for j, pixel in enumerate(order[start:stop].tolist(), start):
+            w_j = block[:, j - start] - errors[:, start:j] @ feedback[j, start:j]
+            q_j = w_j.round().clamp(0, 255)
+            errors[:, j] = w_j - q_j
+            rounded[:, pixel] = q_j.to(torch.uint8)
+    return rounded

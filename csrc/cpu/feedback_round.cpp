@@ -2,8 +2,8 @@
 //   w[r, j] = levels[r, order[j]] - sum_{i<j} feedback[j, i] * (w[r, i] - q[r, i]),  q = round(w)
 //
 // The pixels of a prompt depend on each other one by one; prompts do not. So prompts are the SIMD
-// lanes, 16 or 32 of them a task, and one pass over the lower triangle of `feedback` (19 MB at
-// n = 3072) serves them all. Twice as many lanes would spill, and the errors leave the L2 cache.
+// lanes, and one pass over the lower triangle of `feedback` (19 MB at n = 3072) serves all of a
+// register or two. The errors of 32 prompts (393 kB) still fit the L2 cache.
 #include <vector>
 
 #include "../common.h"

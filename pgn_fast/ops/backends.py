@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # it, and an op is listed only where it beats plain torch there.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "mix_prompts": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
+    "feedback_round": {"cpu": ("cpu",)},
 }
 
 HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
@@ -86,12 +86,13 @@ def refusal(backend: str, op: str, *tensors: Tensor | None) -> str | None:
 @functools.cache
 def _has_kernel(backend: str, op: str) -> bool:
     if backend == "triton":
-        return hasattr(_triton_module(op), op)
+        found = importlib.util.find_spec(_triton_name(op)) is not None
+        return found and hasattr(importlib.import_module(_triton_name(op)), op)
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"pgn_fast_C::{op}", backend.upper())
 
 
-def _triton_module(op: str) -> ModuleType:
-    return importlib.import_module(f"pgn_fast.kernels.{op.removesuffix('_backward')}")
+def _triton_name(op: str) -> str:
+    return f"pgn_fast.kernels.{op.removesuffix('_backward')}"
 
 
 @functools.cache
@@ -101,7 +102,7 @@ def _kernel(backend: str, op: str) -> Callable[..., Any]:
 
         return getattr(reference, op)
     if backend == "triton":
-        return getattr(_triton_module(op), op)
+        return getattr(importlib.import_module(_triton_name(op)), op)
     return getattr(torch.ops.pgn_fast_C, op).default
 
 
