@@ -1,0 +1,103 @@
+"""Compiles csrc/cuda for the host (see cuda_host.h) and calls its launchers through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+CUDA = HERE.parents[1] / "csrc/cuda"
+NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def cuda_include() -> Path | None:
+    """Headers of the CUDA toolkit, or of the runtime that comes with pip's torch."""
+    site = Path(sysconfig.get_path("platlib"))
+    places = [
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",
+        *sorted(site.glob("nvidia/*/include")),
+    ]
+    return next((p for p in places if (p / "cuda_bf16.h").is_file()), None)
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be run on this host; None where they can."""
+    if shutil.which("g++") is None:
+        return "needs g++"
+    return None if cuda_include() else "needs the CUDA headers"
+
+
+class Kernels:
+    """The launchers of one host-compiled library."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+
+    def launch(self, op: str, args: Arguments, dtype: torch.dtype, seed: int = 0) -> None:
+        """Run a launcher; the fibers of each block run in the order that ``seed`` shuffles."""
+        self.library.set_seed(seed)
+        error = getattr(self.library, op)(ctypes.byref(args), NUMBERS[dtype])
+        assert error == 0, f"{op} returned CUDA error {error}"
+
+
+def build(source: Path = CUDA, flags: tuple[str, ...] = ()) -> Kernels:
+    """The library of host-compiled kernels; cached by the content of all its sources."""
+    files = sorted([*source.iterdir(), *HERE.glob("*.h"), *HERE.glob("*.cpp")])
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file()))
+    digest.update(" ".join(flags).encode())
+    cache = Path(tempfile.gettempdir()) / f"pgn_fast_cuda_host_{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    library = cache / f"{digest.hexdigest()[:16]}.so"
+    if not library.is_file():
+        partial = library.with_suffix(f".{os.getpid()}")
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DPGN_FAST_CUDA_HOST"]
+        command += [*flags, f"-I{HERE}", f"-I{source}", f"-isystem{cuda_include()}"]
+        subprocess.run([*command, str(HERE / "entry.cpp"), "-o", str(partial)], check=True)
+        partial.replace(library)
+    return Kernels(ctypes.CDLL(str(library)))
+
+
+class Arguments(ctypes.Structure):
+    """A launcher's argument struct filled from tensors and numbers, which it keeps alive."""
+
+    def __init__(self, **values: Tensor | int | float | bool | None):
+        plain = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in values.items()}
+        super().__init__(**plain)
+        self.tensors = values
+
+
+pointer, long, integer, boolean, single = (
+    ctypes.c_void_p,
+    ctypes.c_int64,
+    ctypes.c_int,
+    ctypes.c_bool,
+    ctypes.c_float,
+)
+
+
+class MixPrompts(Arguments):
+    _fields_ = (
+        *((name, pointer) for name in ("logits", "library", "prompts")),
+        ("R", long),
+        *((name, integer) for name in ("K", "D")),
+        ("softmax", boolean),
+    )
+
+
+class MixPromptsBackward(Arguments):
+    _fields_ = (
+        *((name, pointer) for name in ("grad_prompts", "logits", "library", "grad_logits")),
+        *((name, pointer) for name in ("grad_library", "statistics", "partial")),
+        *((name, long) for name in ("R", "rows_per_split")),
+        *((name, integer) for name in ("K", "D", "splits")),
+        ("softmax", boolean),
+    )

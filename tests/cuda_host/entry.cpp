@@ -1,0 +1,14 @@
+// The kernels of csrc/cuda compiled for the host, behind plain C functions for ctypes.
+#include "mix_prompts.cu"
+
+extern "C" {
+void set_seed(unsigned seed) { pgn_fast::cuda::host::seed = seed; }
+
+int mix_prompts(const pgn_fast::cuda::MixPrompts* args, int number) {
+  return pgn_fast::cuda::mix_prompts(*args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
+}
+int mix_prompts_backward(const pgn_fast::cuda::MixPromptsBackward* args, int number) {
+  return pgn_fast::cuda::mix_prompts_backward(*args, static_cast<pgn_fast::cuda::Number>(number),
+                                              nullptr);
+}
+}

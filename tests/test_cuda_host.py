@@ -1,0 +1,109 @@
+"""The CUDA kernels' own source, run on the host with a fiber for each thread (tests/cuda_host).
+
+What is proved here: indexing, masks, fragment layouts, barriers and waits for background copies.
+What is not: anything about a GPU's speed, its memory order, or code that only nvcc generates.
+"""
+
+from __future__ import annotations
+
+import cuda_host
+import pytest
+import torch
+from numerics import assert_matches, leaves64
+
+from pgn_fast import reference
+
+pytestmark = pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda_host.missing()))
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return cuda_host.build()
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """An output that stands in a larger buffer of NaN; `intact` checks what is around it."""
+    size = torch.Size(shape).numel()
+    return torch.full((size + 64,), torch.nan, dtype=dtype)[32 : 32 + size].view(shape)
+
+
+def intact(out: torch.Tensor) -> bool:
+    buffer = out.as_strided((out.numel() + 64,), (1,), out.storage_offset() - 32)
+    return bool(buffer[:32].isnan().all() and buffer[-32:].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "R, K, D, splits",
+    [
+        pytest.param(16, 64, 128, 1, id="whole-tiles"),
+        pytest.param(37, 33, 136, 2, id="nothing-divides-a-block"),
+        pytest.param(5, 70, 19, 1, id="unaligned-rows"),
+        pytest.param(1, 1, 1, 1, id="smallest"),
+        pytest.param(3, 600, 16, 3, id="library-beyond-shared-memory"),
+    ],
+)
+def test_mix_prompts(kernels, R, K, D, splits, activation, dtype):
+    logits, library = torch.randn(1, R, K, dtype=dtype), torch.randn(K, D, dtype=dtype)
+    grad_prompts = torch.randn(1, R, D, dtype=dtype)
+    prompts, grad_logits = poisoned(R, D, dtype=dtype), poisoned(R, K, dtype=dtype)
+    grad_library = poisoned(K, D, dtype=dtype)
+    softmax = activation == "softmax"
+
+    forward = cuda_host.MixPrompts(
+        logits=logits, library=library, prompts=prompts, R=R, K=K, D=D, softmax=softmax
+    )
+    kernels.launch("mix_prompts", forward, dtype)
+    backward = cuda_host.MixPromptsBackward(
+        grad_prompts=grad_prompts,
+        logits=logits,
+        library=library,
+        grad_logits=grad_logits,
+        grad_library=grad_library,
+        statistics=torch.full((R, 2), torch.nan),
+        partial=torch.full((splits, K, D), torch.nan),
+        R=R,
+        rows_per_split=-(-R // splits),
+        K=K,
+        D=D,
+        splits=splits,
+        softmax=softmax,
+    )
+    kernels.launch("mix_prompts_backward", backward, dtype)
+
+    logits64, library64 = leaves64(logits, library)
+    prompts64 = reference.mix_prompts(logits64, library64, activation)
+    grads64 = torch.autograd.grad(prompts64, (logits64, library64), grad_prompts.double())
+    assert_matches("prompts", prompts, prompts64[0].detach())
+    assert_matches("grad_logits", grad_logits, grads64[0][0])
+    assert_matches("grad_library", grad_library, grads64[1])
+    assert intact(prompts) and intact(grad_logits) and intact(grad_library)
+
+
+def test_mix_prompts_with_many_rows(kernels):
+    """From 4096 rows on a block makes 64 of them."""
+    logits, library = torch.randn(1, 4099, 8), torch.randn(8, 12)
+    prompts = poisoned(4099, 12, dtype=torch.float32)
+    args = cuda_host.MixPrompts(
+        logits=logits, library=library, prompts=prompts, R=4099, K=8, D=12, softmax=True
+    )
+    kernels.launch("mix_prompts", args, torch.float32)
+    expected = reference.mix_prompts(logits.double(), library.double())[0]
+    assert_matches("prompts", prompts, expected)
+    assert intact(prompts)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_threads_does_not_matter(kernels, seed):
+    logits, library = torch.randn(1, 33, 65).half(), torch.randn(65, 40).half()
+    results = []
+    for order in (0, seed + 1):
+        prompts = poisoned(33, 40, dtype=torch.float16)
+        args = cuda_host.MixPrompts(
+            logits=logits, library=library, prompts=prompts, R=33, K=65, D=40, softmax=True
+        )
+        kernels.launch("mix_prompts", args, torch.float16, seed=order)
+        results.append(prompts.clone())
+    assert torch.equal(*results)
