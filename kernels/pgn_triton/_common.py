@@ -1,0 +1,107 @@
+"""What the Triton kernels share: matrix product and rounding, choice of tile sizes, small checks."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+# Reductions over the batch are cut into fixed row ranges, about two programs for each of the 132
+# multiprocessors of a Hopper GPU. A constant, and not the device's own count: the order of the
+# sums, and with it every bit of the result, then depends on the sizes alone.
+SPLIT_PROGRAMS = 264
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, accumulated in float32."""
+    if INTERPRETED:  # the interpreter would multiply the bit patterns of bfloat16
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """Round float32 to the nearest value of ``dtype``, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates: round the bits first
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        return bits.to(tl.float32, bitcast=True).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+def dot_precision() -> str:
+    """How kernels multiply float32: exactly, unless the user allowed torch itself TF32."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def unit_columns(x: Tensor) -> Tensor:
+    """``x`` with its last dimension dense, copied only where it is not; other strides stay."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def bucket(size: int) -> int:
+    """The power of two above ``size``: sizes of one bucket share a tuning result."""
+    return triton.next_power_of_2(max(size, 1))
+
+
+def split_rows(rows: int, block: int, other_programs: int) -> tuple[int, int]:
+    """Cut ``rows`` into ranges of whole blocks: (number of ranges, rows in each)."""
+    splits = max(1, min(triton.cdiv(rows, block), SPLIT_PROGRAMS // max(other_programs, 1)))
+    per_split = triton.cdiv(triton.cdiv(rows, splits), block) * block
+    return triton.cdiv(rows, per_split), per_split
+
+
+def sum_splits(partial: Tensor) -> Tensor:
+    """Add the float32 shares of all row ranges (splits, ...), in an order that never varies."""
+    return partial[0] if len(partial) == 1 else partial.sum(0)
+
+
+_fastest: dict[Hashable, triton.Config] = {}
+
+
+def launch_tuned(
+    configs: Sequence[triton.Config],
+    key: tuple[Hashable, ...],
+    device: torch.device,
+    launch: Callable[[triton.Config], None],
+) -> None:
+    """Launch with the fastest of ``configs``, measured once for every key and device.
+
+    The first configuration runs, unmeasured, where measuring is not possible or not wanted: in
+    the interpreter, while a CUDA graph is captured, and with PGN_FAST_TUNE=0 (then results are
+    the same, bit for bit, in every process).
+
+    Args:
+        configs: a handful of tile sizes, the safest first.
+        key: kernel name, dtypes and (bucketed) sizes: whatever the fastest tile depends on.
+        device: the device of the tensors.
+        launch: launches the kernel with one configuration; may be called several times.
+    """
+    key = (device, *key)
+    if key not in _fastest:
+        if len(configs) == 1 or INTERPRETED.value or not _tuning() or _capturing():
+            return launch(configs[0])
+        times = [
+            triton.testing.do_bench(functools.partial(launch, config), warmup=2, rep=10)
+            for config in configs
+        ]
+        _fastest[key] = configs[times.index(min(times))]
+    return launch(_fastest[key])
+
+
+def _tuning() -> bool:
+    return os.environ.get("PGN_FAST_TUNE", "1") != "0"
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
