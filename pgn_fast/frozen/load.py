@@ -43,7 +43,7 @@ _REFUSED = {
 }
 
 
-def load_backbone(name_or_module: str | nn.Module, **kwargs: Any) -> VisionTransformer:
+def load_backbone(name_or_module: str | nn.Module, **kwargs: Any) -> Any:
     """Return a vision transformer, frozen and in eval mode.
 
     Args:
@@ -58,7 +58,7 @@ def load_backbone(name_or_module: str | nn.Module, **kwargs: Any) -> VisionTrans
         RuntimeError: its pretrained weights could not be had.
     """
     if isinstance(name_or_module, str):
-        backbone = _create(name_or_module, **kwargs)
+        backbone: Any = _create(name_or_module, **kwargs)
     elif kwargs:
         raise ValueError(f"{', '.join(kwargs)}: given with a model that is already there")
     else:
@@ -67,7 +67,7 @@ def load_backbone(name_or_module: str | nn.Module, **kwargs: Any) -> VisionTrans
     return backbone.requires_grad_(False).eval()
 
 
-def _create(name: str, *, pretrained: bool = True, **kwargs: Any) -> VisionTransformer:
+def _create(name: str, *, pretrained: bool = True, **kwargs: Any) -> Any:
     if name == DEMO_NAME:
         from ..demo import backbone as demo_backbone
 

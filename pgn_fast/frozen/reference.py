@@ -7,6 +7,7 @@ the backbone, not for a moment: two threads may run one backbone with different 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.models.beit import Beit
@@ -137,7 +138,7 @@ def _extend_rope(rope: Tensor | None, num_prompts: int, position: Position) -> T
 
 
 def _extend_relative_bias(
-    backbone: VisionTransformer, block: nn.Module, num_prompts: int, position: Position
+    backbone: Any, block: Any, num_prompts: int, position: Position
 ) -> Tensor | None:
     """BEiT's relative position bias (1, h, T, T), with zeros for every pair that has a prompt."""
     shared, own = backbone.rel_pos_bias, block.attn.relative_position_bias_table
@@ -156,7 +157,7 @@ def _extend_relative_bias(
     return bias
 
 
-def _beit_block(block: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+def _beit_block(block: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """timm's BEiT block with the attention bias as an argument, which its own forward has not."""
     attention = block.attn
     y = block.norm1(x)

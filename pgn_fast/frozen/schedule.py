@@ -25,7 +25,8 @@ class PromptSchedule:
             tokens and the patches (VPT). "add" inserts no token: it adds ``layers[i]`` to the
             tokens that are there (VPT's ablations "add" and "add-1").
         layers: block index -> prompt tokens, (P, D) shared by the batch or (B, P, D). P is the same
-            for all blocks. For "add" P is S + N, or 1 to add one vector to every token.
+            for all blocks. For "add" P is S + N, or 1 to add one vector to every token. Empty where
+            the prompts are in the images already (VPT's ablations in pixel space).
         keep: behind the last block in ``layers`` the prompts stay in the sequence; False: they
             leave behind that block. Without meaning for "add".
         patch_weight: weight (D, C, p, p) and bias (D,) or None that stand in for the backbone's own
@@ -39,18 +40,21 @@ class PromptSchedule:
 
     @property
     def first(self) -> int:
-        """The lowest block that gets prompts; below it nothing needs a gradient."""
-        return min(self.layers)
+        """The lowest block that gets prompts. Below it nothing needs a gradient, unless the images
+        do (prompts in pixel space)."""
+        return min(self.layers, default=0)
 
     @property
     def last(self) -> int:
         """The highest block that gets prompts."""
-        return max(self.layers)
+        return max(self.layers, default=-1)
 
     @property
     def num_prompts(self) -> int:
         """Prompt tokens in the sequence while they are there."""
-        return 0 if self.position == "add" else self.layers[self.first].shape[-2]
+        if self.position == "add" or not self.layers:
+            return 0
+        return self.layers[self.first].shape[-2]
 
     @property
     def num_prompts_left(self) -> int:

@@ -1,0 +1,68 @@
+"""What a frozen ViT takes as images; everything else gets one readable sentence."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+
+def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -> None:
+    """Refuse images that the backbone cannot read.
+
+    Args:
+        backbone: a timm vision transformer.
+        images: should be normalised floating-point images (B, C, H, W).
+        border: pixels that will be added on every side before the backbone sees the images.
+
+    Raises:
+        ValueError: shape, channels, size, dtype or device do not fit.
+    """
+    weight = next(backbone.patch_embed.parameters())
+    if images.ndim != 4:
+        raise ValueError(
+            f"images must be (B, C, H, W), got {tuple(images.shape)}"
+            + ("; add a batch dimension: images[None]" if images.ndim == 3 else "")
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images must be normalised and floating-point, got {images.dtype}; divide uint8 by "
+            "255, subtract the backbone's mean and divide by its standard deviation"
+        )
+    if images.device != weight.device:
+        raise ValueError(
+            f"images are on {images.device}, the backbone is on {weight.device}; move one of them"
+        )
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise ValueError(
+            f"images are {images.dtype}, the backbone is {weight.dtype}; cast one, e.g. "
+            f"images.to({weight.dtype}), or run under torch.autocast"
+        )
+    if images.shape[1] != backbone.in_chans:
+        raise ValueError(
+            f"images have {images.shape[1]} channels, the backbone takes {backbone.in_chans}; "
+            f"convert the images, or create the backbone with in_chans={images.shape[1]}"
+        )
+    _check_size(backbone, images.shape[2], images.shape[3], border)
+
+
+def _check_size(backbone: VisionTransformer, height: int, width: int, border: int) -> None:
+    patch_embed = backbone.patch_embed
+    patch_height, patch_width = patch_embed.patch_size
+    padded = (height + 2 * border, width + 2 * border)
+    if backbone.dynamic_img_size if hasattr(backbone, "dynamic_img_size") else False:
+        fits = getattr(patch_embed, "dynamic_img_pad", False) or (
+            padded[0] % patch_height == 0 and padded[1] % patch_width == 0
+        )
+        if not fits or min(padded) < 1:
+            raise ValueError(
+                f"images of {height}x{width} pixels are not whole patches of "
+                f"{patch_height}x{patch_width}; resize them, or create the backbone with "
+                "dynamic_img_pad=True"
+            )
+    elif padded != tuple(patch_embed.img_size):
+        own = tuple(size - 2 * border for size in patch_embed.img_size)
+        raise ValueError(
+            f"images are {height}x{width} pixels, this backbone takes {own[0]}x{own[1]}; resize "
+            f"them, or create the backbone with img_size={padded} or dynamic_img_size=True"
+        )

@@ -1,0 +1,202 @@
+"""The Prompt Generation Network: an image chooses its prompts from a learnt token library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import mix_prompts
+from ..ops.mix_prompts import ACTIVATIONS
+from ..reference import mixture
+from .official import convert_official
+from .resnet10 import ResNet10
+
+
+class PromptGenerator(nn.Module):
+    """Images (B, C, H, W) to prompt tokens (B, P, D).
+
+        prompts[b, p] = sum_k activation(generator(image[b]))[p, k] * token_library[k]
+
+    Args:
+        embed_dim: D, the width of the backbone's tokens.
+        num_prompts: P, prompt tokens per image.
+        library_size: K, tokens in the token library.
+        generator: "resnet10" (the paper's), a timm model name ("resnet18"), or a module that maps
+            (B, C, R, R) to (B, P * K).
+        generator_kwargs: for a generator that is named; "resnet10" takes ``channels=16, groups=4,
+            blocks_per_group=1, max_pool=True, in_chans=3``, a timm name what
+            ``timm.create_model`` takes.
+        resolution: R in pixels; images are resized to it first, their shorter side, bilinear with
+            antialiasing, the aspect kept. None leaves them as they are.
+        activation: "softmax" (the paper's) or "sigmoid".
+        token_library: a module that yields the library (K, D) when called without arguments, in
+            place of a plain parameter.
+
+    Attributes:
+        token_library: Parameter (K, D), normal with standard deviation 0.02; or the given module.
+        generator: the network behind ``mixture_logits``.
+        config: the constructor's values; ``generator`` is None where it was given as a module,
+            and ``token_library`` the class name of the module.
+
+    Raises:
+        ValueError: a size below 1, an unknown generator or activation, a library of another size.
+
+    Source: Loedeman et al., arXiv:2210.06466, section 3; official code, ``pgn_models/tlpgn.py``.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        num_prompts: int = 16,
+        library_size: int = 256,
+        generator: str | nn.Module = "resnet10",
+        generator_kwargs: Mapping[str, Any] | None = None,
+        resolution: int | None = 224,
+        activation: str = "softmax",
+        token_library: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"embed_dim": embed_dim, "num_prompts": num_prompts, "library_size": library_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if resolution is not None and resolution < 1:
+            raise ValueError(f"resolution must be at least 1 pixel or None, got {resolution}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}; known: {', '.join(ACTIVATIONS)}")
+        self.embed_dim = embed_dim
+        self.num_prompts = num_prompts
+        self.library_size = library_size
+        self.resolution = resolution
+        self.activation = activation
+        named = isinstance(generator, str)
+        self.config = {
+            "num_prompts": num_prompts,
+            "library_size": library_size,
+            "generator": generator if named else None,
+            "generator_kwargs": dict(generator_kwargs or {}) if named else None,
+            "resolution": resolution,
+            "activation": activation,
+            "token_library": None if token_library is None else type(token_library).__name__,
+        }
+        self.generator = _build(generator, num_prompts * library_size, generator_kwargs)
+        self.token_library: nn.Parameter | nn.Module
+        if token_library is None:
+            self.token_library = nn.Parameter(torch.empty(library_size, embed_dim))
+            nn.init.normal_(self.token_library, std=0.02)
+        else:
+            self.token_library = token_library
+            got = tuple(self.library().shape)
+            if got != (library_size, embed_dim):
+                raise ValueError(
+                    f"token_library yields {got}, but library_size and the backbone's width ask "
+                    f"for {(library_size, embed_dim)}"
+                )
+
+    def forward(self, images: Tensor, *, backend: str | None = None) -> Tensor:
+        """Images (B, C, H, W) to prompt tokens (B, P, D).
+
+        ``backend`` is ``pgn_fast.ops.mix_prompts``'s. Under autocast the generator and the mixing
+        run in the autocast dtype.
+        """
+        library = self.library()
+        logits = self.mixture_logits(images).to(library.dtype)
+        return mix_prompts(logits, library, self.activation, backend=backend)
+
+    def mixture_logits(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to mixture coefficients before the activation, (B, P, K)."""
+        if images.ndim != 4 or not images.is_floating_point():
+            raise ValueError(
+                "images must be normalised and floating-point, (B, C, H, W), got "
+                f"{images.dtype} of shape {tuple(images.shape)}"
+            )
+        images = resize_shorter_side(images, self.resolution)
+        own = next(self.generator.parameters(), None)
+        logits = self.generator(images if own is None else images.to(own.dtype))
+        expected = (len(images), self.num_prompts * self.library_size)
+        if logits.shape != expected:
+            raise ValueError(
+                f"generator: {type(self.generator).__name__} gives {tuple(logits.shape)}; for "
+                f"num_prompts={self.num_prompts} and library_size={self.library_size} it must give "
+                f"{expected}, one row an image"
+            )
+        return logits.view(-1, self.num_prompts, self.library_size)
+
+    def mixture(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to mixture coefficients (B, P, K): how much of each library token."""
+        return mixture(self.mixture_logits(images), self.activation)
+
+    def library(self) -> Tensor:
+        """The token library (K, D), from a parameter or from the module that yields it."""
+        library = self.token_library
+        return library() if isinstance(library, nn.Module) else library
+
+    @classmethod
+    def from_official(
+        cls, source: str | PathLike[str] | Mapping[str, Tensor], **overrides: Any
+    ) -> PromptGenerator:
+        """Load a checkpoint that the official code has published or written.
+
+        Args:
+            source: the path of a ``.pt`` file (read with ``weights_only``), or its state dict.
+            **overrides: what tensors do not tell: ``activation``, ``resolution`` and
+                ``generator_kwargs={"max_pool": ...}``. Sizes are read off the tensors; a size that
+                is given must agree with them.
+
+        Raises:
+            ValueError: tensors are missing or unknown, or a given size differs from theirs.
+        """
+        if isinstance(source, Mapping):
+            settings, state = convert_official(source)
+        else:
+            loaded = torch.load(source, map_location="cpu", weights_only=True)
+            settings, state = convert_official(loaded)
+        in_network = {**settings.pop("generator_kwargs"), **overrides.pop("generator_kwargs", {})}
+        for name, found in settings.items():
+            if overrides.get(name, found) != found:
+                raise ValueError(
+                    f"{name}={overrides[name]} was given, but the checkpoint's tensors have {found}"
+                )
+        generator = cls(**{**overrides, **settings}, generator_kwargs=in_network)
+        generator.load_state_dict(state)
+        return generator
+
+
+def resize_shorter_side(images: Tensor, size: int | None) -> Tensor:
+    """Scale images (B, C, H, W) so that their shorter side has ``size`` pixels, bilinear with
+    antialiasing; the longer side is cut to whole pixels, as torchvision's ``Resize`` does."""
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    if size is None or short == size:
+        return images
+    new = (int(size * height / short), int(size * width / short))
+    # half precision has no antialiased kernel on CPU, and would lose pixels' last bits
+    exact = images if images.dtype == torch.float64 else images.float()
+    return F.interpolate(exact, new, mode="bilinear", antialias=True).to(images.dtype)
+
+
+def _build(
+    generator: str | nn.Module, out_features: int, kwargs: Mapping[str, Any] | None
+) -> nn.Module:
+    if isinstance(generator, nn.Module):
+        if kwargs:
+            raise ValueError(
+                f"generator_kwargs {dict(kwargs)}: given with a generator that is already there"
+            )
+        return generator
+    if generator == "resnet10":
+        return ResNet10(out_features, **(kwargs or {}))
+    import timm
+
+    if not timm.is_model(generator):
+        raise ValueError(
+            f"generator={generator!r} is neither 'resnet10' nor a timm model name; "
+            "timm.list_models() names them all"
+        )
+    return timm.create_model(generator, num_classes=out_features, **(kwargs or {}))
