@@ -1,4 +1,4 @@
-"""What the Triton kernels share: matrix product and rounding, choice of tile sizes, small checks."""
+"""What the Triton kernels share: matrix product and rounding, fixed-order sums, tile sizes."""
 
 from __future__ import annotations
 
@@ -64,6 +64,11 @@ def split_rows(rows: int, block: int, other_programs: int) -> tuple[int, int]:
 def sum_splits(partial: Tensor) -> Tensor:
     """Add the float32 shares of all row ranges (splits, ...), in an order that never varies."""
     return partial[0] if len(partial) == 1 else partial.sum(0)
+
+
+def tile(*, warps: int, stages: int, **blocks: int) -> triton.Config:
+    """One choice of tile sizes for ``launch_tuned``."""
+    return triton.Config(blocks, num_warps=warps, num_stages=stages)
 
 
 _fastest: dict[Hashable, triton.Config] = {}

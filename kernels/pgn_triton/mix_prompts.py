@@ -26,22 +26,23 @@ from ._common import (
     launch_tuned,
     split_rows,
     sum_splits,
+    tile,
     unit_columns,
 )
 
 FORWARD_CONFIGS = [
-    triton.Config(dict(BLOCK_R=16, BLOCK_K=64, BLOCK_D=128), num_warps=4, num_stages=3),
-    triton.Config(dict(BLOCK_R=64, BLOCK_K=64, BLOCK_D=128), num_warps=4, num_stages=3),
-    triton.Config(dict(BLOCK_R=16, BLOCK_K=64, BLOCK_D=64), num_warps=4, num_stages=3),
+    tile(BLOCK_R=16, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
+    tile(BLOCK_R=64, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
+    tile(BLOCK_R=16, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
 ]
 LOGITS_CONFIGS = [
-    triton.Config(dict(BLOCK_R=32, BLOCK_K=64, BLOCK_D=64), num_warps=4, num_stages=3),
-    triton.Config(dict(BLOCK_R=64, BLOCK_K=128, BLOCK_D=64), num_warps=4, num_stages=3),
+    tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
+    tile(BLOCK_R=64, BLOCK_K=128, BLOCK_D=64, warps=4, stages=3),
 ]
 # BLOCK_R cuts the sum over rows: it is the same in all, so that tuning does not change the order
 LIBRARY_CONFIGS = [
-    triton.Config(dict(BLOCK_R=32, BLOCK_K=64, BLOCK_D=64), num_warps=4, num_stages=3),
-    triton.Config(dict(BLOCK_R=32, BLOCK_K=64, BLOCK_D=128), num_warps=4, num_stages=3),
+    tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
+    tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
 ]
 
 
@@ -231,7 +232,7 @@ def _grad_logits_kernel(
     ).to(tl.float32)
     if SOFTMAX:
         inner = tl.zeros([BLOCK_R], tl.float32)
-        for block in range(0, INNERS):
+        for block in range(INNERS):
             inner += tl.load(inner_ptr + block * R + rows)
         weights = tl.exp(z - tl.load(lse_ptr + rows)[:, None])
         grad_z = weights * (grad_weights - inner[:, None])
@@ -349,7 +350,7 @@ def mix_prompts_backward(
     logits, library, R = unit_columns(logits), token_library.contiguous(), B * P
     grad = unit_columns(grad_prompts)
     strides = (*logits.stride()[:2], *grad.stride()[:2])
-    flags = dict(SOFTMAX=activation == "softmax", PRECISION=dot_precision())
+    flags = {"SOFTMAX": activation == "softmax", "PRECISION": dot_precision()}
     key = (logits.dtype, bucket(R), bucket(K), D)
 
     # the first walk's tile is not tuned: `inner` has one share for each of its column blocks
@@ -386,9 +387,9 @@ def mix_prompts_backward(
 
     launch_tuned(LOGITS_CONFIGS, ("grad_logits", *key), logits.device, launch_logits)
 
-    tile = LIBRARY_CONFIGS[0].kwargs
-    tiles = triton.cdiv(K, tile["BLOCK_K"]) * triton.cdiv(D, tile["BLOCK_D"])
-    splits, rows_per_split = split_rows(R, tile["BLOCK_R"], tiles)
+    blocks = LIBRARY_CONFIGS[0].kwargs
+    tiles = triton.cdiv(K, blocks["BLOCK_K"]) * triton.cdiv(D, blocks["BLOCK_D"])
+    splits, rows_per_split = split_rows(R, blocks["BLOCK_R"], tiles)
     partial = library.new_empty(splits, K, D, dtype=torch.float32)
 
     def launch_library(config: triton.Config) -> None:
