@@ -1,0 +1,86 @@
+"""What backward keeps of a frozen block, in bytes that the user chooses.
+
+Autograd keeps nothing for a frozen Linear, but it keeps the input of both norms, queries, keys,
+values, the attention's output, and the hidden layer: 1 + 3 + 1 + 1 + 4 = 10 D numbers a token.
+Here the second half of the block is one autograd node with a choice of what it keeps:
+
+    "fast"      its norm's input and the hidden layer before the activation     10 D in all
+    "balanced"  its norm's input; fc1 runs again, 8 of the step's 48 D^2 flops   6 D
+    "min"       the block's input alone; the whole block runs again              1 D
+
+Every number is the same in all three: the same operations on the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from . import blocks
+from .fold import BlockWeights
+from .plan import Memory
+
+
+def finish_block(w: BlockWeights, x: Tensor, o: Tensor, memory: Memory) -> Tensor:
+    """Residual, projection and MLP: tokens (B, M, D), attention output (B, M, A) -> (B, M, D)."""
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or o.requires_grad)
+    if not needs_grad:
+        return blocks.mlp(w, blocks.add_attention(w, x, o))
+    if torch.compiler.is_compiling():
+        # the compiler sees plain torch and plans its own memory around the checkpoint
+        run = lambda y: blocks.mlp(w, y)
+        y = blocks.add_attention(w, x, o)
+        if memory == "balanced":
+            return checkpoint(run, y, use_reentrant=False, preserve_rng_state=False)
+        return run(y)
+    return _SecondHalf.apply(x, o, w, memory != "balanced")
+
+
+def run_again(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``run(*tensors)``, of which backward keeps only the arguments."""
+    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+class _SecondHalf(torch.autograd.Function):
+    """y = x + W_o o + b_o;  u = W_1 norm(y) + b_1;  z = y + W_2 act(u) + b_2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, o: Tensor, w: BlockWeights, keep_hidden: bool) -> Tensor:
+        y = blocks.add_attention(w, x, o)
+        u = w.fc1(w.norm2(y))
+        ctx.w, ctx.dtype = w, o.dtype
+        ctx.save_for_backward(y, u if keep_hidden else None)
+        z = w.fc2(blocks.hidden(w, u))
+        return y + (z if w.gain2 is None else z * w.gain2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        w, (y, u) = ctx.w, ctx.saved_tensors
+        if u is None:
+            u = w.fc1(w.norm2(y))
+        g = grad_z if w.gain2 is None else grad_z * w.gain2
+        grad_hidden = w.fc2.input_gradient(g.to(u.dtype))
+        grad_u = _hidden_gradient(w, u, grad_hidden)
+        del u, grad_hidden
+        grad_y = w.norm2.input_gradient(y, w.fc1.input_gradient(grad_u)).add_(grad_z)
+        g = grad_y if w.gain1 is None else grad_y * w.gain1
+        grad_o = w.out.input_gradient(g.to(ctx.dtype))
+        return grad_y if ctx.needs_input_grad[0] else None, grad_o, None, None
+
+
+def _hidden_gradient(w: BlockWeights, u: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of u from that of ``blocks.hidden``, which runs again; ``grad`` is used up."""
+    if not w.glu and w.hidden_norm is None and isinstance(w.act, torch.nn.GELU):
+        return torch.ops.aten.gelu_backward.grad_input(
+            grad, u, approximate=w.act.approximate, grad_input=grad
+        )
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        (grad_u,) = torch.autograd.grad(blocks.hidden(w, u), u, grad)
+    return grad_u

@@ -1,0 +1,165 @@
+"""What a frozen ViT is made of, and which exact savings are valid for it.
+
+The fast path computes timm's blocks by its own code, so it takes only blocks that it knows to the
+last module; everything else runs by ``reference.encode_reference``, and ``refusal`` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import timm.layers
+from timm.layers import activations
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+Memory = Literal["fast", "balanced", "min"]
+
+
+@dataclass(frozen=True)
+class FastOptions:
+    """Switches of the exact savings. All of them leave the numbers as they are, up to rounding.
+
+    Attributes:
+        kv_only: prompts whose outputs nobody reads (deep prompts) enter attention as keys and
+            values only; no query, projection or MLP rows for them.
+        last_rows: the last block computes only the rows that the head reads.
+        absorb: for so few rows, the last block's key and value projections move over to them.
+        first: the block where prompts enter gives no gradient to the tokens below it.
+        fold: LayerNorm, LayerScale and the attention scale are folded into the next weights, in
+            float64, rounded once. Costs a copy of the folded weights (``explain`` says how much).
+        biases: the key bias is dropped and the value bias moved behind the output projection.
+        packed: frozen weights are packed once for MKL (CPU, float32). Costs a further copy of the
+            weights for each direction and number of rows; worth it where MKL's own packing shows.
+        memory: what backward stores of a block of D wide tokens. "fast": the normalised inputs,
+            queries, keys, values, attention output and the hidden layer (10 D per token);
+            "balanced": all but the hidden layer, whose GEMM runs again (6 D, about 15 % more
+            time); "min": the block's input, the block runs again (1 D, about a third more time).
+    """
+
+    kv_only: bool = True
+    last_rows: bool = True
+    absorb: bool = True
+    first: bool = True
+    fold: bool = True
+    biases: bool = True
+    packed: bool = False
+    memory: Memory = "fast"
+
+    def __post_init__(self) -> None:
+        if self.memory not in get_args(Memory):
+            raise ValueError(
+                f"memory takes {', '.join(map(repr, get_args(Memory)))}, got {self.memory!r}"
+            )
+
+
+_NORMS = (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.RmsNorm)
+_ACTIVATIONS: tuple[type, ...] = (
+    nn.GELU,
+    nn.SiLU,
+    nn.ReLU,
+    activations.GELU,
+    activations.GELUTanh,
+    activations.QuickGELU,
+    activations.Swish,
+)
+
+
+def refusal(backbone: nn.Module) -> str | None:
+    """Why the fast path cannot run this backbone as it is now; None where it can."""
+    if type(backbone) not in (VisionTransformer, VisionTransformerDistilled, Eva):
+        return f"{type(backbone).__name__} is none of the backbone classes that it knows"
+    if backbone.training:
+        return "the backbone is in training mode"
+    if any(p.requires_grad for p in backbone.parameters()):
+        return "some of the backbone's weights require a gradient"
+    for i, block in enumerate(backbone.blocks):
+        if reason := _block_refusal(block):
+            return f"block {i}: {reason}"
+    return None
+
+
+def _block_refusal(block: nn.Module) -> str | None:
+    if type(block) not in (Block, EvaBlock):
+        return f"{type(block).__name__} is none of the block classes that it knows"
+    attention, mlp = block.attn, block.mlp
+    if type(attention) not in (Attention, AttentionRope, EvaAttention):
+        return f"{type(attention).__name__} is none of the attention classes that it knows"
+    if getattr(attention, "gate", None) is not None:
+        return "its attention output is gated"
+    if getattr(attention, "num_kv_groups", 1) != 1:
+        return "its queries share keys and values between heads (grouped-query attention)"
+    if type(mlp) not in (Mlp, GluMlp, SwiGLU):
+        return f"{type(mlp).__name__} is none of the MLP classes that it knows"
+    if getattr(mlp, "gate_last", False):
+        return "the gate of its MLP comes last"
+    if type(mlp.act) not in _ACTIVATIONS:
+        return f"{type(mlp.act).__name__} is none of the activations that it knows"
+    for name, norm in _norms(block):
+        if type(norm) not in (*_NORMS, nn.Identity):
+            return f"{name} is a {type(norm).__name__}, none of the norms that it knows"
+    for name, linear in _linears(block):
+        if type(linear) is not nn.Linear:
+            return f"{name} is a {type(linear).__name__}, not a plain Linear"
+    for name, module in block.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return f"a hook is registered on {name or 'the block'}"
+    return None
+
+
+def _norms(block: Any) -> Iterator[tuple[str, nn.Module]]:
+    yield "norm1", block.norm1
+    yield "norm2", block.norm2
+    for name in ("q_norm", "k_norm", "norm"):
+        yield f"attn.{name}", getattr(block.attn, name, nn.Identity())
+    yield "mlp.norm", block.mlp.norm
+
+
+def _linears(block: Any) -> Iterator[tuple[str, nn.Module]]:
+    fused = block.attn.qkv is not None
+    for name in ("qkv",) if fused else ("q_proj", "k_proj", "v_proj"):
+        yield f"attn.{name}", getattr(block.attn, name)
+    yield "attn.proj", block.attn.proj
+    for name in ("fc1_g", "fc1_x") if isinstance(block.mlp, SwiGLU) else ("fc1",):
+        yield f"mlp.{name}", getattr(block.mlp, name)
+    yield "mlp.fc2", block.mlp.fc2
+
+
+def absorb_refusal(block: Any, has_rope: bool) -> str | None:
+    """Why the key projection of a block cannot move over to its queries; None where it can.
+
+    Scores are q . (W_k x + b_k) = (W_k^T q) . x up to a constant: nothing may stand between the
+    key projection and the product.
+    """
+    if has_rope:
+        return "keys are rotated by their place in the image"
+    if not isinstance(getattr(block.attn, "k_norm", nn.Identity()), nn.Identity):
+        return "keys are normalised"
+    return None
+
+
+def state_key(modules: list[nn.Module]) -> tuple[Any, ...]:
+    """Changes whenever one of the modules gets another child, hook or mode, or a weight of theirs is
+    replaced, moved, cast or written in place.
+
+    Writes through ``parameter.data`` go unseen, as they do for autograd.
+    """
+    return tuple(
+        (
+            module.training,
+            bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks),
+            *(id(child) for child in module._modules.values()),
+            *(_tensor_key(p) for p in module._parameters.values() if p is not None),
+        )
+        for module in modules
+    )
+
+
+def _tensor_key(t: Tensor) -> tuple[Any, ...]:
+    return t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.requires_grad

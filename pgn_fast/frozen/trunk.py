@@ -1,0 +1,254 @@
+"""The engine: a frozen ViT with prompts, without the work that no output and no gradient needs.
+
+The same numbers as ``reference.encode_reference``, up to rounding. Attention does not depend on
+the order of its keys, so prompts that stay in the sequence stand behind the patches in here,
+wherever the schedule puts them; the order is restored at the end if anybody reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import blocks, memory, plan
+from .fold import BlockWeights, fold_block, live_block
+from .plan import FastOptions
+from .reference import embed, encode_reference, remove_prompts
+from .schedule import PromptSchedule
+
+# rows up to which an absorbed last block is cheaper than its key and value projections: M h D
+# against D^2 multiplications a token, with room for the smaller matrices
+_ABSORB_ROWS = 8
+
+
+@dataclass(frozen=True)
+class BlockStep:
+    """What one block has to do.
+
+    Attributes:
+        prompts: the prompts that enter here, (P, D) or (B, P, D).
+        keys_only: nobody reads their outputs, nor those of prompts that were there before.
+        rows: output rows of the tokens that are no prompts; None all.
+    """
+
+    prompts: Tensor | None = None
+    keys_only: bool = False
+    rows: int | None = None
+
+
+class FastTrunk:
+    """Runs a frozen timm vision transformer with prompts.
+
+    The backbone is only read. Folded copies of its weights are made at the first call for each
+    dtype, and again when a weight has changed; under ``torch.compile`` and ``torch.export`` the
+    backbone's own weights are used and nothing is folded.
+
+    Args:
+        backbone: as ``load_backbone`` returns it.
+        options: which savings are on.
+    """
+
+    def __init__(self, backbone: nn.Module, options: FastOptions | None = None) -> None:
+        self.backbone: Any = backbone
+        self.options = options or FastOptions()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._modules = [self.backbone, *self.backbone.blocks.modules()]
+        self._key: tuple[Any, ...] | None = None
+        self._refusal = plan.refusal(self.backbone)
+        self._folded: dict[torch.dtype, list[BlockWeights]] = {}
+        self._seen: dict[int, tuple[Tensor, BlockWeights, tuple[Tensor, Tensor]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the folded weights: a copy or a pickle makes its own."""
+        return {"backbone": self.backbone, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.backbone, self.options = state["backbone"], state["options"]
+        self._forget()
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the reference path runs instead of this engine; None where the engine runs."""
+        if not torch.compiler.is_compiling():
+            key = plan.state_key(self._modules)
+            if key != self._key:
+                self._forget()
+                self._key = plan.state_key(self._modules)
+        return self._refusal
+
+    def encode(
+        self,
+        images: Tensor,
+        schedule: PromptSchedule,
+        *,
+        rows: int | None = None,
+        prompts_read: bool = True,
+    ) -> Tensor:
+        """Images and prompts to tokens after the final norm; see ``encode_reference``.
+
+        Args:
+            images: normalised images (B, C, H, W).
+            schedule: which prompts enter where.
+            rows: return only the first ``rows`` tokens; None all.
+            prompts_read: False: nobody reads the prompts that are left; they are not returned.
+
+        Returns:
+            (B, S + P + N, D), (B, S + N, D) without prompts, or (B, rows, D).
+        """
+        backbone, num_prefix = self.backbone, self.backbone.num_prefix_tokens
+        if self.refusal is not None:
+            tokens = encode_reference(backbone, images, schedule, rows=rows)
+            if prompts_read or rows is not None:
+                return tokens
+            left = schedule.num_prompts_left
+            return remove_prompts(tokens, left, schedule.position, num_prefix)
+
+        below = images.requires_grad or schedule.patch_weight is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and below):
+            x, rope = embed(backbone, images, schedule.patch_weight)
+        entering = {i: prompts.to(x.dtype) for i, prompts in schedule.layers.items()}
+        norm_pre = getattr(backbone, "norm_pre", nn.Identity())
+        if 0 in entering and schedule.position == "add":
+            x = x + entering.pop(0)
+        elif 0 in entering:
+            entering[0] = norm_pre(entering[0])
+        x = norm_pre(x)
+
+        # among the rows that are read, where the schedule puts them?
+        before = num_prefix if schedule.position == "prepend" else x.shape[1]
+        left = schedule.num_prompts_left if prompts_read else 0
+        if rows is not None and rows <= before:
+            left = 0
+        x = self._run_blocks(x, rope, entering, schedule, rows, left)
+        if left and schedule.position == "prepend":
+            prefix, patches, prompts = x.split(
+                [num_prefix, x.shape[1] - num_prefix - left, left], 1
+            )
+            x = torch.cat([prefix, prompts, patches], dim=1)
+        return backbone.norm(x[:, :rows])
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        rope: Tensor | None,
+        entering: dict[int, Tensor],
+        schedule: PromptSchedule,
+        rows: int | None,
+        left: int,
+    ) -> Tensor:
+        """Tokens (B, S + N, D) to the rows that are read, ``left`` prompts last of them."""
+        device_type, dtype = x.device.type, x.dtype
+        folds = not torch.compiler.is_compiling()
+        autocast = torch.is_autocast_enabled(device_type)
+        if autocast and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device_type)
+        weights = self._weights(dtype) if folds else [live_block(b) for b in self.backbone.blocks]
+        by_block = getattr(self.backbone, "rope_mixed", False)
+
+        num_tokens = x.shape[1]
+        # folded weights are in autocast's dtype already; live ones are cast by autocast
+        with torch.autocast(device_type, dtype, enabled=autocast and not folds):
+            for i, step in enumerate(self._steps(entering, schedule, rows, left)):
+                here = rope[i] if rope is not None and by_block else rope
+                if schedule.position == "add" and step.prompts is not None:
+                    x = x + step.prompts
+                    step = BlockStep(rows=step.rows)
+                x = self._block(i, weights[i], x, here, step, num_tokens)
+        return x
+
+    def _steps(
+        self, entering: dict[int, Tensor], schedule: PromptSchedule, rows: int | None, left: int
+    ) -> Iterator[BlockStep]:
+        depth, latest = len(self.backbone.blocks), max(schedule.layers, default=-1)
+        for i in range(depth):
+            end = i == depth - 1
+            leave = i + 1 in schedule.layers or (i == latest and not schedule.keep)
+            yield BlockStep(
+                prompts=entering.get(i),
+                keys_only=leave or (end and left == 0),
+                rows=rows if end and left == 0 and self.options.last_rows else None,
+            )
+
+    def _block(
+        self,
+        i: int,
+        w: BlockWeights,
+        x: Tensor,
+        rope: Tensor | None,
+        step: BlockStep,
+        num_tokens: int,
+    ) -> Tensor:
+        """Block ``i`` on tokens (B, T, D), prompts last of them: (B, M, D), likewise."""
+        if step.prompts is not None:
+            x = x[:, :num_tokens]
+        trade = "min" if self.backbone.grad_checkpointing else self.options.memory
+
+        def run(x: Tensor) -> Tensor:
+            if step.rows is not None and self._absorbs(i, step.rows, rope):
+                o = blocks.attend_absorbed(w, x, step.rows, step.prompts)
+                return memory.finish_block(w, x[:, : step.rows], o, trade)
+            keys = None
+            if step.prompts is None:
+                M = self._rows_out(step, x.shape[1], num_tokens)
+                q, k, v = blocks.project(w, x, M)
+            elif step.keys_only and self.options.kv_only:
+                M = self._rows_out(step, num_tokens, num_tokens)
+                keys = self._keys_values(i, w, step.prompts)
+                q, k, v = blocks.project(w, x, M, separate=True)
+            else:
+                M = self._rows_out(step, num_tokens + step.prompts.shape[-2], num_tokens)
+                together = torch.cat([x, step.prompts.expand(len(x), -1, -1)], dim=1)
+                if self.options.first and together.shape[1] == M:
+                    q, k, v = blocks.project_entering(w, x, step.prompts)
+                else:
+                    q, k, v = blocks.project(w, together, M)
+                x = together
+            num_prefix = self.backbone.num_prefix_tokens
+            q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
+            o = blocks.attend(w, q, k, v, keys)
+            return memory.finish_block(w, x[:, :M], o, trade)
+
+        again = trade == "min" and torch.is_grad_enabled()
+        x = memory.run_again(run, x) if again else run(x)
+        return x[:, :num_tokens] if step.keys_only else x
+
+    def _rows_out(self, step: BlockStep, all_rows: int, num_tokens: int) -> int:
+        if step.rows is not None:
+            return min(step.rows, num_tokens)
+        return num_tokens if step.keys_only and self.options.kv_only else all_rows
+
+    def _absorbs(self, i: int, rows: int, rope: Tensor | None) -> bool:
+        block = self.backbone.blocks[i]
+        return (
+            self.options.absorb
+            and rows <= _ABSORB_ROWS
+            and plan.absorb_refusal(block, rope is not None) is None
+        )
+
+    def _keys_values(self, i: int, w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompts' keys and values in block ``i``; in inference on CPU those of the last call
+        where the prompts are still the same, which is cheaper to see than to compute."""
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if plain or prompts.device.type != "cpu" or prompts.ndim != 2:
+            return blocks.prompt_keys_values(w, prompts)
+        if i in self._seen:
+            seen, by, found = self._seen[i]
+            if by is w and seen.dtype == prompts.dtype and torch.equal(seen, prompts):
+                return found
+        found = blocks.prompt_keys_values(w, prompts)
+        self._seen[i] = prompts.clone(), w, found
+        return found
+
+    def _weights(self, dtype: torch.dtype) -> list[BlockWeights]:
+        if dtype not in self._folded:
+            rope = getattr(self.backbone, "rope", None) is not None
+            self._folded[dtype] = [
+                fold_block(block, self.options, dtype, rope) for block in self.backbone.blocks
+            ]
+        return self._folded[dtype]
