@@ -1,0 +1,114 @@
+"""``pgn-fast serve``: a frozen model behind an ordinary image API."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from ..errors import UserError, as_user_error
+from ..serve.settings import OUTPUTS, ServerSettings
+from ._options import KeyValues, add_device_argument, pick_device
+
+HELP = "serve a frozen model's features or logits over HTTP"
+EPILOG = """\
+examples:
+  pgn-fast serve --model vit_base_patch32_clip_224.openai
+  pgn-fast serve --model pgn_demo_vit --port 8001
+  curl -F images=@cat.png -F images=@dog.jpg http://127.0.0.1:8000/v1/predict
+  curl http://127.0.0.1:8000/v1/model          sizes, preprocessing, limits
+
+The server has no authentication: it listens on 127.0.0.1 unless --host says otherwise.
+docs/serving.md has the rest.
+"""
+
+# flag -> field of ServerSettings, type, help
+_SETTINGS: dict[str, tuple[type, str]] = {
+    "max_batch": (int, "images that go through the model together"),
+    "max_wait_ms": (float, "milliseconds that a batch waits to fill"),
+    "queue_images": (int, "images that may wait for the model"),
+    "model_workers": (int, "batches computed at the same time"),
+    "decode_threads": (int, "threads that decode images"),
+    "max_calls": (int, "calls in progress"),
+    "max_pending_bytes": (int, "bytes of all bodies in progress"),
+    "max_call_bytes": (int, "bytes of one call"),
+    "max_call_images": (int, "images of one call"),
+    "max_call_pixels": (int, "pixels of one call"),
+    "max_image_pixels": (int, "pixels of one image"),
+    "timeout_s": (float, "seconds for one call"),
+}
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a timm vision transformer, with its tag; pgn_demo_vit is inside",
+    )
+    model.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        action=KeyValues,
+        default={},
+        metavar="NAME=VALUE",
+        help="for timm, such as dynamic_img_size=True",
+    )
+    model.add_argument(
+        "--output", choices=OUTPUTS, default="features", help="where a call does not say (features)"
+    )
+    add_device_argument(model)
+
+    pixels = parser.add_argument_group("preprocessing (default: the model's own)")
+    pixels.add_argument(
+        "--input-size", type=int, nargs=3, metavar="N", help="channels, height and width"
+    )
+    pixels.add_argument("--crop-pct", type=float, metavar="X", help="crop as a share of the resize")
+    pixels.add_argument("--crop-mode", choices=("center", "squash", "border"))
+    pixels.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic, ...")
+    for name in ("mean", "std"):
+        pixels.add_argument(f"--{name}", type=float, nargs=3, metavar="X")
+
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(127.0.0.1)")
+    server.add_argument("--port", type=int, default=8000, metavar="N", help="(8000)")
+    server.add_argument("--access-log", action="store_true", help="a line for every call")
+
+    limits = parser.add_argument_group("batching and limits")
+    for name, (kind, text) in _SETTINGS.items():
+        limits.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=_DEFAULTS[name],
+            metavar="N" if kind is int else "X",
+            help=f"{text} (default: %(default)s)",
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    with as_user_error():
+        settings = ServerSettings(
+            default_output=args.output, **{name: getattr(args, name) for name in _SETTINGS}
+        )
+    device = pick_device(args.device)
+    with as_user_error(ImportError):
+        from ..serve import load_served_model, run_server
+
+    names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+    data_args: dict[str, Any] = {name: getattr(args, name) for name in names}
+    with as_user_error(RuntimeError, TypeError):
+        served = load_served_model(
+            args.model, data_args=data_args, device=device, **args.model_kwargs
+        )
+        served.check_output(args.output)
+    print(f"{args.model} on http://{args.host}:{args.port}/v1/predict", flush=True)
+    try:
+        run_server(served, settings, host=args.host, port=args.port, access_log=args.access_log)
+    except KeyboardInterrupt:
+        return 0  # uvicorn answers what it accepted and then passes the signal on
+    except SystemExit as stop:
+        # uvicorn's own way out where it cannot listen; its log has said why
+        raise UserError(f"could not listen on {args.host}:{args.port}.") from stop
+    return 0

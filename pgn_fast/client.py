@@ -1,0 +1,214 @@
+"""A client of an image API that adapts the model behind it by changing the images.
+
+``RgbClient`` knows nothing of the model but the API of ``pgn-fast serve`` (docs/serving.md): it
+sends PNGs and reads features or logits. It uses the standard library's HTTP client, so that a
+device that only sends images needs no package beyond pgn_fast's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+_RETRIED = (429, 503)
+
+
+class Prompter(Protocol):
+    """What turns images into encoded canvases: an ``RgbPrompter`` of ``pgn_fast.invert``."""
+
+    def encode(self, images: Any) -> Sequence[bytes]: ...
+
+
+class RgbClientError(RuntimeError):
+    """The server refused a call, or did not answer.
+
+    Attributes:
+        status: its HTTP status; None where there was no answer.
+        code: the word of its JSON answer, such as "too_many_pixels".
+    """
+
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
+class RgbClient:
+    """Features and logits of images, through an API that takes images only.
+
+    Args:
+        url: of the server, such as "http://127.0.0.1:8000".
+        prompter: turns images into canvases; None sends the images as they are.
+        head: applied here to the server's features, such as ``model.head`` of the adapter whose
+            prompts are sent: the server's model has no trained head. None: logits are the server's.
+        timeout: seconds to wait for one answer.
+        retries: how often a call is sent again that got 503 or 429, or lost its connection.
+        backoff: seconds before the first repetition, doubled for each next one (and at least what
+            ``Retry-After`` asks for).
+
+    Images are, with a prompter, what its ``encode`` takes. Without one: a uint8 tensor
+    (B, 3, H, W), or a list of encoded images (bytes).
+
+    One client keeps one connection and serves one thread.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        prompter: Prompter | None = None,
+        *,
+        head: Callable[[Tensor], Tensor] | None = None,
+        timeout: float = 30.0,
+        retries: int = 5,
+        backoff: float = 0.1,
+    ) -> None:
+        address = urlsplit(url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"url={url!r}: should be like http://127.0.0.1:8000")
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        self.url = url.rstrip("/")
+        self.prompter = prompter
+        self.head = head
+        self._connection = kinds[address.scheme](address.hostname, address.port, timeout=timeout)
+        self._path = address.path.rstrip("/")
+        self._timeout = timeout
+        self._retries = retries
+        self._backoff = backoff
+        self._images_per_call: int | None = None
+
+    def features(self, images: Tensor | Sequence[bytes]) -> Tensor:
+        """Pooled features (B, D), float32."""
+        return self._predict(images, "features")
+
+    def logits(self, images: Tensor | Sequence[bytes]) -> Tensor:
+        """Logits (B, C), float32: ``head(features)``, or the server's where there is no head."""
+        if self.head is None:
+            return self._predict(images, "logits")
+        with torch.inference_mode():
+            return self.head(self.features(images))
+
+    def predict(self, images: Tensor | Sequence[bytes]) -> Tensor:
+        """Class indices (B,)."""
+        return self.logits(images).argmax(dim=-1)
+
+    def model(self) -> dict[str, Any]:
+        """What the server says of itself: name, output sizes, preprocessing, limits."""
+        return self._call("GET", "/v1/model")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> RgbClient:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _predict(self, images: Tensor | Sequence[bytes], output: str) -> Tensor:
+        encoded = encode_plain(images) if self.prompter is None else self.prompter.encode(images)
+        if not encoded:
+            raise ValueError("there are no images to send: the batch is empty")
+        if self._images_per_call is None:
+            self._images_per_call = int(self.model()["limits"]["images_per_call"])
+        step = self._images_per_call
+        parts = [
+            self._predict_call(encoded[at : at + step], output)
+            for at in range(0, len(encoded), step)
+        ]
+        return torch.cat(parts)
+
+    def _predict_call(self, encoded: Sequence[bytes], output: str) -> Tensor:
+        call = {
+            "images": [base64.b64encode(data).decode() for data in encoded],
+            "output": output,
+            "encoding": "base64",
+        }
+        answer = self._call("POST", "/v1/predict", json.dumps(call).encode())
+        values = np.frombuffer(base64.b64decode(answer["values"]), dtype="<f4")
+        return torch.from_numpy(values.astype(np.float32)).reshape(answer["shape"])
+
+    def _call(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+        attempts = 0
+        while True:
+            pause = self._backoff * 2**attempts * random.uniform(1.0, 1.5)
+            attempts += 1
+            last = attempts > self._retries
+            try:
+                status, retry_after, text = self._send(method, path, body)
+            except TimeoutError as error:
+                self.close()
+                raise RgbClientError(
+                    f"{self.url} did not answer within {self._timeout:g} seconds; raise timeout=, "
+                    "or send fewer images at a time."
+                ) from error
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if last:
+                    raise RgbClientError(
+                        f"no connection to {self.url} after {attempts} attempts "
+                        f"({type(error).__name__}: {error}). Is the server running?"
+                    ) from error
+            else:
+                if status == 200:
+                    return json.loads(text)
+                if status not in _RETRIED or last:
+                    raise _refusal(self.url, status, text, attempts)
+                pause = max(pause, retry_after)
+            time.sleep(pause)
+
+    def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, float, bytes]:
+        """Status, seconds of Retry-After and body of one answer."""
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        self._connection.request(method, self._path + path, body, headers)
+        answer = self._connection.getresponse()
+        text = answer.read()
+        wait = answer.headers.get("Retry-After", "")
+        return answer.status, float(wait) if wait.isdigit() else 0.0, text
+
+
+def encode_plain(images: Tensor | Sequence[bytes]) -> list[bytes]:
+    """PNGs of images as they are.
+
+    Args:
+        images: uint8 levels (B, 3, H, W), or images that are encoded already, which pass.
+
+    Raises:
+        ValueError: a tensor of another shape or dtype.
+    """
+    if not isinstance(images, Tensor):
+        return list(images)
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be uint8 levels (B, 3, H, W), got {images.dtype} {tuple(images.shape)}. "
+            "Undo a normalisation first, and round to 0 ... 255."
+        )
+    return [_png(levels) for levels in images.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
+
+
+def _png(levels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    # canvases are nearly noise: a higher level takes longer and saves nothing
+    Image.fromarray(levels).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def _refusal(url: str, status: int, text: bytes, attempts: int) -> RgbClientError:
+    try:
+        error = json.loads(text)["error"]
+        code, message = str(error["code"]), str(error["message"])
+    except (ValueError, KeyError, TypeError):
+        code, message = None, text[:200].decode("utf-8", "replace")
+    tried = f" after {attempts} attempts" if attempts > 1 else ""
+    return RgbClientError(f"{url} answered {status}{tried}: {message}", status, code)

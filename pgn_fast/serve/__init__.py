@@ -1,0 +1,65 @@
+"""A frozen timm model behind an ordinary image API, to prove input-space prompts on.
+
+``create_app(ServedModel(...))`` is the ASGI application, ``run_server`` what ``pgn-fast serve``
+runs. Needs the optional extra ``serve``; names are loaded, and the extra is looked for, when they
+are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+# public name -> the module that defines it
+_EXPORTS = {
+    "ApiError": "errors",
+    "Preprocessing": "preprocess",
+    "ServedModel": "model",
+    "ServerSettings": "settings",
+    "create_app": "app",
+    "load_served_model": "server",
+    "run_server": "server",
+}
+# module -> its package on PyPI
+_EXTRA = {
+    "fastapi": "fastapi",
+    "uvicorn": "uvicorn",
+    "python_multipart": "python-multipart",
+    "prometheus_client": "prometheus-client",
+}
+
+__all__ = [
+    "ApiError",
+    "Preprocessing",
+    "ServedModel",
+    "ServerSettings",
+    "create_app",
+    "load_served_model",
+    "run_server",
+]
+
+if TYPE_CHECKING:
+    from .app import create_app as create_app
+    from .errors import ApiError as ApiError
+    from .model import ServedModel as ServedModel
+    from .preprocess import Preprocessing as Preprocessing
+    from .server import load_served_model as load_served_model
+    from .server import run_server as run_server
+    from .settings import ServerSettings as ServerSettings
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    missing = [package for module, package in _EXTRA.items() if not _is_there(module)]
+    if missing:
+        raise ImportError(
+            f"the server needs {', '.join(missing)}, which the extra 'serve' brings: "
+            "pip install 'pgn_fast[serve]'."
+        )
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,39 @@
+"""One exception for every answer that is not 200; its JSON body is the same everywhere."""
+
+from __future__ import annotations
+
+import json
+
+
+class ApiError(Exception):
+    """A call that is refused: an HTTP status, a word for programs and a sentence for people.
+
+    Args:
+        status: HTTP status, 4xx where the call must change, 503 where it may be sent again.
+        code: a stable word such as ``"too_many_pixels"``.
+        message: what was expected, what arrived, what would work.
+        retry_after: seconds after which it is worth trying again; sets ``Retry-After``.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, *, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.retry_after = retry_after
+
+    def body(self) -> bytes:
+        return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()
+
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def overloaded(message: str) -> ApiError:
+    return ApiError(503, "overloaded", message, retry_after=1)
+
+
+def out_of_time(doing: str) -> ApiError:
+    return ApiError(503, "timeout", f"the time for this call ran out while {doing}.", retry_after=1)
