@@ -1,0 +1,1 @@
+"""The official code's numbers: fixtures, and its tensor names in timm's. Test code only."""
