@@ -1,0 +1,147 @@
+"""A token library that can only hold what 8-bit patches can say: training in gamut."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..frozen.schedule import PromptSchedule
+from .errors import LayoutMismatchError, StaleInversionError
+from .layout import MID_LEVEL, shrink, to_patches
+from .patch_map import PatchMap
+
+MARGIN = 6.0  # levels that the rounding's feedback may use
+
+
+class GamutLibrary(nn.Module):
+    """Drop-in for the token library of a PGN: yields (K, D), always inside the gamut.
+
+        h = 127.5 - margin;  pixels_k = 127.5 + h * tanh((theta_k P^T) / h),  P = A^+
+        token_k = A (pixels_k - 127.5)
+
+    Near theta = 0 the token is theta (its part that pixels can produce at all), so initialisation
+    and learning rates of latent training carry over; far out it saturates smoothly at the gamut.
+    The tokens are contents: what a patch adds to the token of a mid-grey cell. A PGN that is given
+    this library trains in the canvas layout of ``patch_map``: the image in its cells, every prompt
+    in its own cell with that cell's position embedding, blank cells as tokens, just as the server
+    will see it.
+
+    Args:
+        n_tokens: K.
+        patch_map: of the backbone, for the server and layout of the deployment.
+        margin: levels kept free at both ends.
+
+    Attributes:
+        theta: Parameter (K, D), normal with standard deviation 0.02, as a plain token library.
+    """
+
+    A: Tensor
+    pseudo_inverse: Tensor
+    offset: Tensor
+
+    def __init__(self, n_tokens: int, patch_map: PatchMap, margin: float = MARGIN) -> None:
+        super().__init__()
+        if n_tokens < 1:
+            raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+        if not 0 <= margin < MID_LEVEL:
+            raise ValueError(f"margin must be in [0, 127.5) levels, got {margin}")
+        self.patch_map = patch_map
+        self.margin = margin
+        self.theta = nn.Parameter(torch.empty(n_tokens, patch_map.embed_dim))
+        nn.init.normal_(self.theta, std=0.02)
+        cells = list(patch_map.layout.prompt_cells)
+        constants = {
+            "A": patch_map.A,
+            "pseudo_inverse": patch_map.solver.pseudo_inverse,
+            "offset": patch_map.constant + patch_map.positions[cells],  # (P, D)
+        }
+        for name, value in constants.items():
+            # not saved: they belong to the backbone, and an adapter is made for one backbone
+            self.register_buffer(name, value.float().contiguous(), persistent=False)
+
+    @classmethod
+    def from_latent(
+        cls,
+        tokens: Tensor,
+        patch_map: PatchMap,
+        margin: float = MARGIN,
+        *,
+        prompt_pos: str = "none",
+        iters: int = 300,
+    ) -> GamutLibrary:
+        """The library nearest to one that was trained in latent space; fine-tune it afterwards.
+
+        Args:
+            tokens: (K, D). Solved for in the box first, then theta is fitted to what was found.
+            patch_map, margin: as for the constructor.
+            prompt_pos: "none": whole tokens, as latent training has them; the constant of a
+                mid-grey cell is taken off. "canvas": contents, as this class yields them.
+            iters: of the solver, at most.
+        """
+        library = cls(len(tokens), patch_map, margin)
+        contents = tokens.detach().double().cpu()
+        if prompt_pos == "none":
+            contents = contents - patch_map.constant
+        elif prompt_pos != "canvas":
+            raise ValueError(f"prompt_pos={prompt_pos!r}; known: canvas, none")
+        solver, h = patch_map.solver, MID_LEVEL - margin
+        mid = torch.full((patch_map.patch_values,), MID_LEVEL, dtype=torch.float64)
+        y = patch_map.centre(contents) + mid @ solver.A.T
+        levels = solver.in_box(y.float(), margin, 255 - margin, mid, iterations=iters).double()
+        # the inverse of the squashing; at the bounds it is infinite
+        unsquashed = h * torch.atanh(((levels - mid) / h).clamp(-0.98, 0.98))
+        with torch.no_grad():
+            library.theta.copy_(unsquashed @ patch_map.A.T)
+        return library
+
+    def pixels(self) -> Tensor:
+        """The library as patches (K, n) in levels, within [margin, 255 - margin]."""
+        h = MID_LEVEL - self.margin
+        return MID_LEVEL + h * torch.tanh((self.theta @ self.pseudo_inverse.T) / h)
+
+    def forward(self) -> Tensor:
+        """The token library (K, D). Costs 2 K n D multiply-adds, whatever the batch."""
+        return (self.pixels() - MID_LEVEL) @ self.A.T
+
+    def place(self, images: Tensor, prompts: Tensor) -> tuple[Tensor, PromptSchedule]:
+        """What the backbone gets in training: the canvas, and what its prompt cells hold.
+
+        Args:
+            images: normalised images (B, 3, H, W).
+            prompts: contents of the prompts (B, P, D).
+
+        Returns:
+            Normalised canvases with mid-grey prompt cells, and the schedule that adds the contents
+            to those cells' tokens. With compensated positions: the images themselves, and the
+            prompts behind the patches, each with the token and position of its cell.
+        """
+        layout, patch_map = self.patch_map.layout, self.patch_map
+        if prompts.shape[1] != layout.num_prompts:
+            raise LayoutMismatchError(
+                f"the model has {prompts.shape[1]} prompts, its GamutLibrary's layout has cells "
+                f"for {layout.num_prompts}. Build both with the same number."
+            )
+        if layout.compensate_positions:
+            whole = prompts + self.offset.to(prompts.dtype)
+            return images, PromptSchedule("append", {0: whole})
+        p, prefix = patch_map.patch_size, patch_map.num_prefix
+        patches = to_patches(shrink(patch_map.server.levels(images), layout, p), p)
+        canvases = patch_map.server.normalise(layout.compose(patches, None, p))
+        tokens = prefix + layout.grid[0] * layout.grid[1]
+        contents = prompts.new_zeros(len(prompts), tokens, prompts.shape[2])
+        contents[:, [prefix + cell for cell in layout.prompt_cells]] = prompts
+        return canvases.to(images.dtype), PromptSchedule("add", {0: contents})
+
+    def check(self, patch_map: PatchMap) -> None:
+        """Raise where this library was trained for another backbone, server or layout."""
+        if patch_map.layout != self.patch_map.layout:
+            raise LayoutMismatchError(
+                f"library was trained for layout {self.patch_map.layout} (prompt_pos=canvas) but "
+                f"is deployed on {patch_map.layout}"
+            )
+        if patch_map.key != self.patch_map.key:
+            raise StaleInversionError(
+                "the patch embedding, the position embedding, the normalisation or the server's "
+                "settings are not those that this GamutLibrary was trained with; build the patch "
+                "map from the same backbone and server."
+            )

@@ -1,0 +1,411 @@
+"""Inverting a token library once: afterwards every mixture of its patches is an exact prompt.
+
+Softmax mixing commutes with the inversion, because the coefficients are non-negative and sum to
+one: a convex combination of patches stays in the gamut, and its token is the same combination of
+the tokens, constants included.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import (
+    ColumnSpaceError,
+    ExposureWarning,
+    LayoutMismatchError,
+    MixingError,
+    PositionCancelError,
+    SaturationWarning,
+    ScaleNotFreeError,
+    StaleInversionError,
+    UnreachablePromptError,
+)
+from .gamut import GamutLibrary
+from .layout import MID_LEVEL, CanvasLayout
+from .patch_map import PatchMap
+from .rounding import FeedbackRounding
+from .stored import load_stored, save_stored
+
+PROMPT_POSITIONS = ("canvas", "none")
+# below this standard deviation of a token, LayerNorm's epsilon (1e-5) attenuates it by 0.5 %
+MIN_TOKEN_STD = 0.032
+_LIBRARY_DTYPE = torch.float32  # of the solver: float64 halves its speed and gains nothing
+
+
+class InvertedLibrary(nn.Module):
+    """A token library as patches: mixes in pixels, rounds to 8 bits. Needs no backbone.
+
+        levels[b, j] = baseline[j] + s * sum_k coefficients[b, j, k] * patches[k]
+
+    with s = 1, or (``scale="auto"``) the largest s that keeps the patch in the gamut.
+
+    Attributes:
+        patches: (K, n) float32, offsets from the baseline, in levels.
+        baseline: (1, n) mid grey, or (P, n) where each prompt's cell has its position cancelled.
+        reach_err: (K,) relative token error of each library token before rounding.
+        rounding: how levels become uint8.
+        prompt_pos: "canvas": the prompts were trained with their cell's position embedding;
+            "none": without any, and it is cancelled.
+        scale: "fixed" or "auto".
+        margin: levels kept free at both ends for the rounding's feedback.
+        layout: the canvas that the library is for.
+        key: hash of the backbone's input side, see ``PatchMap.key``.
+    """
+
+    patches: Tensor
+    baseline: Tensor
+    reach_err: Tensor
+
+    def __init__(
+        self,
+        patches: Tensor,
+        baseline: Tensor,
+        reach_err: Tensor,
+        *,
+        rounding: FeedbackRounding,
+        prompt_pos: str,
+        scale: str,
+        margin: float,
+        layout: CanvasLayout,
+        key: str,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("patches", patches.float().contiguous())
+        self.register_buffer("baseline", baseline.float().contiguous())
+        self.register_buffer("reach_err", reach_err.float())
+        self.rounding = rounding
+        self.prompt_pos = prompt_pos
+        self.scale = scale
+        self.margin = margin
+        self.layout = layout
+        self.key = key
+
+    def mix(self, coefficients: Tensor) -> Tensor:
+        """Mixture coefficients (..., P, K) to the levels of the patches, (..., P, n), float.
+
+        Raises:
+            MixingError: the coefficients do not sum to one and the scale is fixed.
+        """
+        if self.scale == "fixed":
+            off = (coefficients.sum(dim=-1) - 1).abs().max().item() if coefficients.numel() else 0
+            if off > 1e-2 or (coefficients < -1e-4).any():
+                raise MixingError(
+                    f"the coefficients do not sum to 1 (off by {off:.2g}) or are negative; pixel "
+                    'mixing is only gamut-safe for softmax. Use softmax, or scale="auto" on a '
+                    "backbone with a norm before block 1."
+                )
+        return self.place(coefficients.to(self.patches.dtype) @ self.patches)
+
+    def place(self, offsets: Tensor) -> Tensor:
+        """Mixed offsets (..., P, n) to levels: onto the baseline, and exposed where scale is free."""
+        if self.scale == "fixed":
+            return self.baseline + offsets
+        return self.baseline + self.exposure(offsets) * offsets
+
+    def exposure(self, offsets: Tensor) -> Tensor:
+        """The factor s (..., P, 1) by which mixed offsets are brightened or dimmed."""
+        if self.scale == "fixed":
+            return torch.ones_like(offsets[..., :1])
+        return largest_scale(self.baseline, offsets, self.margin)
+
+    def to_uint8(self, levels: Tensor, rounding: str = "feedback") -> Tensor:
+        """Levels (..., n) to uint8, with error feedback or each pixel to its nearest level."""
+        if rounding == "nearest":
+            return levels.round().clamp(0, 255).to(torch.uint8)
+        if rounding != "feedback":
+            raise ValueError(f"rounding={rounding!r}; known: feedback, nearest")
+        rounded = self.rounding(levels)
+        ends = saturated_fraction(rounded)
+        if ends > 0.01:
+            warnings.warn(
+                f"{ends:.0%} of the prompts' pixels lie at 0 or 255, where feedback clips; raise "
+                f"margin (now {self.margin:g}).",
+                SaturationWarning,
+                stacklevel=2,
+            )
+        return rounded
+
+    def check(self, patch_map: PatchMap) -> None:
+        """Raise where this library was not made for that backbone, server and layout."""
+        if self.layout != patch_map.layout:
+            raise LayoutMismatchError(
+                f"the library was inverted for {_describe(self.layout)} "
+                f"(prompt_pos={self.prompt_pos}) but is deployed on {_describe(patch_map.layout)}. "
+                "Invert it again for that layout."
+            )
+        if self.key != patch_map.key:
+            raise StaleInversionError(
+                "the patch embedding, the position embedding, the normalisation or the server's "
+                "settings changed since this library was inverted; call invert_library again."
+            )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything that mixing and rounding need into one safetensors file."""
+        settings = {
+            "prompt_pos": self.prompt_pos,
+            "scale": self.scale,
+            "margin": self.margin,
+            "layout": self.layout.to_dict(),
+            "key": self.key,
+        }
+        tensors = {name: getattr(self, name) for name in ("patches", "baseline", "reach_err")}
+        save_stored(Path(path), tensors, self.rounding, settings)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], patch_map: PatchMap | None = None) -> InvertedLibrary:
+        """Read what ``save`` wrote; with ``patch_map``, check that it still fits the backbone.
+
+        Raises:
+            StaleInversionError, LayoutMismatchError: it does not.
+        """
+        tensors, rounding, settings = load_stored(Path(path))
+        settings["layout"] = CanvasLayout.from_dict(settings["layout"])
+        library = cls(**tensors, rounding=rounding, **settings)
+        if patch_map is not None:
+            library.check(patch_map)
+        return library
+
+
+def invert_library(
+    library: Tensor | nn.Module,
+    patch_map: PatchMap,
+    *,
+    prompt_pos: str = "canvas",
+    scale: str = "fixed",
+    margin: float | str = "auto",
+    tol: float = 1e-3,
+    iters: int = 200,
+    on_unreachable: str = "error",
+) -> InvertedLibrary:
+    """Find 8-bit patches whose tokens are the library's.
+
+    Args:
+        library: tokens (K, D), or a module that yields them. With ``prompt_pos="canvas"`` they are
+            contents: what a patch adds to the token of a mid-grey cell. With "none" they are whole
+            tokens, as a PGN or VPT trained in latent space has them.
+        patch_map: of the backbone, for the server and layout of the deployment.
+        prompt_pos: "canvas", or "none" to cancel the position embedding of each prompt's cell.
+        scale: "auto" brightens or dims each prompt to fill the gamut, on backbones with a norm
+            directly behind the token assembly (CLIP); needs ``prompt_pos="none"``.
+        margin: levels to keep free at both ends; "auto": what the rounding's feedback needs.
+        tol: largest relative token error of a library token, before rounding.
+        iters: of the solver, at most.
+        on_unreachable: "error", or "project" to take the nearest patches.
+
+    Returns:
+        The inverted library. A ``GamutLibrary`` is not solved for: its patches are known.
+
+    Raises:
+        UnreachablePromptError, ColumnSpaceError: tokens are out of reach; says how many and why.
+        ScaleNotFreeError: scale="auto" on a backbone where scale matters.
+        PositionCancelError: a cell's position takes the gamut up.
+    """
+    if prompt_pos not in PROMPT_POSITIONS:
+        raise ValueError(f"prompt_pos={prompt_pos!r}; known: {', '.join(PROMPT_POSITIONS)}")
+    if scale not in ("fixed", "auto"):
+        raise ValueError(f"scale={scale!r}; known: fixed, auto")
+    if on_unreachable not in ("error", "project"):
+        raise ValueError(f"on_unreachable={on_unreachable!r}; known: error, project")
+    if scale == "auto" and prompt_pos == "canvas":
+        raise ValueError(
+            'scale="auto" changes the weight of a prompt against its position embedding, which '
+            'prompt_pos="canvas" keeps. Use scale="fixed".'
+        )
+    if prompt_pos == "none" and patch_map.rotary:
+        raise PositionCancelError(
+            f"{patch_map.name} rotates queries and keys by position, which no pixel cancels. "
+            'Train in the canvas layout (GamutLibrary) and use prompt_pos="canvas".'
+        )
+    made_here: dict[str, Any] = {
+        "rounding": patch_map.rounding,
+        "prompt_pos": prompt_pos,
+        "scale": scale,
+        "layout": patch_map.layout,
+        "key": patch_map.key,
+    }
+    if isinstance(library, GamutLibrary):
+        library.check(patch_map)
+        if prompt_pos != "canvas" or scale != "fixed":
+            raise ValueError(
+                'a GamutLibrary is trained with prompt_pos="canvas" and scale="fixed"; got '
+                f"prompt_pos={prompt_pos!r}, scale={scale!r}"
+            )
+        patches = library.pixels().detach().double().cpu() - MID_LEVEL
+        contents = library().detach().double().cpu()
+        reached = patch_map.relative_error(patches @ patch_map.A.T, contents)
+        mid = torch.full((1, patch_map.patch_values), MID_LEVEL)
+        return InvertedLibrary(patches, mid, reached, margin=library.margin, **made_here)
+
+    tokens = library() if isinstance(library, nn.Module) else library
+    tokens = tokens.detach().double().cpu()
+    if tokens.ndim != 2 or tokens.shape[1] != patch_map.embed_dim:
+        raise ValueError(
+            f"library must be (K, D) with D = {patch_map.embed_dim}, the backbone's width; got "
+            f"{tuple(tokens.shape)}"
+        )
+    room = patch_map.rounding.margin if margin == "auto" else float(margin)
+    invert = _exposed if scale == "auto" else _in_gamut
+    patches, baseline, reached = invert(tokens, patch_map, prompt_pos, room, iters)
+    if on_unreachable == "error" and bool((reached > tol).any()):
+        raise _unreachable(tokens, reached, patch_map, prompt_pos, scale, room, tol)
+    return InvertedLibrary(patches, baseline, reached, margin=room, **made_here)
+
+
+def _in_gamut(
+    tokens: Tensor, patch_map: PatchMap, prompt_pos: str, margin: float, iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches (K, n), baseline (1 or P, n) and errors (K,), every mixture inside the gamut."""
+    mid = torch.full((1, patch_map.patch_values), MID_LEVEL, dtype=torch.float64)
+    low, high, baseline = margin, 255 - margin, mid
+    wanted = tokens
+    if prompt_pos == "none":
+        # one patch a cell cancels its position; the library's patches are shared by all cells, in
+        # a box that leaves room for every one of them
+        cancel = _position_patches(patch_map, margin)  # (P, n)
+        low, high = margin - cancel.amin(dim=0), 255 - margin - cancel.amax(dim=0)
+        worst = (low - high).max().item()
+        if worst > 0:
+            cell = patch_map.layout.prompt_cells[int(cancel.abs().amax(dim=1).argmax())]
+            raise _position_error(cell, cancel.abs().max().item())
+        baseline = mid + cancel
+        wanted = tokens - patch_map.constant
+    solver = patch_map.solver
+    y = patch_map.centre(wanted)
+    target = y + mid @ solver.A.T
+    levels = solver.in_box(
+        target.to(_LIBRARY_DTYPE), low, high, mid[0], iterations=iters, tolerance=1e-6
+    ).double()
+    patches = levels - mid
+    # relative to the prompt itself, which is what the blocks see
+    missed = (patches @ solver.A.T - y).norm(dim=1)
+    return patches, baseline, missed / patch_map.centre(tokens).norm(dim=1).clamp_min(1e-30)
+
+
+def _exposed(
+    tokens: Tensor, patch_map: PatchMap, prompt_pos: str, margin: float, iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_in_gamut``, for prompts whose scale is free: offsets of any size, a neutral baseline.
+
+    The baseline of a cell produces the token zero (up to a constant), so that baseline + s *
+    offset is s times the prompt, whatever s.
+    """
+    if not patch_map.scale_free:
+        raise ScaleNotFreeError(
+            'scale="auto" needs a norm directly after token assembly (CLIP norm_pre); '
+            f"{patch_map.name or 'this backbone'} keeps token scale in the residual stream."
+        )
+    solver = patch_map.solver
+    mid = torch.full((patch_map.patch_values,), MID_LEVEL, dtype=torch.float64)
+    cells = list(patch_map.layout.prompt_cells)
+    position = patch_map.centre(patch_map.positions[cells])
+    y = -patch_map.centre(patch_map.d + patch_map.positions[cells])
+    largest = position.norm(dim=1).clamp_min(patch_map.centre(patch_map.constant).norm())
+    # a baseline near grey leaves most room for the prompt; where it does not exist, a wider one
+    for room in (40.0, max(15.0, margin)):
+        baseline = solver.in_box(y, room, 255 - room, mid, iterations=2 * iters)
+        missed = (baseline @ solver.A.T - y).norm(dim=1) / largest.clamp_min(1e-30)
+        if missed.max() <= 1e-3:
+            break
+    else:
+        cell = cells[int(missed.argmax())]
+        raise _position_error(cell, (baseline - MID_LEVEL).abs().max().item())
+    wanted = patch_map.centre(tokens)
+    zero = torch.zeros(1, patch_map.patch_values, dtype=torch.float64)
+    patches = solver.min_norm(wanted, zero)
+    reached = (patches @ solver.A.T - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)
+    scales = largest_scale(baseline[:1], patches, margin)[:, 0]
+    spread = (scales * wanted.std(dim=1, correction=0)).median().item()
+    if spread < MIN_TOKEN_STD:
+        loss = 1 - (spread**2 / (spread**2 + 1e-5)) ** 0.5
+        warnings.warn(
+            f"prompt std after scaling {spread:.3f} < {MIN_TOKEN_STD}: LayerNorm eps attenuates it "
+            f"by {loss:.1%}.",
+            ExposureWarning,
+            stacklevel=3,
+        )
+    return patches, baseline, reached
+
+
+def _position_patches(patch_map: PatchMap, margin: float) -> Tensor:
+    """The smallest offsets (P, n) that take away the position embedding of each prompt's cell."""
+    solver = patch_map.solver
+    positions = patch_map.centre(patch_map.positions[list(patch_map.layout.prompt_cells)])
+    zero = torch.zeros(1, patch_map.patch_values, dtype=torch.float64)
+    cancel = solver.min_norm(-positions, zero)
+    peak = cancel.abs().amax(dim=1)
+    worst = int(peak.argmax())
+    if peak[worst] > MID_LEVEL - margin:
+        raise _position_error(patch_map.layout.prompt_cells[worst], peak[worst].item())
+    return cancel
+
+
+def _position_error(cell: int, peak: float) -> PositionCancelError:
+    return PositionCancelError(
+        f"cancelling pos[cell {cell}] uses {peak:.0f} of 127 levels; choose other cells or retrain "
+        'with prompt_pos="canvas".'
+    )
+
+
+def _unreachable(
+    tokens: Tensor,
+    reached: Tensor,
+    patch_map: PatchMap,
+    prompt_pos: str,
+    scale: str,
+    margin: float,
+    tol: float,
+) -> UnreachablePromptError | ColumnSpaceError:
+    """The refusal with the figures that decide it."""
+    outside = patch_map.solver.unreachable(patch_map.centre(tokens)).norm() / tokens.norm()
+    if patch_map.embed_dim > patch_map.patch_values and outside > tol:
+        p = patch_map.patch_size
+        return ColumnSpaceError(
+            f"embed_dim {patch_map.embed_dim} > 3*{p}*{p} = {patch_map.patch_values}: "
+            f"{outside:.0%} of the library's norm cannot be produced by any image. Train with "
+            "GamutLibrary."
+        )
+    mid = torch.full((1, patch_map.patch_values), MID_LEVEL, dtype=torch.float64)
+    whole = patch_map.centre(tokens if prompt_pos == "canvas" else tokens - patch_map.constant)
+    offsets = patch_map.solver.min_norm(whole, torch.zeros_like(mid))
+    room = largest_scale(mid, offsets, margin).min().item()
+    bad = reached > tol
+    hint = (
+        ' This backbone\'s prompts have free scale: scale="auto" may fit them.'
+        if patch_map.scale_free and scale == "fixed" and prompt_pos == "none"
+        else ""
+    )
+    return UnreachablePromptError(
+        f"{int(bad.sum())} of {len(tokens)} library tokens lie outside the gamut (median residual "
+        f"{reached[bad].median():.2g}, largest reachable scale {room:.2g}). Train with "
+        "GamutLibrary, or convert with GamutLibrary.from_latent(...) and fine-tune; "
+        f'on_unreachable="project" deploys the closest patches.{hint}'
+    )
+
+
+def largest_scale(baseline: Tensor, offsets: Tensor, margin: float) -> Tensor:
+    """The largest s, (..., 1), with margin <= baseline + s * offsets <= 255 - margin."""
+    tiny = 1e-9
+    up = (255 - margin - baseline) / offsets.clamp_min(tiny)
+    down = (baseline - margin) / (-offsets).clamp_min(tiny)
+    return up.minimum(down).amin(dim=-1, keepdim=True)
+
+
+def saturated_fraction(rounded: Tensor) -> float:
+    """Share of uint8 pixels at 0 or 255."""
+    ends: Callable[[Tensor], Tensor] = lambda x: (x == 0) | (x == 255)
+    return ends(rounded).double().mean().item() if rounded.numel() else 0.0
+
+
+def _describe(layout: CanvasLayout) -> str:
+    kind = "enlarged" if layout.compensate_positions else "canvas"
+    return (
+        f"a {layout.grid[0]}x{layout.grid[1]} {kind} with {layout.num_prompts} prompts and an image "
+        f"of {layout.image[0]}x{layout.image[1]} patches"
+    )

@@ -1,0 +1,195 @@
+"""What a server does to an image between the network socket and the patch embedding."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .errors import CodecError, LayoutError
+
+_PILLOW_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """An image API's preprocessing: shorter side to ``resize``, centre crop, /255, mean and std.
+
+    The defaults are the common ImageNet evaluation; ``from_backbone`` reads those of a timm model.
+
+    Attributes:
+        resize: pixels of the shorter side after resizing; None: the server does not resize.
+        crop: pixels of the square centre crop; None: it does not crop.
+        interpolation: the resizing filter, "bicubic", "bilinear", "lanczos" or "nearest".
+        mean, std: of the three channels, in units where 255 levels are 1.
+        codec: "png" (also right for lossless WebP) or "jpeg".
+        quality, subsampling: Pillow's JPEG settings; subsampling 0 is 4:4:4, 2 is 4:2:0.
+        dtype: of the server's weights: "float32", "float16" or "bfloat16".
+        dynamic_size: the server takes images of any size unchanged (timm's ``dynamic_img_size``).
+    """
+
+    resize: int | None = 256
+    crop: int | None = 224
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    codec: str = "png"
+    quality: int = 95
+    subsampling: int = 0
+    dtype: str = "float32"
+    dynamic_size: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("interpolation", self.interpolation, tuple(_PILLOW_FILTERS)),
+            ("codec", self.codec, ("png", "jpeg")),
+            ("dtype", self.dtype, tuple(DTYPES)),
+        ):
+            if value not in known:
+                raise ValueError(f"ServerSpec: {name}={value!r}; known: {', '.join(known)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                f"ServerSpec takes three means and three positive stds, got {self.mean}, {self.std}"
+            )
+        if self.resize is not None and self.crop is not None and self.resize < self.crop:
+            raise ValueError(
+                f"ServerSpec: resize={self.resize} is smaller than crop={self.crop}; the crop would "
+                "be padded. Give the shorter side after resizing, e.g. floor(crop / crop_pct)."
+            )
+        # json gives lists back; equality and hashing want tuples
+        object.__setattr__(self, "mean", tuple(float(m) for m in self.mean))
+        object.__setattr__(self, "std", tuple(float(s) for s in self.std))
+
+    @classmethod
+    def from_backbone(cls, backbone: Any, **overrides: Any) -> ServerSpec:
+        """The evaluation preprocessing that a timm model's own configuration states.
+
+        Args:
+            backbone: a timm vision transformer.
+            **overrides: any field, e.g. ``codec="jpeg"``.
+        """
+        from timm.data import resolve_model_data_config
+
+        config = resolve_model_data_config(backbone)
+        crop = int(config["input_size"][-1])
+        dynamic = bool(getattr(backbone, "dynamic_img_size", False))
+        fields: dict[str, Any] = {
+            "resize": None if dynamic else math.floor(crop / config["crop_pct"]),
+            "crop": None if dynamic else crop,
+            "interpolation": config["interpolation"],
+            "mean": config["mean"],
+            "std": config["std"],
+            "dynamic_size": dynamic,
+        }
+        return cls(**{**fields, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    def check_canvas(self, height: int, width: int) -> None:
+        """Raise LayoutError where a canvas of this size would not pass through unchanged."""
+        size = self.crop if self.crop is not None else self.resize
+        if size is not None and (height, width) != (size, size):
+            raise LayoutError(
+                f"a canvas of {height}x{width} pixels does not survive this server, which resizes "
+                f"to {self.resize} and crops {self.crop}. Use a layout of {size}x{size} pixels "
+                "(CanvasLayout.border), or a server with dynamic_size=True, resize=None, crop=None."
+            )
+
+    @property
+    def border(self) -> int:
+        """Pixels that the centre crop removes at the top and at the left of a square image."""
+        if self.resize is None or self.crop is None:
+            return 0
+        return round((self.resize - self.crop) / 2.0)  # as torchvision's CenterCrop
+
+    def pad(self, canvases: Tensor) -> Tensor:
+        """Surround canvases with grey so that resize and centre crop give them back bit by bit.
+
+        A resize to the size that an image already has is skipped by every common implementation,
+        and the crop then removes exactly what is added here.
+
+        Args:
+            canvases: uint8 (B, 3, H, W).
+
+        Returns:
+            uint8 (B, 3, resize, resize), or the canvases themselves where nothing is cropped.
+        """
+        self.check_canvas(*canvases.shape[-2:])
+        if self.resize is None or self.crop is None or self.resize == self.crop:
+            return canvases
+        padded = canvases.new_full((*canvases.shape[:2], self.resize, self.resize), 128)
+        inside = slice(self.border, self.border + self.crop)
+        padded[:, :, inside, inside] = canvases
+        return padded
+
+    def encode(self, image: Tensor) -> bytes:
+        """One uint8 image (3, H, W) as a file in the server's codec."""
+        buffer = io.BytesIO()
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+        if self.codec == "jpeg":
+            picture.save(buffer, "JPEG", quality=self.quality, subsampling=self.subsampling)
+        else:
+            picture.save(buffer, "PNG", compress_level=1)
+        return buffer.getvalue()
+
+    def preprocess(self, file: bytes) -> Tensor:
+        """A file to the uint8 (3, H, W) that the server normalises: decode, resize, centre crop."""
+        picture = Image.open(io.BytesIO(file)).convert("RGB")
+        if self.resize is not None and min(picture.size) != self.resize:
+            short = min(picture.size)
+            width, height = (int(self.resize * side / short) for side in picture.size)
+            picture = picture.resize((width, height), _PILLOW_FILTERS[self.interpolation])
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if self.crop is None:
+            return pixels
+        top = round((pixels.shape[1] - self.crop) / 2.0)
+        left = round((pixels.shape[2] - self.crop) / 2.0)
+        return pixels[:, top : top + self.crop, left : left + self.crop]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 or float levels (B, 3, H, W) to the float32 input of the network."""
+        mean, std = self._statistics(images)
+        return (images.float() / 255 - mean) / std
+
+    def levels(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) back to 8-bit levels, float32, whole numbers in 0..255."""
+        mean, std = self._statistics(images)
+        return ((images.float() * std + mean) * 255).round().clamp(0, 255)
+
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+    def check_codec(self, patch_size: int) -> None:
+        """Raise CodecError where the codec cannot carry patches of this size."""
+        if self.codec != "jpeg":
+            return
+        if patch_size % 8:
+            raise CodecError(
+                f"jpeg: patch size {patch_size} is not on the 8-pixel JPEG grid, so that a block "
+                "would mix a prompt with its neighbours. Send PNG."
+            )
+        if self.border % 8:
+            raise CodecError(
+                f"jpeg: the server crops {self.border} pixels at each side, which is not on the "
+                "8-pixel JPEG grid. Send PNG."
+            )
+        if self.subsampling != 0:
+            raise CodecError(
+                f"jpeg: subsampling={self.subsampling} averages the colours of neighbouring "
+                "pixels, which destroys the prompts. Send PNG, or JPEG with subsampling=0 (4:4:4)."
+            )

@@ -1,0 +1,60 @@
+"""An inverted library on disk: tensors and the JSON of its settings, in safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .rounding import FeedbackRounding
+
+FORMAT = 1
+
+
+def save_stored(
+    path: Path, tensors: dict[str, Tensor], rounding: FeedbackRounding, settings: dict[str, Any]
+) -> None:
+    """Write the tensors, the rounding and the settings (JSON values) into one file, atomically.
+
+    Of the feedback only the part below the diagonal is stored, row by row.
+    """
+    n = rounding.order.numel()
+    rows, columns = torch.tril_indices(n, n, -1)
+    numbers = {
+        name: getattr(rounding, name) for name in ("token_error", "nearest_token_error", "swing")
+    }
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored["feedback"] = rounding.feedback[rows, columns].cpu()
+    stored["order"] = rounding.order.cpu()
+    metadata = {"settings": json.dumps(settings), "rounding": json.dumps(numbers)}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(stored, temporary, {"format": str(FORMAT), **metadata})
+    temporary.replace(path)
+
+
+def load_stored(path: Path) -> tuple[dict[str, Tensor], FeedbackRounding, dict[str, Any]]:
+    """Read what ``save_stored`` wrote: tensors, rounding, settings.
+
+    Raises:
+        ValueError: the file is no inverted library, or of a newer format.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if metadata.get("format") != str(FORMAT) or "settings" not in metadata:
+        raise ValueError(
+            f"{path}: not an inverted library of format {FORMAT} (found "
+            f"{metadata.get('format')!r}); write it with InvertedLibrary.save"
+        )
+    order, packed = tensors.pop("order"), tensors.pop("feedback")
+    n = order.numel()
+    feedback = torch.zeros(n, n)
+    rows, columns = torch.tril_indices(n, n, -1)
+    feedback[rows, columns] = packed
+    rounding = FeedbackRounding(feedback, order, **json.loads(metadata["rounding"]))
+    return tensors, rounding, json.loads(metadata["settings"])
