@@ -7,5 +7,17 @@ STABLE_TORCH_LIBRARY(pgn_fast_C, m) {
   m.def(
       "mix_prompts_backward(Tensor grad_prompts, Tensor logits, Tensor token_library, "
       "str activation) -> (Tensor, Tensor)");
+  // no backward: see pgn_fast/ops/prompted_patch_embed.py
+  m.def(
+      "prompted_patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, "
+      "Tensor prefix, Tensor? logits, Tensor? token_library, Tensor? prompts, float[] scale, "
+      "float[] shift, str activation, str position) -> Tensor");
+  m.def(
+      "prompt_attention(Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, "
+      "float scale) -> (Tensor, Tensor)");
+  m.def(
+      "prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor prompt_k, "
+      "Tensor prompt_v, Tensor out, Tensor lse, float scale, bool grad_q, bool grad_kv, "
+      "bool grad_prompts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("feedback_round(Tensor levels, Tensor feedback, Tensor order) -> Tensor");
 }

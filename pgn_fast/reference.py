@@ -2,13 +2,16 @@
 
 These functions are a backend like any other, and the yardstick of the tests. They take any
 floating-point dtype, float64 included. Notation: B images, P prompt tokens, K tokens in the token
-library, N patches, S prefix tokens, D embedding width, h heads, T tokens of an image, d head width.
+library, N patches, S prefix tokens, D embedding width, h heads, Q queries and T keys of an image, d
+head width.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 def mixture(logits: Tensor, activation: str = "softmax") -> Tensor:
@@ -32,6 +35,113 @@ def mix_prompts_backward(
         mean = (coefficients * grad_coefficients).sum(dim=-1, keepdim=True)
         return coefficients * (grad_coefficients - mean), grad_library
     return coefficients * (1 - coefficients) * grad_coefficients, grad_library
+
+
+def normalise(images: Tensor, dtype: torch.dtype, scale: list[float], shift: list[float]) -> Tensor:
+    """Pixels (B, C, H, W) -> pixel * scale[c] + shift[c], rounded once to ``dtype``."""
+    if not scale:
+        return images.to(dtype)
+    pixels = images.to(torch.promote_types(dtype, torch.float32))
+    factors = torch.tensor([scale, shift], dtype=pixels.dtype, device=pixels.device)
+    return (pixels * factors[0, :, None, None] + factors[1, :, None, None]).to(dtype)
+
+
+def prompted_patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor,
+    logits: Tensor | None,
+    token_library: Tensor | None,
+    prompts: Tensor | None,
+    scale: list[float],
+    shift: list[float],
+    activation: str,
+    position: str,
+) -> Tensor:
+    """Patch embedding, prefix and prompt tokens of every image: (B, S + N + P, D).
+
+    ``prefix`` (S, D) holds its position embedding already, ``pos_embed`` (N, D) is the patches';
+    prompts are mixed from ``logits`` (B, P, K), or given: (P, D) or (B, P, D), or absent.
+    """
+    pixels = normalise(images, weight.dtype, scale, shift)  # (B, C, H, W)
+    patches = F.conv2d(pixels, weight, bias, stride=weight.shape[2:]).flatten(2).mT  # (B, N, D)
+    if pos_embed is not None:
+        patches = patches + pos_embed
+    B, _, D = patches.shape
+    if logits is not None and token_library is not None:
+        prompts = mix_prompts(logits, token_library, activation)
+    prompts = prefix.new_empty(0, D) if prompts is None else prompts
+    parts = [prefix.expand(B, -1, -1), patches, prompts.expand(B, -1, -1)]
+    return torch.cat(parts if position == "append" else [parts[0], parts[2], parts[1]], dim=1)
+
+
+def patch_embed_grad_images(
+    grad_patches: Tensor, weight: Tensor, shape: torch.Size, scale: list[float]
+) -> Tensor:
+    """Gradient of the patch embedding, (B, D, rows, columns), for the images of ``shape``."""
+    grad = conv2d_input(shape, weight, grad_patches, stride=weight.shape[2:])
+    return grad * grad.new_tensor(scale)[:, None, None] if scale else grad
+
+
+def patch_embed_grad_weight(
+    grad_patches: Tensor, images: Tensor, shape: torch.Size, scale: list[float], shift: list[float]
+) -> Tensor:
+    """Gradient of the patch embedding, (B, D, rows, columns), for the weight of ``shape``."""
+    pixels = normalise(images, grad_patches.dtype, scale, shift)
+    return conv2d_weight(pixels, shape, grad_patches, stride=shape[2:])
+
+
+def prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the prompts' and the tokens' keys together.
+
+    q (B, h, Q, d); k, v (B, h, T, d); prompt_k, prompt_v (h, P, d) or (B, h, P, d)
+    -> attended (B, h, Q, d) and log-sum-exp of the scores (B, h, Q).
+    """
+    scores = scale * q @ _beside(prompt_k, k).mT  # (B, h, Q, P + T)
+    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(dim=-1)
+    return scores.softmax(dim=-1) @ _beside(prompt_v, v), lse
+
+
+def prompt_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    grad_q: bool = True,
+    grad_kv: bool = True,
+    grad_prompts: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of prompt_attention for q, k, v, prompt_k and prompt_v; unwanted ones empty."""
+    P, keys, values = prompt_k.shape[-2], _beside(prompt_k, k), _beside(prompt_v, v)
+    weights = (scale * q @ keys.mT - lse.unsqueeze(-1)).exp().to(q.dtype)  # (B, h, Q, P + T)
+    mean = (grad_out * out).sum(dim=-1, keepdim=True)
+    grad_scores = scale * weights * (grad_out @ values.mT - mean)
+    both = grad_scores.mT @ q, weights.mT @ grad_out  # of keys and of values: (B, h, P + T, d)
+    of_prompts = [grad[:, :, :P] for grad in both]
+    if prompt_k.ndim == 3:  # shared by the batch
+        of_prompts = [grad.sum(dim=0) for grad in of_prompts]
+    none = q.new_empty(0)
+    return (
+        grad_scores @ keys if grad_q else none,
+        both[0][:, :, P:].contiguous() if grad_kv else none.clone(),
+        both[1][:, :, P:].contiguous() if grad_kv else none.clone(),
+        of_prompts[0].contiguous() if grad_prompts else none.clone(),
+        of_prompts[1].contiguous() if grad_prompts else none.clone(),
+    )
+
+
+def _beside(prompts: Tensor, tokens: Tensor) -> Tensor:
+    """(h, P, d) or (B, h, P, d) in front of (B, h, T, d)."""
+    return torch.cat([prompts.expand(tokens.shape[0], -1, -1, -1), tokens], dim=2)
 
 
 def feedback_round(levels: Tensor, feedback: Tensor, order: Tensor) -> Tensor:

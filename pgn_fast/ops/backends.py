@@ -21,6 +21,8 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # it, and an op is listed only where it beats plain torch there.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "mix_prompts": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
+    "prompted_patch_embed": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
+    "prompt_attention": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
     "feedback_round": {"cpu": ("cpu",)},
 }
 

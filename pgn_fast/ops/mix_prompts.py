@@ -12,6 +12,16 @@ from .backends import select_kernel
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
+# What every kernel of this op gets and may rely on:
+#
+#   mix_prompts(logits, token_library, activation) -> prompts (B, P, D), contiguous
+#   mix_prompts_backward(grad_prompts, logits, token_library, activation)
+#       -> (grad_logits (B, P, K), grad_library (K, D)), contiguous
+#
+#   logits (B, P, K), token_library (K, D), grad_prompts (B, P, D): contiguous, one dtype and
+#   device. K >= 1; B, P and D may be 0. Sums run in float32. grad_library is summed over the B * P
+#   rows in an order that depends on nothing but the sizes (no atomics); it is zero for no rows.
+
 
 def mix_prompts(
     logits: Tensor,
@@ -84,7 +94,7 @@ def check(logits: Tensor, token_library: Tensor, activation: str) -> None:
 
 def _kernel(logits: Tensor, token_library: Tensor, activation: str, backend: str) -> Tensor:
     kernel = select_kernel("mix_prompts", backend, logits, token_library)
-    return kernel(logits, token_library, activation)
+    return kernel(logits.contiguous(), token_library.contiguous(), activation)
 
 
 def _fake(logits: Tensor, token_library: Tensor, activation: str, backend: str) -> Tensor:
@@ -95,13 +105,14 @@ def _backward_kernel(
     grad_prompts: Tensor, logits: Tensor, token_library: Tensor, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     kernel = select_kernel("mix_prompts_backward", backend, logits, token_library)
-    return kernel(grad_prompts, logits, token_library, activation)
+    tensors = (t.contiguous() for t in (grad_prompts, logits, token_library))
+    return kernel(*tensors, activation)
 
 
 def _backward_fake(
     grad_prompts: Tensor, logits: Tensor, token_library: Tensor, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(logits), torch.empty_like(token_library)
+    return logits.new_empty(logits.shape), token_library.new_empty(token_library.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

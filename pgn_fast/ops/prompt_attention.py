@@ -1,0 +1,237 @@
+"""Attention over keys of prompts that the whole batch shares and each image's own keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._register import follow_autocast, register_op
+from .backends import select_kernel
+
+# What every kernel of this op gets and may rely on:
+#
+#   prompt_attention(q, k, v, prompt_k, prompt_v, scale) -> (out, lse)
+#   prompt_attention_backward(grad_out, q, k, v, prompt_k, prompt_v, out, lse, scale,
+#                             grad_q, grad_kv, grad_prompts)
+#       -> (grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v)
+#
+#   q (B, h, Q, d); k, v (B, h, T, d); prompt_k, prompt_v (h, P, d), shared by the batch, or
+#   (B, h, P, d). One dtype and device. The last stride of each is 1; the others are free: q, k and
+#   v are often views of one (B, T, 3, h, d) buffer, and prompts of a (P, 2, h, d) one. k and v
+#   have equal shapes but need not have equal strides, likewise prompt_k and prompt_v. An expanded
+#   dimension (stride 0) is possible. h, T >= 1, 1 <= d <= 256; B, Q and P may be 0.
+#   out (B, h, Q, d): the transpose(1, 2) of a contiguous (B, Q, h, d), so that joining the heads
+#   costs nothing. lse (B, h, Q), contiguous float32: natural logarithm of the sum over all keys of
+#   exp(scale * q.k).
+#   grad_out (B, h, Q, d): last stride 1, others free. out and lse come as the forward gave them.
+#   The three flags say which gradients are wanted; what is not wanted is returned as an empty
+#   tensor of shape (0,). grad_q, grad_k, grad_v: the shapes of q, k, v, laid out as `out` is.
+#   grad_prompt_k, grad_prompt_v: the shapes of prompt_k, prompt_v, contiguous; for shared prompts
+#   summed over the batch in an order that depends on nothing but the sizes (no atomics).
+#   Products accumulate in float32, and so does the sum over the batch.
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    scale: float | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax attention over the prompts' and the tokens' keys together.
+
+        out[b, h] = softmax(scale * q[b, h] @ [prompt_k[h]; k[b, h]]^T) @ [prompt_v[h]; v[b, h]]
+
+    Args:
+        q: queries, (B, h, Q, d); float32, float16 or bfloat16 (float64 in plain torch). Q is
+            often T; one query (the class token's) is fine. Any strides; views of one
+            (B, T, 3, h, d) buffer are read in place.
+        k: keys of each image's own tokens, (B, h, T, d).
+        v: values of the same, (B, h, T, d).
+        prompt_k: keys of the prompts, (h, P, d), shared by the batch, or (B, h, P, d). P may be 0.
+        prompt_v: values of the prompts, same shape.
+        scale: of the scores; None: 1 / sqrt(d).
+        backend: "reference", "cpu", "triton" or "cuda" for forward and backward; None runs the
+            fastest that accepts the inputs.
+
+    Returns:
+        (B, h, Q, d) in the dtype of the arguments (under autocast: the autocast dtype), laid out
+        so that ``transpose(1, 2).flatten(2)`` is a view. Differentiable once in all five tensors;
+        gradients that nobody needs are not computed. No (Q, P + T) matrix is kept.
+
+    Raises:
+        ValueError: the shapes, dtypes or devices disagree.
+        RuntimeError: the named backend cannot run these inputs; the message says why.
+
+    Source: Jia et al., ECCV 2022 (arXiv:2203.12119), equation 6: of VPT-Deep's prompts only keys
+    and values matter. Dao, arXiv:2307.08691, section 3 (the log-sum-exp kept for the backward).
+    """
+    q, k, v, prompt_k, prompt_v = follow_autocast(q, k, v, prompt_k, prompt_v)  # type: ignore[assignment]
+    _check(q, k, v, prompt_k, prompt_v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend == "reference":
+        return reference.prompt_attention(q, k, v, prompt_k, prompt_v, scale)[0]
+    return _op(q, k, v, prompt_k, prompt_v, scale, backend or "auto")[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> None:
+    """Refuse what does not fit together, naming the argument and the way out."""
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or _but_rows(q) != _but_rows(k):
+        raise ValueError(
+            "prompt_attention takes q (B, h, Q, d) and k, v (B, h, T, d), got "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}. From a fused projection: "
+            "qkv.reshape(B, T, 3, h, d).permute(2, 0, 3, 1, 4).unbind(0)."
+        )
+    B, h, _, d = q.shape
+    if (
+        prompt_k.ndim not in (3, 4)
+        or prompt_k.shape != prompt_v.shape
+        or _but_rows(prompt_k) != ((h, d) if prompt_k.ndim == 3 else (B, h, d))
+    ):
+        raise ValueError(
+            f"prompt_attention takes prompt_k and prompt_v ({h}, P, {d}), shared by the batch, or "
+            f"({B}, {h}, P, {d}), got {tuple(prompt_k.shape)} and {tuple(prompt_v.shape)}."
+        )
+    if k.shape[2] == 0 or h == 0 or not 1 <= d <= 256:
+        raise ValueError(
+            "prompt_attention takes at least one token and head, and a head width d of 1 to 256; "
+            f"got k {tuple(k.shape)}."
+        )
+    named = {"k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+    for name, tensor in named.items():
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"prompt_attention: q is {q.dtype} on {q.device}, {name} is {tensor.dtype} on "
+                f"{tensor.device}. Convert one, e.g. {name}.to(q)."
+            )
+    if not q.is_floating_point():
+        raise ValueError(f"prompt_attention takes floating-point tensors, got {q.dtype}.")
+
+
+def _but_rows(x: Tensor) -> tuple[int, ...]:
+    return (*x.shape[:-2], x.shape[-1])
+
+
+def _unit_columns(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    kernel = select_kernel("prompt_attention", backend, q, k, v, prompt_k, prompt_v)
+    out, lse = kernel(*map(_unit_columns, (q, k, v, prompt_k, prompt_v)), scale)
+    return _heads_last(out), lse
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """(B, h, Q, d) as the transpose of a contiguous (B, Q, h, d)."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty_heads_last(x: Tensor) -> Tensor:
+    B, h, Q, d = x.shape
+    return x.new_empty(B, Q, h, d).transpose(1, 2)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _empty_heads_last(q), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def _backward_kernel(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    grad_q: bool,
+    grad_kv: bool,
+    grad_prompts: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernel = select_kernel("prompt_attention_backward", backend, q, k, v, prompt_k, prompt_v)
+    inputs = map(_unit_columns, (grad_out, q, k, v, prompt_k, prompt_v))
+    grads = kernel(*inputs, out, lse, scale, grad_q, grad_kv, grad_prompts)
+    return *(_heads_last(g) if g.ndim == 4 else g for g in grads[:3]), *grads[3:]
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    grad_q: bool,
+    grad_kv: bool,
+    grad_prompts: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    none = q.new_empty(0)
+    return (
+        _empty_heads_last(q) if grad_q else none,
+        _empty_heads_last(k) if grad_kv else none.clone(),
+        _empty_heads_last(v) if grad_kv else none.clone(),
+        prompt_k.new_empty(prompt_k.shape) if grad_prompts else none.clone(),
+        prompt_v.new_empty(prompt_v.shape) if grad_prompts else none.clone(),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.backend = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:5]
+    flags = needs[0], needs[1] or needs[2], needs[3] or needs[4]
+    grads = _backward_op(grad_out, *ctx.saved_tensors, ctx.scale, *flags, ctx.backend)
+    wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return *wanted, None, None  # scale and backend have no gradient
+
+
+_backward_op = register_op(
+    "prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor prompt_k, "
+    "Tensor prompt_v, Tensor out, Tensor lse, float scale, bool grad_q, bool grad_kv, "
+    "bool grad_prompts, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_kernel,
+    fake=_backward_fake,
+)
+_op = register_op(
+    "prompt_attention(Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, "
+    "float scale, str backend) -> (Tensor, Tensor)",
+    _kernel,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
