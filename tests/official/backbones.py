@@ -90,18 +90,16 @@ def torchvision_vit(weights: dict[str, Tensor], config: dict[str, Any]) -> Visio
 
 
 def vpt(weights: dict[str, Tensor], config: dict[str, Any]) -> VisionTransformer:
-    """The VPT repository's ViT, without its head. The image size is what its positions cover."""
+    """The VPT repository's ViT, without its head."""
     weights = {n: t for n, t in weights.items() if not n.startswith("head.")}
-    tokens = weights["transformer.embeddings.position_embeddings"].shape[1] - 1
-    side = round(tokens**0.5) * config["patch_size"]
     for i in range(config["layers"]):
         for kind in ("weight", "bias"):
             layer = f"transformer.encoder.layer.{i}.attn."
             q, k, v = (weights.pop(f"{layer}{name}.{kind}") for name in ("query", "key", "value"))
             weights[f"{layer}qkv.{kind}"] = torch.cat([q, k, v])
-    sizes = {**config, "width": config["hidden"], "image_size": max(side, config["image_size"])}
     ratio = config["mlp_dim"] / config["hidden"]
-    return _loaded(_vit(sizes, mlp_ratio=ratio), _rename(weights, _VPT))
+    backbone = _vit({**config, "width": config["hidden"]}, mlp_ratio=ratio)
+    return _loaded(backbone, _rename(weights, _VPT))
 
 
 class DINOHead(nn.Module):
