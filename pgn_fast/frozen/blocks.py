@@ -11,6 +11,8 @@ from timm.layers import apply_rot_embed_cat
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops import prompt_attention
+from ..ops.backends import PREFERENCE, refusal
 from .fold import BlockWeights, Norm
 
 Projected = tuple[Tensor, Tensor, Tensor]
@@ -75,16 +77,36 @@ def rotate(x: Tensor, rope: Tensor | None, start: int, half: bool) -> Tensor:
 
 
 def attend(
-    w: BlockWeights, q: Tensor, k: Tensor, v: Tensor, prompts: tuple[Tensor, Tensor] | None
+    w: BlockWeights,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompts: tuple[Tensor, Tensor] | None,
+    backend: str | None,
 ) -> Tensor:
     """Attention over the tokens and the prompts' keys and values: (B, h, M, d) -> (B, M, A)."""
-    if prompts is not None:
+    if prompts is None:
+        o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
+    elif has_kernel(q, backend):
+        o = prompt_attention(q, k, v, *prompts, w.scale, backend=backend)
+    else:
         k, v = (
-            torch.cat([p.to(t.dtype).expand(len(t), -1, -1, -1), t], dim=-2)
+            torch.cat([p.expand(len(t), -1, -1, -1), t], dim=-2)
             for p, t in zip(prompts, (k, v), strict=True)
         )
-    o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
+        o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
     return _normalise(w.inner_norm, o.transpose(-3, -2).flatten(-2))
+
+
+def has_kernel(x: Tensor, backend: str | None) -> bool:
+    """Whether a kernel of this package runs attention with prompts on tensors like ``x``.
+
+    Without one, torch's attention over concatenated keys is the fastest plain form.
+    """
+    if backend is not None:
+        return backend != "reference"
+    candidates = PREFERENCE["prompt_attention"].get(x.device.type, ())
+    return any(refusal(name, "prompt_attention", x) is None for name in candidates)
 
 
 def attend_absorbed(w: BlockWeights, x: Tensor, num_queries: int, prompts: Tensor | None) -> Tensor:

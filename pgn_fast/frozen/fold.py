@@ -5,9 +5,9 @@ LayerScale gains c, for x_hat = (x - mean) / std (all in float64, rounded once):
 
     W_qkv (g x_hat + e) + b_qkv  =  (W_qkv g) x_hat + (b_qkv + W_qkv e)        norm into Linear
     softmax(s q k)               =  softmax((s q) k)                           scale into W_q, b_q
-    softmax_j(q (k_j + b_k))     =  softmax_j(q k_j)            the key bias shifts all scores alike
+    softmax_j(q (k_j + b_k))     =  softmax_j(q k_j)            the key bias shifts all alike
     sum_j p_j (v_j + b_v)        =  (sum_j p_j v_j) + b_v       p sums to one: W_o b_v joins b_o
-    c (W_o o + b_o)              =  (c W_o) o + c b_o                          LayerScale into Linear
+    c (W_o o + b_o)              =  (c W_o) o + c b_o                         LayerScale into Linear
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def refusal(backbone: nn.Module) -> str | None:
     return None
 
 
-def _block_refusal(block: nn.Module) -> str | None:
+def _block_refusal(block: Any) -> str | None:
     if type(block) not in (Block, EvaBlock):
         return f"{type(block).__name__} is none of the block classes that it knows"
     attention, mlp = block.attn, block.mlp
@@ -145,8 +145,8 @@ def absorb_refusal(block: Any, has_rope: bool) -> str | None:
 
 
 def state_key(modules: list[nn.Module]) -> tuple[Any, ...]:
-    """Changes whenever one of the modules gets another child, hook or mode, or a weight of theirs is
-    replaced, moved, cast or written in place.
+    """Changes whenever one of the modules gets another child, hook or mode, or one of their weights
+    is replaced, moved, cast or written in place.
 
     Writes through ``parameter.data`` go unseen, as they do for autograd.
     """

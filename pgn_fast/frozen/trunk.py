@@ -50,11 +50,19 @@ class FastTrunk:
     Args:
         backbone: as ``load_backbone`` returns it.
         options: which savings are on.
+        backend: of the attention with prompts: "reference", "cpu", "triton" or "cuda"; None is the
+            fastest.
     """
 
-    def __init__(self, backbone: nn.Module, options: FastOptions | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        options: FastOptions | None = None,
+        backend: str | None = None,
+    ) -> None:
         self.backbone: Any = backbone
         self.options = options or FastOptions()
+        self.backend = backend
         self._forget()
 
     def _forget(self) -> None:
@@ -66,10 +74,10 @@ class FastTrunk:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the folded weights: a copy or a pickle makes its own."""
-        return {"backbone": self.backbone, "options": self.options}
+        return {name: getattr(self, name) for name in ("backbone", "options", "backend")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.backbone, self.options = state["backbone"], state["options"]
+        self.__dict__.update(state)
         self._forget()
 
     @property
@@ -200,7 +208,7 @@ class FastTrunk:
             elif step.keys_only and self.options.kv_only:
                 M = self._rows_out(step, num_tokens, num_tokens)
                 keys = self._keys_values(i, w, step.prompts)
-                q, k, v = blocks.project(w, x, M, separate=True)
+                q, k, v = blocks.project(w, x, M, not blocks.has_kernel(keys[0], self.backend))
             else:
                 M = self._rows_out(step, num_tokens + step.prompts.shape[-2], num_tokens)
                 together = torch.cat([x, step.prompts.expand(len(x), -1, -1)], dim=1)
@@ -211,7 +219,7 @@ class FastTrunk:
                 x = together
             num_prefix = self.backbone.num_prefix_tokens
             q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
-            o = blocks.attend(w, q, k, v, keys)
+            o = blocks.attend(w, q, k, v, keys, self.backend)
             return memory.finish_block(w, x[:, :M], o, trade)
 
         again = trade == "min" and torch.is_grad_enabled()
