@@ -1,24 +1,36 @@
-"""Input space: prompts as 8-bit pixels, through an ordinary image API."""
+"""Input space: prompts as 8-bit pixels, through an ordinary image API.
 
-from .errors import (
-    CodecError,
-    ColumnSpaceError,
-    ExposureWarning,
-    InversionError,
-    LayoutError,
-    LayoutMismatchError,
-    MixingError,
-    PositionCancelError,
-    PreprocessError,
-    SaturationWarning,
-    ScaleNotFreeError,
-    StaleInversionError,
-    UnreachablePromptError,
-    UnsupportedPatchEmbedError,
-    UnsupportedPromptError,
-)
-from .gamut import GamutLibrary
-from .layout import CanvasLayout
-from .library import InvertedLibrary, invert_library
-from .patch_map import PatchMap
-from .server_spec import ServerSpec
+    prompter = pgn_fast.invert(model)        # a trained PGN or VPT-Shallow
+    canvases = prompter(images)              # uint8, for the untouched backbone
+
+A model that is to be deployed so is best trained in gamut:
+``PGN(backbone, token_library=GamutLibrary(256, PatchMap.from_backbone(backbone)))``.
+"""
+
+from .deploy import invert as invert
+from .errors import CodecError as CodecError
+from .errors import ColumnSpaceError as ColumnSpaceError
+from .errors import ExposureWarning as ExposureWarning
+from .errors import InversionError as InversionError
+from .errors import LayoutError as LayoutError
+from .errors import LayoutMismatchError as LayoutMismatchError
+from .errors import MixingError as MixingError
+from .errors import PositionCancelError as PositionCancelError
+from .errors import PreprocessError as PreprocessError
+from .errors import SaturationWarning as SaturationWarning
+from .errors import ScaleNotFreeError as ScaleNotFreeError
+from .errors import StaleInversionError as StaleInversionError
+from .errors import UnreachablePromptError as UnreachablePromptError
+from .errors import UnsupportedPatchEmbedError as UnsupportedPatchEmbedError
+from .errors import UnsupportedPromptError as UnsupportedPromptError
+from .gamut import GamutLibrary as GamutLibrary
+from .layout import CanvasLayout as CanvasLayout
+from .library import InvertedLibrary as InvertedLibrary
+from .library import invert_library as invert_library
+from .patch_map import PatchMap as PatchMap
+from .prompter import RgbPrompter as RgbPrompter
+from .prompter import verify as verify
+from .report import InversionReport as InversionReport
+from .report import ReachabilityReport as ReachabilityReport
+from .report import analyse as analyse
+from .server_spec import ServerSpec as ServerSpec

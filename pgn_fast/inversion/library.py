@@ -31,6 +31,7 @@ from .gamut import GamutLibrary
 from .layout import MID_LEVEL, CanvasLayout
 from .patch_map import PatchMap
 from .rounding import FeedbackRounding
+from .server_spec import ServerSpec
 from .stored import load_stored, save_stored
 
 PROMPT_POSITIONS = ("canvas", "none")
@@ -55,7 +56,9 @@ class InvertedLibrary(nn.Module):
             "none": without any, and it is cancelled.
         scale: "fixed" or "auto".
         margin: levels kept free at both ends for the rounding's feedback.
-        layout: the canvas that the library is for.
+        layout, server: what the library is for.
+        image_size: height and width of the images that the model takes, in pixels.
+        patch_size: p, in pixels.
         key: hash of the backbone's input side, see ``PatchMap.key``.
     """
 
@@ -74,6 +77,9 @@ class InvertedLibrary(nn.Module):
         scale: str,
         margin: float,
         layout: CanvasLayout,
+        server: ServerSpec,
+        image_size: tuple[int, int],
+        patch_size: int,
         key: str,
     ) -> None:
         super().__init__()
@@ -85,6 +91,9 @@ class InvertedLibrary(nn.Module):
         self.scale = scale
         self.margin = margin
         self.layout = layout
+        self.server = server
+        self.image_size = tuple(image_size)
+        self.patch_size = patch_size
         self.key = key
 
     def mix(self, coefficients: Tensor) -> Tensor:
@@ -104,7 +113,7 @@ class InvertedLibrary(nn.Module):
         return self.place(coefficients.to(self.patches.dtype) @ self.patches)
 
     def place(self, offsets: Tensor) -> Tensor:
-        """Mixed offsets (..., P, n) to levels: onto the baseline, and exposed where scale is free."""
+        """Mixed offsets (..., P, n) to levels: on the baseline, exposed where scale is free."""
         if self.scale == "fixed":
             return self.baseline + offsets
         return self.baseline + self.exposure(offsets) * offsets
@@ -153,6 +162,9 @@ class InvertedLibrary(nn.Module):
             "scale": self.scale,
             "margin": self.margin,
             "layout": self.layout.to_dict(),
+            "server": self.server.to_dict(),
+            "image_size": list(self.image_size),
+            "patch_size": self.patch_size,
             "key": self.key,
         }
         tensors = {name: getattr(self, name) for name in ("patches", "baseline", "reach_err")}
@@ -167,6 +179,7 @@ class InvertedLibrary(nn.Module):
         """
         tensors, rounding, settings = load_stored(Path(path))
         settings["layout"] = CanvasLayout.from_dict(settings["layout"])
+        settings["server"] = ServerSpec(**settings["server"])
         library = cls(**tensors, rounding=rounding, **settings)
         if patch_map is not None:
             library.check(patch_map)
@@ -228,6 +241,9 @@ def invert_library(
         "prompt_pos": prompt_pos,
         "scale": scale,
         "layout": patch_map.layout,
+        "server": patch_map.server,
+        "image_size": patch_map.image_size,
+        "patch_size": patch_map.patch_size,
         "key": patch_map.key,
     }
     if isinstance(library, GamutLibrary):
@@ -406,6 +422,6 @@ def saturated_fraction(rounded: Tensor) -> float:
 def _describe(layout: CanvasLayout) -> str:
     kind = "enlarged" if layout.compensate_positions else "canvas"
     return (
-        f"a {layout.grid[0]}x{layout.grid[1]} {kind} with {layout.num_prompts} prompts and an image "
-        f"of {layout.image[0]}x{layout.image[1]} patches"
+        f"a {layout.grid[0]}x{layout.grid[1]} {kind} with {layout.num_prompts} prompts and an "
+        f"image of {layout.image[0]}x{layout.image[1]} patches"
     )

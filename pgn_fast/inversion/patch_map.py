@@ -32,6 +32,7 @@ class PatchMap:
         positions: position embedding of every canvas cell, as the server resamples it, (cells, D).
         image_positions: position embedding of every image patch on the backbone's own grid,
             (N, D); the one that compensated positions reproduce.
+        native: the backbone's own grid of patches (rows, columns), for the images it was made for.
         patch_size: p, in pixels.
         layout, server: what the map was made for.
         num_prefix: S, class and register tokens in front of the patches.
@@ -46,6 +47,7 @@ class PatchMap:
     d: Tensor
     positions: Tensor
     image_positions: Tensor
+    native: tuple[int, int]
     patch_size: int
     layout: CanvasLayout
     server: ServerSpec
@@ -75,7 +77,8 @@ class PatchMap:
         projection = _projection(backbone)
         server = ServerSpec.from_backbone(backbone) if server is None else server
         p = projection.kernel_size[0]
-        native = tuple(backbone.patch_embed.grid_size)
+        rows, columns = backbone.patch_embed.grid_size
+        native = (int(rows), int(columns))
         layout = default_layout(native) if layout is None else layout
         server.check_canvas(layout.grid[0] * p, layout.grid[1] * p)
         # the server's arithmetic: weights as its dtype holds them
@@ -94,6 +97,7 @@ class PatchMap:
             d=bias - weight @ (mean / std),
             positions=_positions(backbone, layout.grid),
             image_positions=_positions(backbone, native),
+            native=native,
             patch_size=p,
             layout=layout,
             server=server,
@@ -104,6 +108,14 @@ class PatchMap:
             name=(getattr(backbone, "pretrained_cfg", None) or {}).get("architecture", "")
             or type(backbone).__name__,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchMap:
+        return self  # immutable, and large: copies of a model share it
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that the backbone was made for, in pixels."""
+        return self.native[0] * self.patch_size, self.native[1] * self.patch_size
 
     @property
     def embed_dim(self) -> int:
@@ -200,7 +212,7 @@ def _projection(backbone: Any) -> nn.Conv2d:
 
 @torch.no_grad()
 def _positions(backbone: Any, grid: tuple[int, ...]) -> Tensor:
-    """Position embeddings (cells, D) float64 that the backbone adds on this grid, by its own code."""
+    """Position embeddings (cells, D) float64 on this grid, by the backbone's own code."""
     native = tuple(backbone.patch_embed.grid_size)
     dynamic = bool(getattr(backbone, "dynamic_img_size", False))
     if tuple(grid) != native and not dynamic:

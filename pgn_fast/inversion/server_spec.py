@@ -65,8 +65,8 @@ class ServerSpec:
             )
         if self.resize is not None and self.crop is not None and self.resize < self.crop:
             raise ValueError(
-                f"ServerSpec: resize={self.resize} is smaller than crop={self.crop}; the crop would "
-                "be padded. Give the shorter side after resizing, e.g. floor(crop / crop_pct)."
+                f"ServerSpec: resize={self.resize} is smaller than crop={self.crop}; the crop "
+                "would be padded. Give the shorter side after resizing, floor(crop / crop_pct)."
             )
         # json gives lists back; equality and hashing want tuples
         object.__setattr__(self, "mean", tuple(float(m) for m in self.mean))
