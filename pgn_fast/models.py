@@ -329,7 +329,16 @@ class PGN(PromptedViT):
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         check_images(self.backbone, images)
         prompts = self.prompter(images, backend=backend)
+        # a library that is trained for a canvas knows what stands where (inversion.GamutLibrary)
+        place = getattr(self.prompter.token_library, "place", None)
+        if place is not None:
+            return place(images, prompts)
         return images, PromptSchedule("append", {0: prompts})
+
+    def prompts(self, images: Tensor) -> Tensor:
+        """The prompt tokens of each image, (B, P, D); of a GamutLibrary, what a patch adds to the
+        token of a mid-grey one."""
+        return self.prompter(images, backend=self.backend)
 
 
 class VPT(PromptedViT):
