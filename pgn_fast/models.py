@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from .frozen.images import check_images
 from .frozen.load import load_backbone
-from .frozen.reference import encode_reference, pool, pool_mean, remove_prompts, rows_read
+from .frozen.plan import FastOptions
+from .frozen.reference import pool, pool_mean, rows_read
 from .frozen.schedule import Position, PromptSchedule
+from .frozen.trunk import FastTrunk, encode_plainly
 from .heads import KeptHead, build_head, count_classes, linear_head, trained_dtype
 from .prompts import PixelPrompts, PromptGenerator, VisualPrompts
 from .prompts.pixels import LOCATIONS as PIXEL_LOCATIONS
@@ -35,7 +38,7 @@ class PromptedViT(nn.Module):
         head: a module from pooled features (B, D) to logits.
         config: the constructor's values, by their names; the class embeddings are in the head.
         backend: which backend the ops run on; None is the fastest.
-        fast: whether the engine with exact savings runs the backbone, or timm's own blocks.
+        trunk: the engine with exact savings that runs the backbone; None: timm's own blocks run it.
     """
 
     _head_init = "torch"
@@ -49,7 +52,7 @@ class PromptedViT(nn.Module):
         config: Mapping[str, Any],
         pool: str = "original",
         backend: str | None = None,
-        fast: bool = True,
+        fast: bool | str | Mapping[str, Any] | FastOptions = True,
     ) -> None:
         super().__init__()
         self.backbone: Any = backbone
@@ -59,7 +62,10 @@ class PromptedViT(nn.Module):
         self.config = {**config, "num_classes": count_classes(head, config["num_classes"])}
         self.pool = pool
         self.backend = backend
-        self.fast = fast
+        options = FastOptions.of(fast)
+        self.trunk = None if options is None else FastTrunk(backbone, options, backend)
+        if isinstance(fast, FastOptions):
+            self.config["fast"] = asdict(fast)
         self.train()
 
     @property
@@ -90,18 +96,21 @@ class PromptedViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
         images, schedule = self._prompted(images, self.backend)
-        return self._classify(self._encode(images, schedule, self._rows_read()), schedule)
+        reads = self._reads_prompts()
+        tokens = self._encode(images, schedule, self._rows_read(), reads)
+        return self._classify(tokens, schedule.num_prompts_left if reads else 0)
 
     def forward_reference(self, images: Tensor) -> Tensor:
         """The same logits by timm's own blocks, ``torch.cat`` and plain torch ops."""
         images, schedule = self._prompted(images, "reference")
-        tokens = encode_reference(self.backbone, images, schedule, rows=self._rows_read())
-        return self._classify(tokens, schedule)
+        reads, rows = self._reads_prompts(), self._rows_read()
+        tokens = encode_plainly(self.backbone, images, schedule, rows=rows, prompts_read=reads)
+        return self._classify(tokens, schedule.num_prompts_left if reads else 0)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to tokens after the final norm, prompts removed: (B, S + N, D)."""
         images, schedule = self._prompted(images, self.backend)
-        return self._without_prompts(self._encode(images, schedule), schedule)
+        return self._encode(images, schedule, prompts_read=False)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens of ``forward_features`` to logits, or to pooled features (B, D)."""
@@ -206,26 +215,34 @@ class PromptedViT(nn.Module):
         """Check the images; the images that the backbone gets, and which prompts enter where."""
         raise NotImplementedError
 
-    def _encode(self, images: Tensor, schedule: PromptSchedule, rows: int | None = None) -> Tensor:
+    def _encode(
+        self,
+        images: Tensor,
+        schedule: PromptSchedule,
+        rows: int | None = None,
+        prompts_read: bool = True,
+    ) -> Tensor:
         """The tokens behind the final norm, by the engine that this model was built with.
 
         Returns:
-            (B, S + P + N, D) with prompts where the schedule puts them; with ``rows`` only the
-            first ones, (B, rows, D).
+            (B, S + P + N, D) with prompts where the schedule puts them, or (B, S + N, D) where
+            nobody reads them; with ``rows`` only the first ones, (B, rows, D).
         """
-        return encode_reference(self.backbone, images, schedule, rows=rows)
+        if self.trunk is not None:
+            return self.trunk.encode(images, schedule, rows=rows, prompts_read=prompts_read)
+        return encode_plainly(self.backbone, images, schedule, rows=rows, prompts_read=prompts_read)
 
     def _rows_read(self) -> int | None:
         """How many leading tokens the pooling reads; None: all."""
         return rows_read(self.backbone) if self.pool == "original" else None
 
-    def _classify(self, tokens: Tensor, schedule: PromptSchedule) -> Tensor:
-        if self.pool == "original":
-            if self._rows_read() is None:
-                tokens = self._without_prompts(tokens, schedule)
-            return self._head_on(tokens, prompts=slice(0, 0))
+    def _reads_prompts(self) -> bool:
+        return self.pool in ("prompt_pool", "imgprompt_pool")
+
+    def _classify(self, tokens: Tensor, num_prompts: int) -> Tensor:
+        """Tokens of which ``num_prompts`` behind the prefix tokens are prompts, to logits."""
         first = self.backbone.num_prefix_tokens
-        return self._head_on(tokens, prompts=slice(first, first + schedule.num_prompts_left))
+        return self._head_on(tokens, prompts=slice(first, first + num_prompts))
 
     def _head_on(self, tokens: Tensor, prompts: slice, pre_logits: bool = False) -> Tensor:
         """Pool tokens whose prompts stand at ``prompts``, and classify."""
@@ -244,10 +261,6 @@ class PromptedViT(nn.Module):
             return pooled
         own = next(self.head.parameters(), None)
         return self.head(pooled if own is None else pooled.to(own.dtype))
-
-    def _without_prompts(self, tokens: Tensor, schedule: PromptSchedule) -> Tensor:
-        num_prefix, left = self.backbone.num_prefix_tokens, schedule.num_prompts_left
-        return remove_prompts(tokens, left, schedule.position, num_prefix)
 
 
 class PGN(PromptedViT):
@@ -273,7 +286,8 @@ class PGN(PromptedViT):
         class_embeddings: (C, E), one encoded text per class, for "zero_shot".
         logit_scale: for "zero_shot", already exponentiated (CLIP: 100).
         backend: "reference", "cpu", "triton" or "cuda" for this package's ops; None: the fastest.
-        fast: run the backbone with the exact savings; False: by timm's own blocks.
+        fast: run the backbone with the exact savings; False: by timm's own blocks. Also a memory
+            plan, "fast", "balanced" or "min", or ``FastOptions`` to switch single savings.
 
     Raises:
         ValueError, TypeError: an argument that cannot work; the message says what would.
@@ -300,7 +314,7 @@ class PGN(PromptedViT):
         class_embeddings: Tensor | None = None,
         logit_scale: float = 100.0,
         backend: str | None = None,
-        fast: bool = True,
+        fast: bool | str | Mapping[str, Any] | FastOptions = True,
     ) -> None:
         config = _constructor_values(locals())
         vit: Any = load_backbone(backbone)
@@ -393,7 +407,7 @@ class VPT(PromptedViT):
         class_embeddings: Tensor | None = None,
         logit_scale: float = 100.0,
         backend: str | None = None,
-        fast: bool = True,
+        fast: bool | str | Mapping[str, Any] | FastOptions = True,
     ) -> None:
         config = _constructor_values(locals())
         vit: Any = load_backbone(backbone)

@@ -6,7 +6,7 @@ last module; everything else runs by ``reference.encode_reference``, and ``refus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -57,6 +57,21 @@ class FastOptions:
             raise ValueError(
                 f"memory takes {', '.join(map(repr, get_args(Memory)))}, got {self.memory!r}"
             )
+
+    @classmethod
+    def of(cls, fast: bool | str | Mapping[str, Any] | FastOptions) -> FastOptions | None:
+        """What a model's argument ``fast`` says: True, a memory plan's name, or the switches.
+
+        Returns:
+            None for False: the reference path.
+        """
+        if isinstance(fast, FastOptions):
+            return fast
+        if isinstance(fast, Mapping):
+            return cls(**fast)
+        if isinstance(fast, str):
+            return cls(memory=fast)  # type: ignore[arg-type]
+        return cls() if fast else None
 
 
 _NORMS = (nn.LayerNorm, timm.layers.LayerNorm, timm.layers.RmsNorm)

@@ -25,6 +25,22 @@ from .schedule import PromptSchedule
 _ABSORB_ROWS = 8
 
 
+def encode_plainly(
+    backbone: Any,
+    images: Tensor,
+    schedule: PromptSchedule,
+    *,
+    rows: int | None = None,
+    prompts_read: bool = True,
+) -> Tensor:
+    """``encode_reference`` with the arguments of ``FastTrunk.encode``."""
+    tokens = encode_reference(backbone, images, schedule, rows=rows)
+    if prompts_read or rows is not None:
+        return tokens
+    left = schedule.num_prompts_left
+    return remove_prompts(tokens, left, schedule.position, backbone.num_prefix_tokens)
+
+
 @dataclass(frozen=True)
 class BlockStep:
     """What one block has to do.
@@ -111,11 +127,7 @@ class FastTrunk:
         """
         backbone, num_prefix = self.backbone, self.backbone.num_prefix_tokens
         if self.refusal is not None:
-            tokens = encode_reference(backbone, images, schedule, rows=rows)
-            if prompts_read or rows is not None:
-                return tokens
-            left = schedule.num_prompts_left
-            return remove_prompts(tokens, left, schedule.position, num_prefix)
+            return encode_plainly(backbone, images, schedule, rows=rows, prompts_read=prompts_read)
 
         below = images.requires_grad or schedule.patch_weight is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and below):
