@@ -352,6 +352,7 @@ class PGN(PromptedViT):
     def prompts(self, images: Tensor) -> Tensor:
         """The prompt tokens of each image, (B, P, D); of a GamutLibrary, what a patch adds to the
         token of a mid-grey one."""
+        check_images(self.backbone, images)
         return self.prompter(images, backend=self.backend)
 
 
