@@ -107,3 +107,54 @@ def test_the_order_of_threads_does_not_matter(kernels, seed):
         kernels.launch("mix_prompts", args, torch.float16, seed=order)
         results.append(prompts.clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-sample"])
+@pytest.mark.parametrize(
+    "B, h, Q, T, P, d",
+    [
+        pytest.param(2, 2, 70, 70, 10, 64, id="two-tiles-of-tokens"),
+        pytest.param(3, 1, 19, 33, 65, 40, id="nothing-divides-a-block"),
+        pytest.param(2, 2, 1, 20, 5, 32, id="class-token"),
+        pytest.param(1, 1, 17, 3, 2, 9, id="unaligned-rows"),
+        pytest.param(2, 1, 5, 4, 0, 128, id="no-prompts"),
+        pytest.param(1, 1, 1, 1, 1, 1, id="smallest"),
+    ],
+)
+def test_prompt_attention(kernels, B, h, Q, T, P, d, shared, dtype):
+    q, k, v = (torch.randn(B, n, h, d, dtype=dtype).transpose(1, 2) for n in (Q, T, T))
+    shape = (h, P, d) if shared else (B, h, P, d)
+    prompt_k, prompt_v = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    grad_out = torch.randn(B, Q, h, d, dtype=dtype).transpose(1, 2)
+    inputs, scale, splits = (q, k, v, prompt_k, prompt_v), d**-0.5, min(3, B * Q)
+    out = poisoned(B, Q, h, d, dtype=dtype)
+    lse = poisoned(B, h, Q, dtype=torch.float32)
+    names = ("q", "k", "v", "prompt_k", "prompt_v")
+    forward = cuda_host.PromptAttention(
+        **{name: cuda_host.Heads(x) for name, x in zip(names, inputs, strict=True)},
+        out=cuda_host.Heads(out.transpose(1, 2)),
+        lse=lse,
+        **dict(B=B, h=h, Q=Q, T=T, P=P, d=d, scale=scale),
+    )
+    kernels.launch("prompt_attention", forward, dtype)
+    grads = [poisoned(*x.shape, dtype=dtype) for x in inputs]
+    backward = cuda_host.PromptAttentionBackward(
+        forward=forward,
+        grad_out=cuda_host.Heads(grad_out),
+        **{f"grad_{name}": cuda_host.Heads(x) for name, x in zip(names, grads, strict=True)},
+        delta=torch.full((B, h, Q), torch.nan),
+        partial=torch.full((2, splits, h, P, d), torch.nan),
+        splits=splits,
+        shared=shared,
+    )
+    kernels.launch("prompt_attention_backward", backward, dtype)
+
+    inputs64 = leaves64(*inputs)
+    out64, lse64 = reference.prompt_attention(*inputs64, scale)
+    grads64 = torch.autograd.grad(out64, inputs64, grad_out.double())
+    assert_matches("out", out.transpose(1, 2), out64.detach())
+    assert_matches("lse", lse, lse64.detach())
+    for name, grad, grad64 in zip(names, grads, grads64, strict=True):
+        assert_matches(f"grad_{name}", grad, grad64)
+    assert all(map(intact, (out, lse, *grads)))

@@ -5,6 +5,10 @@
 // source runs on a machine without a GPU, and its indexing, masks and barriers are tested there.
 #pragma once
 
+#include <string.h>
+
+#include <type_traits>
+
 #include "launch.h"
 
 #ifdef PGN_FAST_CUDA_HOST
@@ -132,6 +136,15 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
 }
 #endif
 
+// Two numbers in one register, the first in the lower half.
+template <typename T>
+__device__ inline uint32_t pack(float low, float high) {
+  const T pair[2] = {from_float<T>(low), from_float<T>(high)};
+  uint32_t bits;
+  memcpy(&bits, pair, 4);
+  return bits;
+}
+
 __device__ inline int lane_id() { return threadIdx.x % 32; }
 __device__ inline int warp_id() { return threadIdx.x / 32; }
 
@@ -156,11 +169,12 @@ __host__ __device__ constexpr int tile_stride(int columns) {
   return columns + 16 / static_cast<int>(sizeof(T));
 }
 
-// Fills a kRows x kColumns tile from a row-major matrix, zeros where the matrix ends. Copies run in
-// the background (commit_copies, wait_copies, __syncthreads) where `aligned`: 16-byte aligned rows.
-template <typename T, int kRows, int kColumns, int kThreads>
-__device__ inline void load_tile(T* tile, const T* matrix, int64_t stride, int64_t rows,
-                                 int64_t columns, bool aligned) {
+// Fills a kRows x kColumns tile, zeros past `rows` and `columns`; row_pointer(r) is where the
+// source row r starts. Copies run in the background (commit_copies, wait_copies, __syncthreads)
+// where `aligned`: every source row starts at a multiple of 16 bytes.
+template <typename T, int kRows, int kColumns, int kThreads, typename RowPointer>
+__device__ inline void load_rows(T* tile, RowPointer row_pointer, int64_t rows, int64_t columns,
+                                 bool aligned) {
   constexpr int kVector = 16 / static_cast<int>(sizeof(T)), kPerRow = kColumns / kVector;
   static_assert(kColumns % kVector == 0, "a tile's row is a whole number of 16-byte vectors");
   for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
@@ -168,13 +182,21 @@ __device__ inline void load_tile(T* tile, const T* matrix, int64_t stride, int64
     T* out = tile + row * tile_stride<T>(kColumns) + column;
     int64_t valid = row < rows ? columns - column : 0;
     valid = valid < 0 ? 0 : valid > kVector ? kVector : valid;
-    const T* in = valid > 0 ? matrix + row * stride + column : matrix;
+    const T* in = valid > 0 ? row_pointer(row) + column : row_pointer(0);
     if (aligned) {
       copy_async(out, in, static_cast<int>(valid * sizeof(T)));
     } else {
       for (int j = 0; j < kVector; ++j) out[j] = j < valid ? in[j] : from_float<T>(0.0f);
     }
   }
+}
+
+// The same from a row-major matrix.
+template <typename T, int kRows, int kColumns, int kThreads>
+__device__ inline void load_tile(T* tile, const T* matrix, int64_t stride, int64_t rows,
+                                 int64_t columns, bool aligned) {
+  load_rows<T, kRows, kColumns, kThreads>(
+      tile, [=](int row) { return matrix + row * stride; }, rows, columns, aligned);
 }
 
 inline bool aligned16(const void* pointer, int64_t stride, size_t size) {
@@ -274,6 +296,60 @@ __device__ inline void multiply_tiles(Accumulators<kM, kN>& sums, const T* left,
       }
     }
   }
+}
+
+// sums += left right, where the left operand is a warp's own 16 x 8 kInner accumulators. 16-bit
+// numbers go from register to register (an accumulator's layout is a left operand's); float32 takes
+// the way through `scratch`, 16 rows of shared memory that belong to this warp.
+template <typename T, int kInnerBlocks, int kN>
+__device__ inline void multiply_accumulators(Accumulators<1, kN>& sums,
+                                             const Accumulators<1, kInnerBlocks>& left,
+                                             const T* right, int right_stride, T* scratch) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < kInnerBlocks; k += 2) {
+      const float (&x)[4] = left.block[0][k], (&y)[4] = left.block[0][k + 1];
+      const uint32_t a[4] = {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(y[0], y[1]),
+                             pack<T>(y[2], y[3])};
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        uint32_t b[4];
+        load_right<T, Inner::down>(b, right, right_stride, n * 8, k * 8);
+        multiply_add<T>(sums.block[0][n], a, b[0], b[1]);
+        multiply_add<T>(sums.block[0][n + 1], a, b[2], b[3]);
+      }
+    }
+  } else {
+    constexpr int kStride = tile_stride<T>(kInnerBlocks * 8);
+    __syncwarp();  // the product before is read
+#pragma unroll
+    for (int n = 0; n < kInnerBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scratch[left.row(0, i) * kStride + left.column(n, i)] = left.block[0][n][i];
+      }
+    __syncwarp();
+    multiply_tiles<T, Inner::along, Inner::down, kInnerBlocks * 8>(sums, scratch, kStride, right,
+                                                                   right_stride);
+  }
+}
+
+// out[i] = sum of partial[s, i] over the splits, in their order: the same bits in every run.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    add_splits_kernel(const float* partial, T* out, int splits, int64_t size) {
+  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  if (i >= size) return;
+  float sum = 0.0f;
+  for (int s = 0; s < splits; ++s) sum += partial[s * size + i];
+  out[i] = from_float<T>(sum);
+}
+template <typename T>
+cudaError_t add_splits(const void* partial, void* out, int splits, int64_t size,
+                       cudaStream_t stream) {
+  if (size == 0) return cudaSuccess;
+  return launch(add_splits_kernel<T>, dim3(ceil_div(size, 256)), 256, 0, stream,
+                static_cast<const float*>(partial), static_cast<T*>(out), splits, size);
 }
 
 }  // namespace pgn_fast::cuda

@@ -34,4 +34,33 @@ struct MixPromptsBackward {
 cudaError_t mix_prompts_backward(const MixPromptsBackward& args, Number number,
                                  cudaStream_t stream);
 
+// A (B, h, T, d) tensor by element strides; the last dimension is contiguous.
+struct Heads {
+  void* data;
+  int64_t batch, head, token;
+};
+
+struct PromptAttention {
+  Heads q, k, v;             // [B, h, T or Q, d]
+  Heads prompt_k, prompt_v;  // [B, h, P, d]; batch stride 0 where the batch shares them
+  Heads out;                 // [B, h, Q, d]
+  float* lse;                // [B, h, Q]: log of the sum over keys of exp(scale * q k)
+  int B, h, Q, T, P, d;      // Q query rows, T keys of an image's own
+  float scale;
+};
+cudaError_t prompt_attention(const PromptAttention& args, Number number, cudaStream_t stream);
+
+struct PromptAttentionBackward {
+  PromptAttention forward;
+  Heads grad_out;                      // [B, h, Q, d]
+  Heads grad_q, grad_k, grad_v;        // null data where not wanted
+  Heads grad_prompt_k, grad_prompt_v;  // contiguous; null data where not wanted
+  float* delta;                        // scratch: [B, h, Q]
+  float* partial;                      // scratch: [2, splits, h, P, d], where the batch shares P
+  int splits;                          // of the B * Q rows that a shared prompt key sees
+  bool shared;                         // the batch shares the prompts: their gradients are summed
+};
+cudaError_t prompt_attention_backward(const PromptAttentionBackward& args, Number number,
+                                      cudaStream_t stream);
+
 }  // namespace pgn_fast::cuda

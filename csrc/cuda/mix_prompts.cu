@@ -238,16 +238,6 @@ __global__ void __launch_bounds__(kThreads)
       }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    add_splits_kernel(const float* partial, T* out, int splits, int64_t size) {
-  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (i >= size) return;
-  float sum = 0.0f;
-  for (int s = 0; s < splits; ++s) sum += partial[s * size + i];
-  out[i] = from_float<T>(sum);
-}
-
 template <typename T, bool kSoftmax, int kRows>
 cudaError_t launch_forward(const MixPrompts& a, cudaStream_t stream) {
   const dim3 grid(ceil_div(a.R, kRows), ceil_div(a.D, kColumns));
@@ -274,10 +264,7 @@ cudaError_t launch_backward(const MixPromptsBackward& a, cudaStream_t stream) {
   error =
       launch(grad_library_kernel<T, kSoftmax>, grid, kThreads, library_bytes, stream, a, aligned);
   if (error != cudaSuccess || a.splits == 1) return error;
-  const int64_t size = int64_t{a.K} * a.D;
-  return launch(add_splits_kernel<T>, dim3(ceil_div(size, kThreads)), kThreads, 0, stream,
-                static_cast<const float*>(a.partial), static_cast<T*>(a.grad_library), a.splits,
-                size);
+  return add_splits<T>(a.partial, a.grad_library, a.splits, int64_t{a.K} * a.D, stream);
 }
 
 }  // namespace

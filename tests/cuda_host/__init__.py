@@ -101,3 +101,38 @@ class MixPromptsBackward(Arguments):
         *((name, integer) for name in ("K", "D", "splits")),
         ("softmax", boolean),
     )
+
+
+class Heads(ctypes.Structure):
+    """A (B, h, T, d) tensor, or (h, P, d) shared by the batch, by its element strides."""
+
+    _fields_ = (("data", pointer), ("batch", long), ("head", long), ("token", long))
+
+    def __init__(self, x: Tensor | None = None):
+        if x is None:
+            super().__init__()
+        else:
+            strides = x.stride() if x.ndim == 4 else (0, *x.stride())
+            assert strides[-1] == 1
+            super().__init__(x.data_ptr(), *strides[:-1])
+        self.tensor = x
+
+
+class PromptAttention(Arguments):
+    _fields_ = (
+        *((name, Heads) for name in ("q", "k", "v", "prompt_k", "prompt_v", "out")),
+        ("lse", pointer),
+        *((name, integer) for name in ("B", "h", "Q", "T", "P", "d")),
+        ("scale", single),
+    )
+
+
+class PromptAttentionBackward(Arguments):
+    _fields_ = (
+        ("forward", PromptAttention),
+        *((name, Heads) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
+        *((name, Heads) for name in ("grad_prompt_k", "grad_prompt_v")),
+        *((name, pointer) for name in ("delta", "partial")),
+        ("splits", integer),
+        ("shared", boolean),
+    )

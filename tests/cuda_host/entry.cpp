@@ -1,5 +1,6 @@
 // The kernels of csrc/cuda compiled for the host, behind plain C functions for ctypes.
 #include "mix_prompts.cu"
+#include "prompt_attention.cu"
 
 extern "C" {
 void set_seed(unsigned seed) { pgn_fast::cuda::host::seed = seed; }
@@ -10,5 +11,13 @@ int mix_prompts(const pgn_fast::cuda::MixPrompts* args, int number) {
 int mix_prompts_backward(const pgn_fast::cuda::MixPromptsBackward* args, int number) {
   return pgn_fast::cuda::mix_prompts_backward(*args, static_cast<pgn_fast::cuda::Number>(number),
                                               nullptr);
+}
+int prompt_attention(const pgn_fast::cuda::PromptAttention* args, int number) {
+  return pgn_fast::cuda::prompt_attention(*args, static_cast<pgn_fast::cuda::Number>(number),
+                                          nullptr);
+}
+int prompt_attention_backward(const pgn_fast::cuda::PromptAttentionBackward* args, int number) {
+  return pgn_fast::cuda::prompt_attention_backward(
+      *args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
 }
 }

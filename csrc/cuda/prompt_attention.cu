@@ -1,0 +1,454 @@
+// CUDA kernels of pgn_fast.ops.prompt_attention: softmax attention of an image's queries over its
+// own keys and the prompts' keys together, without a matrix of scores in memory and without a copy
+// of the prompts for each image.
+//
+// Forward and d_q: a block owns 16 query rows a warp and walks the keys in tiles of 64, the image's
+// own first, then the prompts'. K and V have one buffer each: while a tile of V is used the next K
+// arrives, and the other way round.
+//
+// d_k, d_v: a block owns 64 keys and walks query rows, with keys along the rows of the scores so
+// that the transposed probabilities are left operands straight from registers. A prompt key that
+// the batch shares does not care whose row it meets: for it the whole batch is one sequence of B *
+// Q rows, cut into `splits` ranges whose float32 sums are added in a fixed order.
+#include "device.cuh"
+
+namespace pgn_fast::cuda {
+namespace {
+
+constexpr int kKeys = 64, kRowsPerWarp = 16;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+template <typename T>
+__device__ inline T* row_of(const Heads& x, int b, int h, int64_t token) {
+  return static_cast<T*>(x.data) + b * x.batch + h * x.head + token * x.token;
+}
+
+// The tiles of keys of one (image, head): its own tokens, then the prompts.
+struct KeyTiles {
+  int own, total;
+  __device__ explicit KeyTiles(const PromptAttention& a)
+      : own(static_cast<int>(ceil_div(a.T, kKeys))),
+        total(own + static_cast<int>(ceil_div(a.P, kKeys))) {}
+  __device__ int first(int tile) const { return (tile < own ? tile : tile - own) * kKeys; }
+  __device__ int count(const PromptAttention& a, int tile) const {
+    const int left = (tile < own ? a.T : a.P) - first(tile);
+    return left < kKeys ? left : kKeys;
+  }
+  __device__ const Heads& keys(const PromptAttention& a, int tile) const {
+    return tile < own ? a.k : a.prompt_k;
+  }
+  __device__ const Heads& values(const PromptAttention& a, int tile) const {
+    return tile < own ? a.v : a.prompt_v;
+  }
+};
+
+template <typename T, int kD, int kWarps>
+struct QueryBlock {
+  static constexpr int kThreads = kWarps * 32, kRows = kWarps * kRowsPerWarp;
+  static constexpr int kStride = tile_stride<T>(kD);
+  static constexpr int kScratch = sizeof(T) == 4 ? kRows * tile_stride<T>(kKeys) : 0;
+
+  __device__ static void load_keys(T* tile, const Heads& x, int b, int h, int first, int count,
+                                   int d, bool aligned) {
+    load_tile<T, kKeys, kD, kThreads>(tile, row_of<T>(x, b, h, first), x.token, count, d, aligned);
+    commit_copies();
+  }
+  __device__ static T* warp_scratch(T* scratch) {
+    return scratch + warp_id() * kRowsPerWarp * tile_stride<T>(kKeys);
+  }
+};
+
+template <typename T, int kD, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    attention_kernel(PromptAttention a, bool aligned) {
+  using Block = QueryBlock<T, kD, kWarps>;
+  constexpr int kStride = Block::kStride, kN = kD / 8, kKeyBlocks = kKeys / 8;
+  T* queries = reinterpret_cast<T*>(dynamic_shared());  // [kRows, kD]
+  T* keys = queries + Block::kRows * kStride;           // [kKeys, kD]
+  T* values = keys + kKeys * kStride;                   // [kKeys, kD]
+  T* scratch = values + kKeys * kStride;
+
+  const int b = blockIdx.y / a.h, h = blockIdx.y % a.h;
+  const int first = blockIdx.x * Block::kRows, rows = a.Q - first;
+  const KeyTiles tiles(a);
+  load_tile<T, Block::kRows, kD, Block::kThreads>(queries, row_of<T>(a.q, b, h, first), a.q.token,
+                                                  rows, a.d, aligned);
+  auto load_k = [&](int tile) {
+    Block::load_keys(keys, tiles.keys(a, tile), b, h, tiles.first(tile), tiles.count(a, tile), a.d,
+                     aligned);
+  };
+  auto load_v = [&](int tile) {
+    Block::load_keys(values, tiles.values(a, tile), b, h, tiles.first(tile), tiles.count(a, tile),
+                     a.d, aligned);
+  };
+  load_k(0);
+  load_v(0);
+
+  Accumulators<1, kN> out;
+  out.clear();
+  // of the thread's two rows, lane / 4 and lane / 4 + 8, in units of log2
+  float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+  const float scale = a.scale * kLog2e;
+  for (int tile = 0; tile < tiles.total; ++tile) {
+    wait_copies<1>();
+    __syncthreads();  // K has landed
+    Accumulators<1, kKeyBlocks> scores;
+    scores.clear();
+    multiply_tiles<T, Inner::along, Inner::along, kD>(
+        scores, queries + warp_id() * kRowsPerWarp * kStride, kStride, keys, kStride);
+    __syncthreads();  // K is read
+    if (tile + 1 < tiles.total) load_k(tile + 1);
+
+    const int count = tiles.count(a, tile);
+    float bound[2] = {largest[0], largest[1]};
+#pragma unroll
+    for (int n = 0; n < kKeyBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& s = scores.block[0][n][i];
+        s = scores.column(n, i) < count ? s * scale : -INFINITY;
+        bound[i / 2] = fmaxf(bound[i / 2], s);
+      }
+    float rescale[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      bound[i] = lanes_max<4>(bound[i]);
+      rescale[i] =
+          exp2f(largest[i] - bound[i]);  // the first tile has a finite score: never inf - inf
+      largest[i] = bound[i];
+      sum[i] *= rescale[i];
+    }
+#pragma unroll
+    for (int n = 0; n < kKeyBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& s = scores.block[0][n][i];
+        s = exp2f(s - bound[i / 2]);
+        sum[i / 2] += s;
+      }
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out.block[0][n][i] *= rescale[i / 2];
+
+    if (tile + 1 < tiles.total) {
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    __syncthreads();  // V has landed
+    multiply_accumulators<T>(out, scores, values, kStride, Block::warp_scratch(scratch));
+    __syncthreads();  // V is read
+    if (tile + 1 < tiles.total) load_v(tile + 1);
+  }
+
+#pragma unroll
+  for (int i = 0; i < 2; ++i) sum[i] = lanes_sum<4>(sum[i]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = warp_id() * kRowsPerWarp + out.row(0, i);
+    if (row >= rows) continue;
+    T* to = row_of<T>(a.out, b, h, first + row);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const int d = out.column(n, i);
+      if (d < a.d) to[d] = from_float<T>(out.block[0][n][i] / sum[i / 2]);
+    }
+    if (i % 2 == 0 && lane_id() % 4 == 0) {
+      a.lse[int64_t{blockIdx.y} * a.Q + first + row] = (largest[i / 2] + log2f(sum[i / 2])) * kLn2;
+    }
+  }
+}
+
+// delta = <out, grad_out> of every query row, and d_q where it is wanted.
+template <typename T, int kD, int kWarps>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    grad_query_kernel(PromptAttentionBackward g, bool aligned) {
+  using Block = QueryBlock<T, kD, kWarps>;
+  constexpr int kStride = Block::kStride, kN = kD / 8, kKeyBlocks = kKeys / 8, kLanes = 2;
+  const PromptAttention& a = g.forward;
+  T* queries = reinterpret_cast<T*>(dynamic_shared());                    // [kRows, kD]
+  T* grads = queries + Block::kRows * kStride;                            // [kRows, kD]
+  T* keys = grads + Block::kRows * kStride;                               // [kKeys, kD]
+  T* values = keys + kKeys * kStride;                                     // [kKeys, kD]
+  float* row_delta = reinterpret_cast<float*>(values + kKeys * kStride);  // [kRows]
+  T* scratch = reinterpret_cast<T*>(row_delta + Block::kRows);
+
+  const int b = blockIdx.y / a.h, h = blockIdx.y % a.h;
+  const int first = blockIdx.x * Block::kRows, rows = a.Q - first;
+  const int64_t statistics = int64_t{blockIdx.y} * a.Q + first;
+  const int r = threadIdx.x / kLanes;
+  float delta = 0.0f;
+  if (r < rows) {
+    const T* out = row_of<T>(a.out, b, h, first + r);
+    const T* grad = row_of<T>(g.grad_out, b, h, first + r);
+    for (int d = threadIdx.x % kLanes; d < a.d; d += kLanes) {
+      delta += to_float(out[d]) * to_float(grad[d]);
+    }
+  }
+  delta = lanes_sum<kLanes>(delta);
+  if (threadIdx.x % kLanes == 0) {
+    row_delta[r] = delta;
+    if (r < rows) g.delta[statistics + r] = delta;
+  }
+  if (g.grad_q.data == nullptr) return;
+
+  const KeyTiles tiles(a);
+  load_tile<T, Block::kRows, kD, Block::kThreads>(queries, row_of<T>(a.q, b, h, first), a.q.token,
+                                                  rows, a.d, aligned);
+  load_tile<T, Block::kRows, kD, Block::kThreads>(grads, row_of<T>(g.grad_out, b, h, first),
+                                                  g.grad_out.token, rows, a.d, aligned);
+  commit_copies();
+  const float scale = a.scale * kLog2e;
+  float lse[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = warp_id() * kRowsPerWarp + lane_id() / 4 + 8 * i;
+    lse[i] = row < rows ? a.lse[statistics + row] * kLog2e
+                        : INFINITY;  // rows past the end weigh nothing
+  }
+  Accumulators<1, kN> grad_q;
+  grad_q.clear();
+  for (int tile = 0; tile < tiles.total; ++tile) {
+    __syncthreads();  // the tiles before are read
+    const int count = tiles.count(a, tile);
+    Block::load_keys(keys, tiles.keys(a, tile), b, h, tiles.first(tile), count, a.d, aligned);
+    Block::load_keys(values, tiles.values(a, tile), b, h, tiles.first(tile), count, a.d, aligned);
+    wait_copies<0>();
+    __syncthreads();
+    const int offset = warp_id() * kRowsPerWarp * kStride;
+    Accumulators<1, kKeyBlocks> weights, grad_weights;
+    weights.clear();
+    grad_weights.clear();
+    multiply_tiles<T, Inner::along, Inner::along, kD>(weights, queries + offset, kStride, keys,
+                                                      kStride);
+    multiply_tiles<T, Inner::along, Inner::along, kD>(grad_weights, grads + offset, kStride, values,
+                                                      kStride);
+#pragma unroll
+    for (int n = 0; n < kKeyBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = warp_id() * kRowsPerWarp + weights.row(0, i);
+        const float p = weights.column(n, i) < count
+                            ? exp2f(weights.block[0][n][i] * scale - lse[i / 2])
+                            : 0.0f;
+        weights.block[0][n][i] = p * (grad_weights.block[0][n][i] - row_delta[row]);
+      }
+    multiply_accumulators<T>(grad_q, weights, keys, kStride, Block::warp_scratch(scratch));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = warp_id() * kRowsPerWarp + grad_q.row(0, i);
+    if (row >= rows) continue;
+    T* to = row_of<T>(g.grad_q, b, h, first + row);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const int d = grad_q.column(n, i);
+      if (d < a.d) to[d] = from_float<T>(grad_q.block[0][n][i] * a.scale);
+    }
+  }
+}
+
+// d_k and d_v of 64 keys. blockIdx.y is (image, head), or the head alone where kShared: then
+// blockIdx.z is the range of the batch's rows, and the sums go to `partial`.
+template <typename T, int kD, bool kShared>
+__global__ void __launch_bounds__(128, 2)
+    grad_keys_kernel(PromptAttentionBackward g, Heads k, Heads v, Heads grad_k, Heads grad_v,
+                     int keys_count, bool aligned) {
+  constexpr int kWarps = 4, kThreads = kWarps * 32, kRows = kKeys, kStride = tile_stride<T>(kD);
+  constexpr int kN = kD / 8, kRowBlocks = kRows / 8;
+  const PromptAttention& a = g.forward;
+  T* keys = reinterpret_cast<T*>(dynamic_shared());                    // [kKeys, kD]
+  T* values = keys + kKeys * kStride;                                  // [kKeys, kD]
+  T* queries = values + kKeys * kStride;                               // [kRows, kD]
+  T* grads = queries + kRows * kStride;                                // [kRows, kD]
+  float* row_lse = reinterpret_cast<float*>(grads + kRows * kStride);  // [kRows]
+  float* row_delta = row_lse + kRows;                                  // [kRows]
+  T* scratch =
+      reinterpret_cast<T*>(row_delta + kRows) + warp_id() * kRowsPerWarp * tile_stride<T>(kRows);
+
+  const int b = kShared ? 0 : blockIdx.y / a.h, h = blockIdx.y % a.h;
+  const int first_key = blockIdx.x * kKeys, count = keys_count - first_key;
+  const int64_t all = int64_t{a.B} * a.Q, per_split = ceil_div(all, g.splits);
+  const int64_t begin = kShared ? blockIdx.z * per_split : int64_t{b} * a.Q;
+  const int64_t end = kShared ? (begin + per_split < all ? begin + per_split : all) : begin + a.Q;
+  load_tile<T, kKeys, kD, kThreads>(keys, row_of<T>(k, b, h, first_key), k.token, count, a.d,
+                                    aligned);
+  load_tile<T, kKeys, kD, kThreads>(values, row_of<T>(v, b, h, first_key), v.token, count, a.d,
+                                    aligned);
+  commit_copies();
+
+  const float scale = a.scale * kLog2e;
+  const int offset = warp_id() * kRowsPerWarp * kStride;
+  Accumulators<1, kN> sum_k, sum_v;
+  sum_k.clear();
+  sum_v.clear();
+  for (int64_t row = begin; row < end; row += kRows) {
+    __syncthreads();  // the tiles before are read
+    const int64_t rows = end - row;
+    load_rows<T, kRows, kD, kThreads>(
+        queries,
+        [&](int r) {
+          return row_of<T>(a.q, static_cast<int>((row + r) / a.Q), h, (row + r) % a.Q);
+        },
+        rows, a.d, aligned);
+    load_rows<T, kRows, kD, kThreads>(
+        grads,
+        [&](int r) {
+          return row_of<T>(g.grad_out, static_cast<int>((row + r) / a.Q), h, (row + r) % a.Q);
+        },
+        rows, a.d, aligned);
+    commit_copies();
+    if (threadIdx.x < kRows) {
+      const int64_t i = row + threadIdx.x, at = (i / a.Q * a.h + h) * a.Q + i % a.Q;
+      row_lse[threadIdx.x] = threadIdx.x < rows ? a.lse[at] * kLog2e : INFINITY;  // weighs nothing
+      row_delta[threadIdx.x] = threadIdx.x < rows ? g.delta[at] : 0.0f;
+    }
+    wait_copies<0>();
+    __syncthreads();
+    Accumulators<1, kRowBlocks> weights, grad_weights;  // keys along the rows
+    weights.clear();
+    multiply_tiles<T, Inner::along, Inner::along, kD>(weights, keys + offset, kStride, queries,
+                                                      kStride);
+#pragma unroll
+    for (int n = 0; n < kRowBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& w = weights.block[0][n][i];
+        w = exp2f(w * scale - row_lse[weights.column(n, i)]);
+      }
+    multiply_accumulators<T>(sum_v, weights, grads, kStride, scratch);
+    grad_weights.clear();
+    multiply_tiles<T, Inner::along, Inner::along, kD>(grad_weights, values + offset, kStride, grads,
+                                                      kStride);
+#pragma unroll
+    for (int n = 0; n < kRowBlocks; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights.block[0][n][i] *= grad_weights.block[0][n][i] - row_delta[weights.column(n, i)];
+      }
+    multiply_accumulators<T>(sum_k, weights, queries, kStride, scratch);
+  }
+
+  const int64_t size = int64_t{a.h} * a.P * a.d;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int key = warp_id() * kRowsPerWarp + sum_k.row(0, i);
+    if (key >= count) continue;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      const int d = sum_k.column(n, i);
+      if (d >= a.d) continue;
+      const float to_k = sum_k.block[0][n][i] * a.scale, to_v = sum_v.block[0][n][i];
+      if constexpr (kShared) {
+        const int64_t at = blockIdx.z * size + (int64_t{h} * a.P + first_key + key) * a.d + d;
+        g.partial[at] = to_k;
+        g.partial[g.splits * size + at] = to_v;
+      } else {
+        if (grad_k.data) row_of<T>(grad_k, b, h, first_key + key)[d] = from_float<T>(to_k);
+        if (grad_v.data) row_of<T>(grad_v, b, h, first_key + key)[d] = from_float<T>(to_v);
+      }
+    }
+  }
+}
+
+template <typename T>
+bool aligned_heads(const Heads& x) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch * sizeof(T) % 16 == 0 &&
+         x.head * sizeof(T) % 16 == 0 && x.token * sizeof(T) % 16 == 0;
+}
+
+template <typename T>
+bool all_aligned(const PromptAttention& a) {
+  return aligned_heads<T>(a.q) && aligned_heads<T>(a.k) && aligned_heads<T>(a.v) &&
+         (a.P == 0 || (aligned_heads<T>(a.prompt_k) && aligned_heads<T>(a.prompt_v)));
+}
+
+template <typename T, int kD, int kWarps>
+cudaError_t launch_forward(const PromptAttention& a, cudaStream_t stream) {
+  using Block = QueryBlock<T, kD, kWarps>;
+  const dim3 grid(ceil_div(a.Q, Block::kRows), a.B * a.h);
+  const size_t bytes = ((Block::kRows + 2 * kKeys) * Block::kStride + Block::kScratch) * sizeof(T);
+  return launch(attention_kernel<T, kD, kWarps>, grid, Block::kThreads, bytes, stream, a,
+                all_aligned<T>(a));
+}
+
+template <typename T, int kD, int kWarps>
+cudaError_t launch_grad_query(const PromptAttentionBackward& g, bool aligned, cudaStream_t stream) {
+  using Block = QueryBlock<T, kD, kWarps>;
+  const PromptAttention& a = g.forward;
+  const dim3 grid(ceil_div(a.Q, Block::kRows), a.B * a.h);
+  const size_t bytes = (2 * (Block::kRows + kKeys) * Block::kStride + Block::kScratch) * sizeof(T) +
+                       Block::kRows * sizeof(float);
+  return launch(grad_query_kernel<T, kD, kWarps>, grid, Block::kThreads, bytes, stream, g, aligned);
+}
+
+template <typename T, int kD>
+cudaError_t launch_backward(const PromptAttentionBackward& g, cudaStream_t stream) {
+  const PromptAttention& a = g.forward;
+  const bool aligned = all_aligned<T>(a) && aligned_heads<T>(g.grad_out);
+  cudaError_t error = a.Q <= kRowsPerWarp ? launch_grad_query<T, kD, 1>(g, aligned, stream)
+                                          : launch_grad_query<T, kD, 4>(g, aligned, stream);
+  const size_t scratch = sizeof(T) == 4 ? kKeys * tile_stride<T>(kKeys) * sizeof(T) : 0;
+  const size_t bytes =
+      4 * kKeys * tile_stride<T>(kD) * sizeof(T) + 2 * kKeys * sizeof(float) + scratch;
+  auto keys = [&](auto kernel, const Heads& k, const Heads& v, const Heads& grad_k,
+                  const Heads& grad_v, int count, dim3 grid) {
+    if (error != cudaSuccess || count == 0 || !(grad_k.data || grad_v.data)) return;
+    grid.x = static_cast<unsigned>(ceil_div(count, kKeys));
+    error = launch(kernel, grid, 128, bytes, stream, g, k, v, grad_k, grad_v, count, aligned);
+  };
+  const dim3 each_image(1, a.B * a.h);
+  keys(grad_keys_kernel<T, kD, false>, a.k, a.v, g.grad_k, g.grad_v, a.T, each_image);
+  if (!g.shared) {
+    keys(grad_keys_kernel<T, kD, false>, a.prompt_k, a.prompt_v, g.grad_prompt_k, g.grad_prompt_v,
+         a.P, each_image);
+    return error;
+  }
+  keys(grad_keys_kernel<T, kD, true>, a.prompt_k, a.prompt_v, g.grad_prompt_k, g.grad_prompt_v, a.P,
+       dim3(1, a.h, g.splits));
+  const int64_t size = int64_t{a.h} * a.P * a.d;
+  if (error == cudaSuccess && g.grad_prompt_k.data) {
+    error = add_splits<T>(g.partial, g.grad_prompt_k.data, g.splits, size, stream);
+  }
+  if (error == cudaSuccess && g.grad_prompt_v.data) {
+    error =
+        add_splits<T>(g.partial + g.splits * size, g.grad_prompt_v.data, g.splits, size, stream);
+  }
+  return error;
+}
+
+// Calls function(integral constant) with the padded head width.
+template <typename Function>
+cudaError_t with_width(int d, Function function) {
+  if (d <= 32) return function(std::integral_constant<int, 32>());
+  if (d <= 64) return function(std::integral_constant<int, 64>());
+  if (d <= 96) return function(std::integral_constant<int, 96>());
+  if (d <= 128) return function(std::integral_constant<int, 128>());
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t prompt_attention(const PromptAttention& a, Number number, cudaStream_t stream) {
+  if (a.B == 0 || a.Q == 0) return cudaSuccess;
+  return with_number(number, [&](auto zero) {
+    return with_width(a.d, [&](auto width) {
+      using T = decltype(zero);
+      return a.Q <= kRowsPerWarp ? launch_forward<T, width(), 1>(a, stream)
+                                 : launch_forward<T, width(), 4>(a, stream);
+    });
+  });
+}
+
+cudaError_t prompt_attention_backward(const PromptAttentionBackward& g, Number number,
+                                      cudaStream_t stream) {
+  if (g.forward.B == 0 || g.forward.Q == 0) return cudaSuccess;
+  return with_number(number, [&](auto zero) {
+    return with_width(g.forward.d, [&](auto width) {
+      return launch_backward<decltype(zero), width()>(g, stream);
+    });
+  });
+}
+
+}  // namespace pgn_fast::cuda
