@@ -1,0 +1,83 @@
+"""What prompts are compared with: a linear probe, and fine-tuning of the whole backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..heads import linear_head
+
+
+class LinearProbe(nn.Module):
+    """A trained linear layer on the pooled features of a frozen backbone.
+
+    Args:
+        backbone: a frozen timm vision transformer, from ``load_backbone``; it stays in eval mode.
+        num_classes: C.
+    """
+
+    def __init__(self, backbone: Any, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.num_classes = num_classes
+        self.config = {"num_classes": num_classes}
+        self.head = linear_head(backbone, num_classes)
+
+    def train(self, mode: bool = True) -> LinearProbe:
+        """Training mode for the head; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, C)."""
+        with torch.no_grad():
+            features = self.backbone.forward_features(images)
+            pooled = self.backbone.forward_head(features, pre_logits=True)
+        return self.head(pooled)
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """The head's weights."""
+        return {f"head.{name}": value for name, value in self.head.state_dict().items()}
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what ``adapter_state_dict`` gave; RuntimeError where it does not fit."""
+        self.head.load_state_dict({k.removeprefix("head."): v for k, v in state.items()})
+
+
+class FineTuned(nn.Module):
+    """A backbone that is trained as a whole, with a new linear head.
+
+    Args:
+        backbone: a timm vision transformer; from here on its weights change.
+        num_classes: C.
+    """
+
+    def __init__(self, backbone: Any, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(True)
+        # the backbone's own head would be a parameter without a gradient
+        self.backbone.reset_classifier(0)
+        self.num_classes = num_classes
+        self.config = {"num_classes": num_classes}
+        self.head = linear_head(backbone, num_classes)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone, as the backbone names them."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, C)."""
+        features = self.backbone.forward_features(images)
+        return self.head(self.backbone.forward_head(features, pre_logits=True))
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """All weights: backbone and head."""
+        return self.state_dict()
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what ``adapter_state_dict`` gave; RuntimeError where it does not fit."""
+        self.load_state_dict(state)

@@ -1,0 +1,144 @@
+"""Arguments that several commands share, and what becomes of them."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DATA_HELP = (
+    "a folder with one sub-folder a class (with train/, val/, test/ above them, or without), a "
+    "name of timm's such as torch/cifar10, hfds/NAME or wds/NAME, or 'digits'"
+)
+
+
+def add_device_argument(parser: argparse._ActionsContainer) -> None:
+    """``--device``; see ``pick_device``."""
+    parser.add_argument(
+        "--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the first that works)"
+    )
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; without a name cuda, then mps, then cpu.
+
+    Raises:
+        UserError: no such device, or it is not there.
+    """
+    import torch
+
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; give cuda, mps or cpu.") from error
+    there = {
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if not there.get(device.type, False):
+        raise UserError(
+            f"--device {name}: torch {torch.__version__} finds no such device here; leave it out "
+            "to use the first that works."
+        )
+    return device
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """DATA and timm's flags for the same: ``data_config`` puts them together."""
+    parser.add_argument("data", metavar="DATA", nargs="?", help=f"{DATA_HELP} (default: digits)")
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", metavar="NAME", help="timm's flag for DATA as a name")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of a named data set, or DATA")
+    group.add_argument(
+        "--dataset-download",
+        action="store_true",
+        default=None,
+        help="let torchvision download a torch/ data set",
+    )
+    group.add_argument(
+        "--num-classes", type=int, metavar="C", help="where the data do not tell (default: they do)"
+    )
+    return group
+
+
+def data_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration's fields that ``add_data_arguments`` gives, those that were given.
+
+    Raises:
+        UserError: DATA, --dataset and --data-dir contradict each other.
+    """
+    given = {n: getattr(args, n) for n in ("dataset_download", "num_classes")}
+    places = [p for p in (args.data, args.data_dir) if p is not None]
+    if len(places) == 2 and (args.dataset or "/" not in args.data):
+        raise UserError(f"DATA {args.data} and --data-dir {args.data_dir}: give one of them.")
+    if args.dataset:
+        given |= {"data": args.dataset, "data_dir": places[0] if places else None}
+    elif len(places) == 2:
+        given |= {"data": args.data, "data_dir": args.data_dir}
+    elif places:
+        given |= {"data": places[0]}
+    return {n: v for n, v in given.items() if v is not None}
+
+
+class KeyValues(argparse.Action):
+    """``--flag a=1 b=x`` to {"a": 1, "b": "x"}: Python literals where they are some."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        pairs = {}
+        for word in values:
+            key, equals, text = word.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes NAME=VALUE, got {word!r}")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """ADAPTER and how to come by its backbone; see ``load_adapter``."""
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", help="a folder such as runs/pgn/best, with its two files"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the backbone (default: the one that the adapter names)"
+    )
+    parser.add_argument(
+        "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
+    )
+
+
+def load_adapter(args: argparse.Namespace) -> Any:
+    """The adapter in front of its backbone, frozen and in eval mode.
+
+    Raises:
+        UserError: no adapter, a damaged one, or a backbone that does not fit.
+    """
+    from ..adapters import from_pretrained, read_config
+    from ..errors import as_user_error
+    from ..frozen.load import load_backbone
+
+    with as_user_error(TypeError, RuntimeError):
+        if args.model is None and not args.model_kwargs:
+            return from_pretrained(args.adapter)
+        name = args.model or read_config(args.adapter)["base_model_name_or_path"]
+        return from_pretrained(args.adapter, load_backbone(name, **(args.model_kwargs or {})))
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Batch size, workers and precision of a command that only runs a model forward."""
+    parser.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="(64)")
+    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="processes (0)")
+    parser.add_argument("--amp", action="store_true", help="mixed precision")
+    parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16")

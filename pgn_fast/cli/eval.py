@@ -1,0 +1,104 @@
+"""``pgn-fast eval``: score an adapter on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..train.config import TrainConfig
+from ._options import (
+    add_adapter_arguments,
+    add_data_arguments,
+    add_device_argument,
+    add_run_arguments,
+    data_fields,
+    load_adapter,
+    pick_device,
+)
+
+if TYPE_CHECKING:
+    from ..train.data import Split
+
+HELP = "score an adapter on labelled images"
+EPILOG = """\
+examples:
+  pgn-fast eval runs/pgn/best                              the 797 test digits
+  pgn-fast eval runs/photos/best photos --split val
+  pgn-fast eval runs/photos/best more_photos --results-file score.json
+"""
+_NAMES = {"val": "validation", "valid": "validation", "training": "train", "testing": "test"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_adapter_arguments(parser)
+    data = add_data_arguments(parser)
+    data.add_argument(
+        "--split", metavar="NAME", help="default: test, or all of a folder without splits"
+    )
+    parser.add_argument("--results-file", metavar="FILE", help="write the score there as JSON")
+    add_run_arguments(parser)
+    add_device_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = TrainConfig.make(**data_fields(args))
+    device = pick_device(args.device)
+    # the data first: they are sooner wrong, and sooner found to be
+    split = _load(config, args.split)
+
+    from ..train.data import count_classes
+    from ..train.distributed import Processes
+    from ..train.evaluation import Autocast, evaluate
+    from ..train.loader import eval_transform, make_loader
+    from ..train.reports import write_json
+
+    num_classes = config.num_classes or 0 if split.streamed else count_classes(split, None)
+    model = load_adapter(args).to(device)
+    _check_fit(args.adapter, model, split, num_classes)
+    loader = make_loader(
+        split, eval_transform(model.preprocessing), args.batch_size, workers=args.workers
+    )
+    autocast = Autocast(device, args.amp, args.amp_dtype)
+    score = evaluate(model, loader, model.num_classes, autocast, Processes(device))
+    for name in score.unreadable:
+        print(f"unreadable, left out: {name}")
+    top5 = "" if score.top5 is None else f"  top-5 {score.top5:.2f} %"
+    print(
+        f"{split.name}: top-1 {score.top1:.2f} %{top5}  loss {score.loss:.4f}  {score.images} of "
+        f"{score.images + len(score.unreadable)} images: {split.origin}"
+    )
+    if args.results_file:
+        content = {"adapter": str(args.adapter), "split": split.origin, **score.as_dict()}
+        write_json(Path(args.results_file), content)
+    return 0
+
+
+def _load(config: TrainConfig, wanted: str | None) -> Split:
+    import dataclasses
+
+    from ..train.data import has_split_folders, load_split
+
+    if wanted is None:
+        return load_split(config, "test" if has_split_folders(config) else "all")
+    name = _NAMES.get(wanted, wanted)
+    if name in ("train", "validation", "test", "all"):
+        return load_split(config, name)
+    return load_split(dataclasses.replace(config, test_split=wanted), "test")
+
+
+def _check_fit(adapter: str, model: object, split: Split, num_classes: int) -> None:
+    """The adapter's classes are the data's."""
+    have = model.num_classes  # type: ignore[attr-defined]
+    if num_classes and num_classes != have:
+        raise UserError(
+            f"{split.origin} has {num_classes} classes, the head of {adapter} has {have}."
+        )
+    trained, found = model.class_names, split.class_names  # type: ignore[attr-defined]
+    if trained and found and trained != found:
+        i = next(i for i, pair in enumerate(zip(trained, found, strict=True)) if len({*pair}) > 1)
+        raise UserError(
+            f"class {i} is {trained[i]!r} in {adapter} and {found[i]!r} in {split.origin}: these "
+            "are not the classes that it was trained on."
+        )

@@ -1,0 +1,187 @@
+"""``pgn-fast train``: adapt a frozen backbone to images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..train.config import METHODS, RECIPES, SCHEDULES, TrainConfig
+from ._options import (
+    KeyValues,
+    add_data_arguments,
+    add_device_argument,
+    data_fields,
+    pick_device,
+)
+
+HELP = "adapt a frozen vision transformer to your images"
+EPILOG = """\
+examples:
+  pgn-fast train                                          handwritten digits, offline
+  pgn-fast train photos --model vit_base_patch16_224 --method vpt-deep --amp
+  pgn-fast train --dataset torch/cifar100 --data-dir data --dataset-download --method pgn
+  pgn-fast train photos --recipe vpt-official --lr 0.5 -b 128 --epochs 50
+  pgn-fast train --resume runs/photos                     continue after a kill, to the bit
+  torchrun --nproc-per-node 8 -m pgn_fast.cli train photos --amp
+
+what comes out, in --output: best/ and last/ (adapters: eval, predict and from_pretrained take
+them), checkpoint.pt (for --resume), history.csv, learning_curve.png, summary.json (which says
+which split each figure comes from). Without a validation split one is carved from the training
+images by --seed; the test split is touched once, at the end.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data = add_data_arguments(parser)
+    data.add_argument("--train-split", metavar="NAME", help="default: train, or the whole folder")
+    data.add_argument("--val-split", metavar="NAME", help="default: val/, or carved from train")
+    data.add_argument("--test-split", metavar="NAME", help="default: test/ where there is one")
+    _add(data, "val_fraction", float, "share of train that is carved, where there is no val")
+    data.add_argument("-j", "--workers", type=int, metavar="N", help=_with("workers", "processes"))
+
+    model = parser.add_argument_group("model")
+    _add(model, "model", str, "a timm vision transformer, with its tag; pgn_demo_vit is inside")
+    model.add_argument(
+        "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
+    )
+    _add(model, "method", str, "what is trained", choices=METHODS)
+    _add(model, "num_prompts", int, "P; vpt-*: 50")
+    _add(model, "library_size", int, "K, tokens in PGN's library")
+    _add(model, "generator", str, "PGN's network: resnet10, or a timm name such as resnet18")
+    model.add_argument("--resolution", type=int, metavar="R", help="of PGN's network, in pixels")
+    _add(model, "activation", str, "PGN's mixture", choices=("softmax", "sigmoid"))
+    _add(model, "prompt_dropout", float, "VPT")
+    model.add_argument("--project-dim", type=int, metavar="D", help="VPT: stored prompt width")
+    model.add_argument(
+        "--no-fast", dest="fast", action="store_false", default=None, help="timm's own blocks"
+    )
+    model.add_argument("--backend", metavar="NAME", help="of the ops (default: the fastest)")
+
+    recipe = parser.add_argument_group("optimisation (defaults differ by --method)")
+    recipe.add_argument("--recipe", choices=tuple(RECIPES), help="a published recipe's values")
+    _add(recipe, "opt", str, "optimizer, by timm's name")
+    _add(recipe, "lr", float, "highest learning rate; vpt-*, linear: 0.01, full: 1e-4")
+    _add(recipe, "weight_decay", float, "full: 0.05")
+    _add(recipe, "momentum", float, "of SGD")
+    _add(recipe, "sched", str, "learning rate schedule", choices=SCHEDULES)
+    _add(recipe, "epochs", int, "passes over the training images")
+    _add(recipe, "warmup_epochs", float, "until the highest rate")
+    recipe.add_argument("--min-lr", type=float, metavar="X", help="at the end")
+    _add(recipe, "warmup_lr", float, "at the beginning")
+    recipe.add_argument(
+        "-b", "--batch-size", type=int, metavar="N", help=_with("batch_size", "images a process")
+    )
+    _add(recipe, "grad_accum_steps", int, "batches an optimizer step")
+    recipe.add_argument("--clip-grad", type=float, metavar="NORM", help="largest gradient norm")
+    _add(recipe, "smoothing", float, "of the labels")
+
+    pixels = parser.add_argument_group("augmentation (digits: none)")
+    pixels.add_argument("--no-aug", action="store_true", default=None, help="resize only")
+    for name in ("scale", "ratio"):
+        pixels.add_argument(
+            f"--{name}", type=float, nargs=2, metavar="X", help=_with(name, "of random crops")
+        )
+    _add(pixels, "hflip", float, "probability")
+    _add(pixels, "vflip", float, "probability")
+    _add(pixels, "color_jitter", float, "strength")
+    pixels.add_argument("--color-jitter-prob", type=float, metavar="X", help="probability")
+    _add(pixels, "grayscale_prob", float, "probability")
+    pixels.add_argument("--aa", metavar="NAME", help="timm's auto-augment, e.g. rand-m9-mstd0.5")
+    _add(pixels, "reprob", float, "of random erasing")
+    for name in ("mean", "std"):
+        pixels.add_argument(
+            f"--{name}", type=float, nargs=3, metavar="X", help="(default: the backbone's own)"
+        )
+    pixels.add_argument("--crop-pct", type=float, metavar="X", help="of the evaluation's crop")
+    pixels.add_argument("--interpolation", metavar="NAME", help="(default: the backbone's own)")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", metavar="DIR", help="default: runs/METHOD")
+    run.add_argument(
+        "--resume", nargs="?", const="", metavar="DIR", help="continue the run in DIR (or --output)"
+    )
+    _add(run, "seed", int, "of everything that is random")
+    add_device_argument(run)
+    run.add_argument("--amp", action="store_true", default=None, help="mixed precision")
+    _add(run, "amp_dtype", str, "of --amp", choices=("bfloat16", "float16"))
+    run.add_argument(
+        "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile"
+    )
+    _add(run, "recovery_interval", int, "batches between checkpoints inside an epoch; 0: none")
+    _add(run, "log_interval", int, "batches between looks at the loss")
+    run.add_argument("--tensorboard", action="store_true", default=None, help="log for TensorBoard")
+
+
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
+
+
+def _with(name: str, help_text: str) -> str:
+    default = _DEFAULTS[name]
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    return f"{help_text} (default: {shown})"
+
+
+def _add(
+    group: argparse._ArgumentGroup,
+    name: str,
+    kind: type,
+    help_text: str,
+    choices: tuple[str, ...] | None = None,
+) -> None:
+    """A flag of a field of TrainConfig; not given, it is None, and the method's default counts."""
+    group.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        choices=choices,
+        metavar=None if choices else {int: "N", float: "X", str: "NAME"}[kind],
+        help=_with(name, help_text),
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    given: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in _DEFAULTS
+        if name not in ("data", "data_dir") and getattr(args, name) is not None
+    } | data_fields(args)
+    output, config = _output_and_config(args, given)
+
+    from ..train.loop import train
+
+    summary = train(config, output, device=pick_device(args.device), resume=args.resume is not None)
+    _print_results(summary, output)
+    return 0
+
+
+def _output_and_config(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, TrainConfig]:
+    if args.resume and args.output and Path(args.resume) != Path(args.output):
+        raise UserError(f"--resume {args.resume} and --output {args.output}: give one of them.")
+    if args.resume and not Path(args.resume).is_dir():
+        raise UserError(f"--resume: no folder {args.resume}.")
+    if args.resume is None:
+        config = TrainConfig.make(args.recipe, **given)
+        output = Path(args.output or f"runs/{config.method}")
+        if (output / "checkpoint.pt").exists():
+            raise UserError(
+                f"--output: {output} holds a run already. Add --resume to continue it, or give "
+                "another folder."
+            )
+        return output, config
+    from ..train.loop import resume_config
+
+    output = Path(args.resume or args.output or f"runs/{given.get('method', TrainConfig.method)}")
+    return output, resume_config(output, given) or TrainConfig.make(args.recipe, **given)
+
+
+def _print_results(summary: dict[str, Any], output: Path) -> None:
+    print(f"best epoch {summary['best_epoch']}, chosen by {summary['chosen_by']}")
+    for name in ("train", "validation", "test"):
+        if summary[name]:
+            top1, images, origin = (summary[name][key] for key in ("top1", "images", "split"))
+            print(f"{name:>10}: top-1 {top1:6.2f} %  {images} images: {origin}")
+    if summary["unreadable"]["count"]:
+        print(f"unreadable: {summary['unreadable']['count']} images, named in summary.json")
+    print(f"written to {output}")

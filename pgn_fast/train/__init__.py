@@ -1,0 +1,1 @@
+"""Training: data, recipe, loop, checkpoints, reports. ``loop.train(config)`` runs it all."""

@@ -1,0 +1,82 @@
+"""Checkpoints of a run: everything that decides the rest of it, in one file, replaced at once.
+
+A run writes its adapters and reports first and this file last. Killed in between, it does the last
+stretch again from the older checkpoint and comes to the same bits (on CPU), so no moment is unsafe.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..adapters.atomic import write_files
+from ..errors import UserError
+
+FILE = "checkpoint.pt"
+_FORMAT = 1
+
+
+def save(output: Path, state: dict[str, Any]) -> None:
+    """Replace the run's checkpoint by ``state``: tensors, numbers, strings, lists and dicts.
+
+    Raises:
+        OSError: it could not be written; the older checkpoint is whole.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": _FORMAT, **state}, buffer)
+    write_files({output / FILE: buffer.getvalue()})
+
+
+def load(output: Path) -> dict[str, Any] | None:
+    """The run's checkpoint, tensors on the CPU; None where there is none yet.
+
+    Raises:
+        UserError: the file is no checkpoint of this library, or damaged.
+    """
+    path = output / FILE
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # torch names a damaged file and a pickle with code in it by many exceptions
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--resume: {path} is damaged or no checkpoint ({reason}).") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise UserError(
+            f"--resume: {path} is not a checkpoint that this version of pgn_fast can continue."
+        )
+    return state
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Where Python's, NumPy's and torch's generators stand."""
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [
+            numpy_state["state"]["key"].tolist(),
+            numpy_state["state"]["pos"],
+            numpy_state["has_gauss"],
+            numpy_state["gauss"],
+        ],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Put all generators back to where ``random_state`` found them."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    key, pos, has_gauss, np_gauss = state["numpy"]
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), pos, has_gauss, np_gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,408 @@
+"""Images and their splits: a folder, timm's data set names, or scikit-learn's digits.
+
+Every figure that a run reports names the split it comes from, so a split carries its own origin.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+STREAMED = ("wds", "hfids", "tfds")
+NAMED = ("torch", "hfds", *STREAMED)
+_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+DIGITS_TRAIN = 1000
+
+
+class Images(Protocol):
+    """A list of labelled images, opened when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        """The image in RGB and its label. Raises OSError where it cannot be read."""
+
+    def name(self, index: int) -> str:
+        """What a message calls this image."""
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """All labels, where they can be had without opening the images."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images under a name that results are reported by.
+
+    Attributes:
+        name: "train", "validation", "test" or "all".
+        origin: where the images come from, in words.
+        images: the list that ``indices`` points into; a timm iterable where the data are streamed.
+        indices: which of them belong to this split, ascending.
+        class_names: the classes in label order; None where the data set does not name them.
+    """
+
+    name: str
+    origin: str
+    images: Any
+    indices: Sequence[int]
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def streamed(self) -> bool:
+        return not hasattr(self.images, "open")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a run trains on, selects its model by, and touches once at the end."""
+
+    train: Split
+    validation: Split | None
+    test: Split | None
+    num_classes: int
+    class_names: list[str] | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files; ``labels`` is None where nobody knows their classes."""
+
+    paths: Sequence[Path]
+    labels: Sequence[int] | None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.paths[index]) as image:
+            return image.convert("RGB"), -1 if self.labels is None else self.labels[index]
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+@dataclass(frozen=True)
+class DigitImages:
+    """scikit-learn's 1,797 handwritten digits: 8 × 8 pixels of 0 … 16, here as RGB of 0 … 255."""
+
+    pixels: Any  # (1797, 8, 8) uint8
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), self.labels[index]
+
+    def name(self, index: int) -> str:
+        return f"digits[{index}]"
+
+
+@dataclass(frozen=True)
+class NamedImages:
+    """A data set that timm made, with random access: torchvision's or Hugging Face's."""
+
+    dataset: Any
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        reader = getattr(self.dataset, "reader", None)
+        # timm's own __getitem__ would put the next image in the place of an unreadable one
+        image, label, *_ = self.dataset[index] if reader is None else reader[index]
+        if not isinstance(image, Image.Image):
+            image = Image.open(image)
+        return image.convert("RGB"), int(label)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        targets = getattr(self.dataset, "targets", None)
+        return None if targets is None else [int(t) for t in targets]
+
+
+def load_splits(config: TrainConfig) -> Splits:
+    """The training, validation and test images that a configuration names.
+
+    Where there is no validation split, one is carved from the training images by ``config.seed``,
+    class by class; the test images are never part of it.
+
+    Raises:
+        UserError: no such data, an empty class, classes that differ between splits, labels out of
+            range.
+    """
+    train = load_split(config, "train")
+    validation = _optional(config, "validation", config.val_split)
+    test = _optional(config, "test", config.test_split)
+    if train.streamed:
+        num_classes = _streamed_classes(train, config.num_classes)
+    else:
+        num_classes = count_classes(train, config.num_classes)
+        for split in (validation, test):
+            if split is not None and not split.streamed:
+                _check_same_classes(train, split)
+                count_classes(split, num_classes)
+        if validation is None and config.val_fraction > 0:
+            train, validation = carve_validation(train, config.val_fraction, config.seed)
+    return Splits(train, validation, test, num_classes, train.class_names)
+
+
+def load_split(config: TrainConfig, name: str) -> Split:
+    """One split of the data: "train", "validation", "test", or "all" images of a flat folder.
+
+    Raises:
+        UserError: no such data or split; the message names the splits that there are.
+    """
+    wanted = {
+        "train": config.train_split,
+        "validation": config.val_split,
+        "test": config.test_split,
+    }.get(name)
+    prefix = config.data.partition("/")[0].lower()
+    if config.data == "digits":
+        return _digits(name)
+    if prefix in NAMED and not Path(config.data).exists():
+        return _named(config, name, wanted)
+    return _folder(Path(config.data), name, wanted)
+
+
+def has_split_folders(config: TrainConfig) -> bool:
+    """Whether the data come in splits; False for a plain folder of class folders."""
+    root = Path(config.data)
+    return not root.is_dir() or any(_child(root, name) for name in _FOLDERS)
+
+
+def _optional(config: TrainConfig, name: str, wanted: str | None) -> Split | None:
+    """A split that may be missing, unless the user named it."""
+    if wanted is not None:
+        return load_split(config, name)
+    if config.data == "digits":
+        return load_split(config, name) if name == "test" else None
+    root = Path(config.data)
+    if root.is_dir():
+        return load_split(config, name) if _child(root, name) and _child(root, "train") else None
+    # torchvision's small data sets have a training and a test part; of others timm does not say
+    has_test = config.data.lower().startswith("torch/") and name == "test"
+    return load_split(config, name) if has_test else None
+
+
+def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Part the training images into (training, validation), class by class where labels are known.
+
+    Args:
+        fraction: share of each class that goes to validation, rounded; a class of one image stays
+            in training.
+        seed: decides which images; the same seed gives the same split on every machine.
+
+    Raises:
+        UserError: no image would be left on one of the two sides.
+    """
+    groups: dict[int, list[int]] = {}
+    labels = train.images.labels
+    for i in train.indices:
+        groups.setdefault(0 if labels is None else labels[i], []).append(i)
+    held_out: set[int] = set()
+    for label in sorted(groups):
+        members = groups[label]
+        count = min(round(fraction * len(members)), len(members) - 1)
+        held_out.update(random.Random(f"{seed}/{label}").sample(members, count))
+    if not held_out:
+        raise UserError(
+            f"--val-fraction {fraction:g} of {len(train)} training images is no image; give a "
+            "larger share, or 0 to train without validation."
+        )
+    origin = f"{fraction:.0%} of {train.origin}, carved by seed {seed}"
+    return (
+        replace(train, indices=[i for i in train.indices if i not in held_out]),
+        Split("validation", origin, train.images, sorted(held_out), train.class_names),
+    )
+
+
+def image_files(paths: Sequence[str | os.PathLike[str]]) -> FolderImages:
+    """Every image among these files and folders, labels unknown, for prediction.
+
+    Raises:
+        UserError: a path that does not exist, or no image at all.
+    """
+    from timm.data.readers import reader_image_folder
+
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            samples, _ = reader_image_folder.find_images_and_targets(str(path))
+            found += [Path(file) for file, _ in samples]
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"no file or folder named {path}.")
+    if not found:
+        raise UserError(f"no image in {', '.join(map(str, paths))}.")
+    return FolderImages(found, None)
+
+
+def _digits(name: str) -> Split:
+    from sklearn.datasets import load_digits
+
+    if name not in ("train", "test"):
+        raise UserError(f"digits has the splits train and test, not {name!r}.")
+    data = load_digits()
+    images = DigitImages((data.images * (255 / 16)).astype("uint8"), data.target.tolist())
+    # the file's order follows its writers; the split is one fixed shuffle, whatever --seed is
+    order = list(range(len(images)))
+    random.Random(0).shuffle(order)
+    chosen = order[:DIGITS_TRAIN] if name == "train" else order[DIGITS_TRAIN:]
+    origin = f"digits {name} ({len(chosen)} of {len(order)} images)"
+    return Split(name, origin, images, sorted(chosen), [str(d) for d in range(10)])
+
+
+def _child(root: Path, name: str) -> Path | None:
+    """The sub-folder that holds a split, by timm's names for it."""
+    return next((root / n for n in _FOLDERS[name] if (root / n).is_dir()), None)
+
+
+def _folder(root: Path, name: str, wanted: str | None) -> Split:
+    if not root.is_dir():
+        what = "is a file, not a folder of images" if root.exists() else "does not exist"
+        raise UserError(
+            f"data: {root} {what}. Give a folder with one sub-folder a class, 'digits', or a name "
+            f"that begins with {'/, '.join(NAMED)}/."
+        )
+    if wanted is not None:
+        folder: Path | None = root / wanted
+    elif name == "all" or (name == "train" and _child(root, "train") is None):
+        folder = root
+    else:
+        folder = _child(root, name)
+    if folder is None or not folder.is_dir():
+        there = sorted(p.name for p in root.iterdir() if p.is_dir())
+        raise UserError(
+            f"data: {root} has no {name} split; its folders are {', '.join(there[:8]) or 'none'}"
+            f"{', ...' if len(there) > 8 else ''}."
+        )
+    return _scan(folder, name)
+
+
+def _scan(folder: Path, name: str) -> Split:
+    """Images by class folder, as timm reads them; a class without images is an error."""
+    from timm.data.readers import reader_image_folder
+
+    samples, class_to_idx = reader_image_folder.find_images_and_targets(str(folder))
+    if not samples:
+        raise UserError(f"data: no image in {folder}.")
+    if "" in class_to_idx:
+        stray = sorted(path for path, label in samples if label == class_to_idx[""])
+        raise UserError(
+            f"data: {len(stray)} image(s) lie directly in {folder}, in no class folder, such as "
+            f"{Path(stray[0]).name}. Put each image into a folder named after its class."
+        )
+    filled = {Path(path).parent for path, _ in samples}
+    for where, folders, _ in os.walk(folder):
+        visible = [f for f in folders if not f.startswith(".")]
+        folders[:] = visible
+        if not visible and Path(where) not in filled:
+            raise UserError(f"data: class folder {where} has no image. Fill it or remove it.")
+    names = sorted(class_to_idx, key=class_to_idx.__getitem__)
+    images = FolderImages([Path(path) for path, _ in samples], [label for _, label in samples])
+    return Split(name, f"folder {folder}", images, range(len(images)), names)
+
+
+def _named(config: TrainConfig, name: str, wanted: str | None) -> Split:
+    from timm.data import create_dataset
+
+    prefix = config.data.partition("/")[0].lower()
+    split = wanted or name
+    try:
+        dataset = create_dataset(
+            config.data,
+            root=config.data_dir,
+            split=split,
+            is_training=name == "train",
+            download=config.dataset_download,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+    except ImportError as error:
+        raise UserError(f"data: {config.data} needs the package {error.name}.") from error
+    # each library behind these names has exceptions of its own for "no such data"
+    except Exception as error:
+        raise UserError(
+            f"data: timm cannot open {config.data!r}, split {split!r}, in "
+            f"{config.data_dir or 'its default folder'}: {' '.join(str(error).split())}"
+        ) from error
+    classes = getattr(dataset, "class_to_idx", None) or getattr(
+        getattr(dataset, "reader", None), "class_to_idx", None
+    )
+    names = sorted(classes, key=classes.__getitem__) if classes else None
+    origin = f"{config.data} {split}"
+    images = dataset if prefix in STREAMED else NamedImages(dataset, origin)
+    return Split(name, origin, images, range(len(dataset)), names)
+
+
+def _streamed_classes(train: Split, given: int | None) -> int:
+    if given is None and train.class_names is None:
+        raise UserError(
+            f"data: {train.origin} is streamed and does not tell its classes: give --num-classes."
+        )
+    return given or len(train.class_names or ())
+
+
+def count_classes(split: Split, given: int | None) -> int:
+    """The number of classes; all labels are below it.
+
+    Raises:
+        UserError: a label out of range, or fewer than two classes.
+    """
+    names, labels = split.class_names, split.images.labels
+    count = given or (len(names) if names else 0)
+    if labels is not None:
+        used = [labels[i] for i in split.indices]
+        count = count or max(used) + 1
+        wrong = next(
+            (i for i, label in zip(split.indices, used, strict=True) if not 0 <= label < count),
+            None,
+        )
+        if wrong is not None:
+            raise UserError(
+                f"data: label {labels[wrong]} of {split.images.name(wrong)} is out of range for "
+                f"{count} classes (0 ... {count - 1})."
+            )
+    if count < 2:
+        raise UserError(
+            f"data: {split.origin} has {count} class(es); two are the least to tell apart"
+            + ("." if count else ": give --num-classes.")
+        )
+    return count
+
+
+def _check_same_classes(train: Split, other: Split) -> None:
+    if train.class_names is None or other.class_names is None:
+        return
+    if train.class_names != other.class_names:
+        odd = sorted(set(train.class_names) ^ set(other.class_names))
+        raise UserError(
+            f"data: {train.origin} and {other.origin} differ in their classes, such as "
+            f"{', '.join(odd[:3])}: every split needs the same class folders."
+        )

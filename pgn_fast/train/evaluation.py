@@ -1,0 +1,95 @@
+"""Scores of a model on a split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..errors import UserError
+from .distributed import Processes
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model reaches on a split: percent of the images that could be read."""
+
+    top1: float
+    top5: float | None  # None with five classes or fewer
+    loss: float  # mean cross entropy, nats
+    images: int
+    unreadable: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Autocast:
+    """A fresh autocast context at each call; none at all where it is off."""
+
+    def __init__(self, device: torch.device, enabled: bool = False, dtype: str = "bfloat16"):
+        self.device, self.enabled, self.dtype = device, enabled, getattr(torch, dtype)
+
+    def __call__(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.enabled)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Labels (B,) int64 are in 0 ... num_classes - 1.
+
+    Raises:
+        UserError: one is not.
+    """
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise UserError(
+            f"data: label {int(wrong[0])} is out of range for {num_classes} classes "
+            f"(0 ... {num_classes - 1})."
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    num_classes: int,
+    autocast: Autocast,
+    processes: Processes,
+) -> Score:
+    """Top-1, top-5 and mean loss over all images of a loader, added up over the processes.
+
+    Raises:
+        UserError: no image could be read, or a label is out of range.
+    """
+    model.eval()
+    top1 = top5 = seen = 0
+    loss_sum, unreadable = 0.0, []
+    for images, labels, _, names in loader:
+        unreadable += names
+        if len(labels) == 0:
+            continue
+        check_labels(labels, num_classes)
+        images, labels = images.to(autocast.device), labels.to(autocast.device)
+        with autocast():
+            logits = model(images)
+        logits = logits.float()
+        loss_sum += float(F.cross_entropy(logits, labels, reduction="sum"))
+        hits = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
+        top1 += int(hits[:, 0].sum())
+        top5 += int(hits.sum())
+        seen += len(labels)
+    loss_sum, *counts = processes.sum(loss_sum, top1, top5, seen)
+    top1, top5, seen = (int(c) for c in counts)
+    if seen == 0:
+        raise UserError(f"data: no image could be read, such as {(unreadable or ['none'])[0]}.")
+    return Score(
+        top1=100 * top1 / seen,
+        top5=100 * top5 / seen if num_classes > 5 else None,
+        loss=loss_sum / seen,
+        images=seen,
+        unreadable=unreadable,
+    )

@@ -1,0 +1,240 @@
+"""From a split to batches: transforms, per-image randomness, and a data order that can be resumed.
+
+What happens to an image depends on (seed, epoch, image) alone: not on the number of workers, and
+not on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from ..adapters import backbone_pixels
+from ..errors import UserError
+from .data import Split
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+class Batch(NamedTuple):
+    """B images that could be read, and the names of those that could not."""
+
+    images: Tensor  # (B, 3, H, W) float32, normalised
+    labels: Tensor  # (B,) int64; -1 where unknown
+    indices: Tensor  # (B,) int64, into the split's images
+    unreadable: list[str]  # "name: reason"
+
+
+class Unreadable(NamedTuple):
+    """An image that could not be decoded."""
+
+    message: str
+
+
+def preprocessing(backbone: torch.nn.Module, config: TrainConfig) -> dict[str, Any]:
+    """The backbone's own preprocessing, with what the configuration overrides."""
+    names = ("mean", "std", "crop_pct", "interpolation")
+    return backbone_pixels(backbone, **{name: getattr(config, name) for name in names})
+
+
+def train_transform(config: TrainConfig, pixels: dict[str, Any]) -> Transform:
+    """timm's training transform with the configuration's augmentation.
+
+    Args:
+        pixels: what ``preprocessing`` returned.
+    """
+    from timm.data import create_transform
+
+    return create_transform(
+        pixels["input_size"],
+        is_training=True,
+        no_aug=config.no_aug,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        vflip=config.vflip,
+        color_jitter=config.color_jitter,
+        color_jitter_prob=config.color_jitter_prob,
+        grayscale_prob=config.grayscale_prob,
+        auto_augment=config.aa,
+        re_prob=config.reprob,
+        interpolation=pixels["interpolation"],
+        mean=pixels["mean"],
+        std=pixels["std"],
+    )
+
+
+def eval_transform(pixels: dict[str, Any]) -> Transform:
+    """timm's evaluation transform: resize, centre crop, normalise."""
+    from timm.data import create_transform
+
+    return create_transform(**pixels)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, Python's, NumPy's and torch's CPU generators follow from ``key``; behind it, they
+    stand where they stood."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        # default_generator alone: torch.manual_seed would touch the accelerators' too
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Samples(Dataset):
+    """Transformed images; a key is (epoch, position in the split)."""
+
+    def __init__(self, split: Split, transform: Transform, seed: int | None = None) -> None:
+        """``seed`` makes the transform's randomness; None: the transform has none."""
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Unreadable:
+        epoch, position = key
+        index = self.split.indices[position]
+        try:
+            image, label = self.split.images.open(index)
+        # Pillow answers damaged files with all of these
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return Unreadable(f"{self.split.images.name(index)}: {error}")
+        if self.seed is None:
+            return self.transform(image), label, index
+        with seeded(self.seed, epoch, index):
+            return self.transform(image), label, index
+
+
+class Stream(IterableDataset):
+    """A streamed timm data set as (image, label, running number)."""
+
+    def __init__(self, dataset: Any, transform: Transform, seed: int | None = None) -> None:
+        self.dataset, self.transform, self.seed, self.epoch = dataset, transform, seed, 0
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """The next pass is that of ``epoch``; a stream has no random access to its batches."""
+        if batch:
+            raise UserError(
+                "--recovery-interval: streamed data resume where an epoch begins; leave it 0."
+            )
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        worker = get_worker_info()
+        worker_id = worker.id if worker else 0
+        for number, (image, label) in enumerate(self.dataset):
+            with seeded(self.seed or 0, self.epoch, worker_id, number):
+                pixels = self.transform(image.convert("RGB"))
+            yield pixels, int(label), number
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Shuffled batches of an epoch, of whole batches only, from any batch of it on.
+
+    Every process of a distributed run takes its own part of each global batch.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        # a split smaller than one batch is one batch
+        self.batch_size = max(1, min(batch_size, size // world))
+        self.size, self.seed, self.rank, self.world = size, seed, rank, world
+        self.epoch, self.start = 0, 0
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """The next pass yields the batches of ``epoch`` from number ``batch`` on."""
+        self.epoch, self.start = epoch, batch
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * self.world)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).tolist()
+        for batch in range(self.start, len(self)):
+            begin = (batch * self.world + self.rank) * self.batch_size
+            yield [(self.epoch, i) for i in order[begin : begin + self.batch_size]]
+
+
+class OrderedBatches(Sampler[list[tuple[int, int]]]):
+    """Every image once, in order; with several processes each takes every ``world``-th."""
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world: int = 1):
+        self.positions, self.batch_size = range(rank, size, world), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.positions) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for begin in range(0, len(self.positions), self.batch_size):
+            yield [(0, i) for i in self.positions[begin : begin + self.batch_size]]
+
+
+def collate(samples: list[tuple[Tensor, int, int] | Unreadable]) -> Batch:
+    """One batch; unreadable images leave it, by name."""
+    good = [s for s in samples if not isinstance(s, Unreadable)]
+    images = torch.stack([s[0] for s in good]) if good else torch.empty(0)
+    return Batch(
+        images,
+        torch.tensor([s[1] for s in good], dtype=torch.int64),
+        torch.tensor([s[2] for s in good], dtype=torch.int64),
+        [s.message for s in samples if isinstance(s, Unreadable)],
+    )
+
+
+def make_loader(
+    split: Split,
+    transform: Transform,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader:
+    """Batches of a split: shuffled by ``seed`` for training, in order and complete without one."""
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "pin_memory": pin_memory,
+        "persistent_workers": workers > 0,
+        # a generator of its own: making an iterator must not advance the model's randomness
+        "generator": torch.Generator().manual_seed(0),
+    }
+    if split.streamed:
+        # a worker's copy of the stream must hear of the next epoch
+        options["persistent_workers"] = False
+        stream = Stream(split.images, transform, seed)
+        return DataLoader(stream, batch_size, drop_last=seed is not None, **options)
+    if seed is None:
+        ordered = OrderedBatches(len(split), batch_size, rank, world)
+        return DataLoader(Samples(split, transform), batch_sampler=ordered, **options)
+    shuffled = EpochBatches(len(split), batch_size, seed, rank, world)
+    return DataLoader(Samples(split, transform, seed), batch_sampler=shuffled, **options)
+
+
+def set_position(loader: DataLoader, epoch: int, batch: int = 0) -> None:
+    """A training loader's next pass yields ``epoch``, from its batch number ``batch`` on."""
+    target = loader.dataset if isinstance(loader.dataset, Stream) else loader.batch_sampler
+    target.set_position(epoch, batch)  # type: ignore[union-attr]

@@ -1,0 +1,70 @@
+"""The model that a configuration asks for: what is trained, in front of which backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..adapters.baselines import FineTuned, LinearProbe
+from ..errors import as_user_error
+from ..frozen.load import load_backbone
+from ..models import PGN, VPT
+from .config import TrainConfig
+
+
+def load_backbone_for(config: TrainConfig) -> Any:
+    """The backbone that the configuration names, frozen.
+
+    Raises:
+        UserError: no such model, no vision transformer, or no way to its weights.
+    """
+    with as_user_error(TypeError, RuntimeError):
+        return load_backbone(config.model, **config.model_kwargs)
+
+
+def build_model(
+    config: TrainConfig,
+    backbone: Any,
+    num_classes: int,
+    *,
+    token_library: nn.Module | None = None,
+) -> nn.Module:
+    """The model of ``config.method``, freshly initialised from torch's generator.
+
+    Args:
+        backbone: from ``load_backbone``; "full" trains it.
+        token_library: a module that yields PGN's library (K, D); None: a plain parameter.
+
+    Raises:
+        UserError: values that the model refuses.
+    """
+    with as_user_error(TypeError):
+        if config.method == "linear":
+            return LinearProbe(backbone, num_classes)
+        if config.method == "full":
+            return FineTuned(backbone, num_classes)
+        if config.method == "pgn":
+            height, width = backbone.patch_embed.img_size or (224, 224)
+            return PGN(
+                backbone,
+                num_classes,
+                num_prompts=config.num_prompts,
+                library_size=config.library_size,
+                generator=config.generator,
+                resolution=config.resolution or min(height, width),
+                activation=config.activation,
+                token_library=token_library,
+                backend=config.backend,
+                fast=config.fast,
+            )
+        return VPT(
+            backbone,
+            num_classes,
+            num_prompts=config.num_prompts,
+            deep=config.method == "vpt-deep",
+            project_dim=config.project_dim,
+            dropout=config.prompt_dropout,
+            backend=config.backend,
+            fast=config.fast,
+        )

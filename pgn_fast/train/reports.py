@@ -1,0 +1,158 @@
+"""What a run leaves for people to read: progress, CSV, TensorBoard, learning curve, summary."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ..adapters.atomic import write_files
+from ..errors import UserError
+
+# one row an epoch; losses in nats, top-1 in percent, time in seconds
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_top1",
+    "validation_loss",
+    "validation_top1",
+    "images_per_second",
+    "seconds",
+)
+
+
+def write_csv(output: Path, history: Sequence[dict[str, Any]]) -> None:
+    """``history.csv``: one row an epoch, rewritten whole."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_files({output / "history.csv": text.getvalue().encode()})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file, rewritten whole."""
+    write_files({path: (json.dumps(content, indent=2) + "\n").encode()})
+
+
+def plot_learning_curve(output: Path, history: Sequence[dict[str, Any]], title: str) -> None:
+    """``learning_curve.png``: loss and top-1 of training and validation over the epochs."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [row["epoch"] for row in history]
+    for axes, quantity, label in zip(
+        figure.subplots(1, 2), ("loss", "top1"), ("cross entropy (nats)", "top-1 (%)"), strict=True
+    ):
+        for split in ("train", "validation"):
+            values = [row.get(f"{split}_{quantity}") for row in history]
+            if any(v is not None for v in values):
+                axes.plot(epochs, values, marker=".", label=split)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_files({output / "learning_curve.png": image.getvalue()})
+
+
+class TensorBoard:
+    """Scalars of every epoch for TensorBoard; without ``enabled`` nothing happens."""
+
+    def __init__(self, output: Path, enabled: bool, next_epoch: int) -> None:
+        self._writer = None
+        if enabled:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UserError(
+                    "--tensorboard needs the package tensorboard: "
+                    "pip install 'pgn_fast[tensorboard]'."
+                ) from error
+            # epochs that a killed run logged behind its checkpoint are hidden
+            self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=next_epoch)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._writer is not None:
+            for name in COLUMNS[1:]:
+                if row.get(name) is not None:
+                    self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class ProgressReport:
+    """A bar with images/s and the time that is left, and one line an epoch.
+
+    Where the output is no terminal there is no bar, and the lines tell the time that is left.
+    """
+
+    def __init__(self, total_batches: int, done: int, show: bool) -> None:
+        self.console = Console(quiet=not show, highlight=False, soft_wrap=True)
+        self._total, self._first, self._done, self._images = total_batches, done, done, 0
+        self._start = time.perf_counter()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[speed]}  left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (show and self.console.is_terminal),
+            transient=True,
+        )
+        self._task: TaskID = self._bar.add_task(
+            "training", total=total_batches, completed=done, speed=""
+        )
+
+    def __enter__(self) -> ProgressReport:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def batches(self, count: int, images: int, epoch: int, epochs: int) -> None:
+        """``count`` more batches with ``images`` images are done."""
+        self._done += count
+        self._images += images
+        rate = self._images / max(time.perf_counter() - self._start, 1e-9)
+        self._bar.update(
+            self._task,
+            completed=self._done,
+            description=f"epoch {epoch}/{epochs}",
+            speed=f"{rate:,.0f} images/s",
+        )
+
+    def epoch(self, row: dict[str, Any], epochs: int) -> None:
+        """The line of a finished epoch."""
+        elapsed = time.perf_counter() - self._start
+        per_batch = elapsed / max(self._done - self._first, 1)
+        left = time.strftime("%H:%M:%S", time.gmtime(per_batch * (self._total - self._done)))
+        validation = (
+            f"validation loss {row['validation_loss']:.4f} top-1 {row['validation_top1']:6.2f} %  "
+            if row.get("validation_top1") is not None
+            else ""
+        )
+        self.console.print(
+            f"epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.2e}  "
+            f"train loss {row['train_loss']:.4f} top-1 {row['train_top1']:6.2f} %  {validation}"
+            f"{row['images_per_second']:,.0f} images/s  left {left}"
+        )
+
+    def say(self, text: str) -> None:
+        """A line between the others."""
+        self.console.print(text)
