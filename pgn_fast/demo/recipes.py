@@ -1,0 +1,90 @@
+"""The four methods of the demonstration, how each is trained, and what one run reports.
+
+Nothing here needs torch: the process that prints the table reads only this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one method is trained. Schedule, head and batches are the same for all of them.
+
+    Attributes:
+        label: the method's name in table and plots.
+        lr: peak learning rate of AdamW, behind a tenth of the steps of warm-up, cosine to zero.
+        weight_decay: AdamW's, on everything that is trained.
+        epochs: passes over the training images.
+        options: for the model's constructor.
+        batch_size: images a step.
+        cached_views: above 0, the frozen features of so many augmented copies of the training
+            images are computed once, and epochs take turns with them (the linear probe: what is
+            frozen need not be computed again).
+    """
+
+    label: str
+    lr: float
+    weight_decay: float
+    epochs: int
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 64
+    cached_views: int = 0
+
+
+# chosen on validation images, see docs/demo.md
+RECIPES = {
+    "linear": Recipe("Linear probe", lr=1e-2, weight_decay=1e-2, epochs=200, cached_views=10),
+    "vpt-shallow": Recipe(
+        "VPT-Shallow", lr=4e-2, weight_decay=1e-4, epochs=20, options={"num_prompts": 8}
+    ),
+    "vpt-deep": Recipe(
+        "VPT-Deep", lr=4e-2, weight_decay=1e-4, epochs=20, options={"num_prompts": 8}
+    ),
+    "pgn": Recipe(
+        "PGN",
+        lr=3e-3,
+        weight_decay=1e-4,
+        epochs=20,
+        options={
+            "num_prompts": 8,
+            "library_size": 64,
+            "resolution": 32,
+            "generator_kwargs": {"max_pool": False},
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: how good, how large, how long, how much memory.
+
+    Attributes:
+        method, seed: a key of ``RECIPES``; what initial values, order and augmentation came from.
+        correct, images: rightly named images, of how many (the split is the report's).
+        trained_parameters: numbers that the optimiser changed.
+        seconds: wall-clock from before the first training step (or cached feature) to behind the
+            last.
+        peak_bytes: growth of the process's resident memory from the loaded libraries to its peak,
+            data and frozen backbone included; None where the system does not tell.
+        threads: that torch computed with.
+        losses: mean training loss of each epoch.
+    """
+
+    method: str
+    seed: int
+    correct: int
+    images: int
+    trained_parameters: int
+    seconds: float
+    peak_bytes: int | None
+    threads: int
+    losses: list[float]
+
+    @property
+    def top1(self) -> float:
+        """Rightly named images, in percent."""
+        return 100 * self.correct / self.images
