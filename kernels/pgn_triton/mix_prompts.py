@@ -30,20 +30,30 @@ from ._common import (
     unit_columns,
 )
 
-FORWARD_CONFIGS = [
-    tile(BLOCK_R=16, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
-    tile(BLOCK_R=64, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
-    tile(BLOCK_R=16, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
-]
-LOGITS_CONFIGS = [
-    tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
-    tile(BLOCK_R=64, BLOCK_K=128, BLOCK_D=64, warps=4, stages=3),
-]
-# BLOCK_R cuts the sum over rows: it is the same in all, so that tuning does not change the order
-LIBRARY_CONFIGS = [
-    tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
-    tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
-]
+# float32 is multiplied without tensor cores, operands in registers: its tiles must be small
+FORWARD_CONFIGS = {
+    "half": [
+        tile(BLOCK_R=16, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
+        tile(BLOCK_R=64, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
+        tile(BLOCK_R=16, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
+    ],
+    "float": [tile(BLOCK_R=16, BLOCK_K=64, BLOCK_D=64, warps=4, stages=2)],
+}
+LOGITS_CONFIGS = {
+    "half": [
+        tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
+        tile(BLOCK_R=64, BLOCK_K=128, BLOCK_D=64, warps=4, stages=3),
+    ],
+    "float": [tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=32, warps=8, stages=2)],
+}
+# BLOCK_R cuts the sum over rows: one value a kind, so that tuning does not change its order
+LIBRARY_CONFIGS = {
+    "half": [
+        tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=64, warps=4, stages=3),
+        tile(BLOCK_R=32, BLOCK_K=64, BLOCK_D=128, warps=4, stages=3),
+    ],
+    "float": [tile(BLOCK_R=16, BLOCK_K=64, BLOCK_D=64, warps=8, stages=2)],
+}
 
 
 @triton.jit
@@ -334,7 +344,7 @@ def mix_prompts_into(
         )
 
     key = ("mix_prompts", logits.dtype, bucket(R), bucket(K), D)
-    launch_tuned(FORWARD_CONFIGS, key, logits.device, launch)
+    launch_tuned(FORWARD_CONFIGS[_kind(logits)], key, logits.device, launch)
 
 
 def mix_prompts_backward(
@@ -354,7 +364,7 @@ def mix_prompts_backward(
     key = (logits.dtype, bucket(R), bucket(K), D)
 
     # the first walk's tile is not tuned: `inner` has one share for each of its column blocks
-    terms = FORWARD_CONFIGS[0]
+    terms = FORWARD_CONFIGS[_kind(logits)][0]
     inners = triton.cdiv(D, terms.kwargs["BLOCK_D"])
     lse = logits.new_empty(R, dtype=torch.float32)
     inner = logits.new_empty(inners, R, dtype=torch.float32)
@@ -385,9 +395,9 @@ def mix_prompts_backward(
             **config.all_kwargs(),
         )
 
-    launch_tuned(LOGITS_CONFIGS, ("grad_logits", *key), logits.device, launch_logits)
+    launch_tuned(LOGITS_CONFIGS[_kind(logits)], ("grad_logits", *key), logits.device, launch_logits)
 
-    blocks = LIBRARY_CONFIGS[0].kwargs
+    blocks = LIBRARY_CONFIGS[_kind(logits)][0].kwargs
     tiles = triton.cdiv(K, blocks["BLOCK_K"]) * triton.cdiv(D, blocks["BLOCK_D"])
     splits, rows_per_split = split_rows(R, blocks["BLOCK_R"], tiles)
     partial = library.new_empty(splits, K, D, dtype=torch.float32)
@@ -410,5 +420,11 @@ def mix_prompts_backward(
             **config.all_kwargs(),
         )
 
-    launch_tuned(LIBRARY_CONFIGS, ("grad_library", *key), logits.device, launch_library)
+    launch_tuned(
+        LIBRARY_CONFIGS[_kind(logits)], ("grad_library", *key), logits.device, launch_library
+    )
     return grad_logits, sum_splits(partial).to(token_library.dtype)
+
+
+def _kind(x: Tensor) -> str:
+    return "float" if x.dtype == torch.float32 else "half"

@@ -1,0 +1,209 @@
+"""Compile every Triton kernel without a GPU and read what it costs: registers, spills, memory.
+
+    python -m pgn_fast.kernels.aot [--all] [--op NAME] [--update] [--table FILE]
+
+The launchers themselves run, on tensors without memory ("meta") at the paper's sizes, and each
+launch is caught with the very arguments that the GPU would get, once for every tile that tuning
+may choose. It is compiled to a cubin for sm_80 and sm_90, whose resources are held to a committed
+table: a kernel that begins to spill, loses its tensor-core instructions or grows is an error.
+Must run without TRITON_INTERPRET: interpreted kernels cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from . import _common
+
+TABLE = Path(__file__).parents[2] / "tests/resources/triton.json"
+ARCHITECTURES = (80, 90)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# how much a figure may grow over the table before it is an error
+GROWTH = {"registers": 1.1, "shared": 1.1, "stack": 1.0, "spills": 1.0}
+_CUOBJDUMP = Path(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+}
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _mix_prompts(module: Any, dtype: torch.dtype) -> None:
+    logits, library = _empty(64, 16, 256, dtype=dtype), _empty(256, 768, dtype=dtype)
+    prompts = module.mix_prompts(logits, library, "softmax")
+    module.mix_prompts_backward(prompts, logits, library, "softmax")
+
+
+def _prompt_attention(module: Any, dtype: torch.dtype) -> None:
+    qkv, prompts = _empty(64, 197, 3, 12, 64, dtype=dtype), _empty(50, 2, 12, 64, dtype=dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    prompt_k, prompt_v = prompts.permute(1, 2, 0, 3).unbind(0)
+    for queries in (q, q[:, :, :1]):
+        arguments = (queries, k, v, prompt_k, prompt_v)
+        out, lse = module.prompt_attention(*arguments, 0.125)
+        module.prompt_attention_backward(out, *arguments, out, lse, 0.125, True, True, True)
+
+
+CASES: dict[str, Callable[[Any, torch.dtype], None]] = {
+    "mix_prompts": _mix_prompts,
+    "prompt_attention": _prompt_attention,
+}
+
+
+def launches(op: str, dtype: torch.dtype) -> list[tuple[JITFunction, dict[str, Any]]]:
+    """Every kernel launch of an op at the paper's sizes: (kernel, its arguments and options)."""
+    module = importlib.import_module(f".{op}", __package__)
+    caught: list[tuple[JITFunction, dict[str, Any]]] = []
+
+    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        caught.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+
+    def launch_all(configs: Any, key: Any, device: Any, launch: Callable[..., None]) -> None:
+        for config in configs:
+            launch(config)
+
+    run, tuned = JITFunction.run, module.launch_tuned
+    JITFunction.run, module.launch_tuned = catch, launch_all
+    try:
+        CASES[op](module, dtype)
+    finally:
+        JITFunction.run, module.launch_tuned = run, tuned
+    return caught
+
+
+def compile_launch(kernel: JITFunction, arguments: dict[str, Any], arch: int) -> dict[str, int]:
+    """Compile one launch for ``sm_<arch>``; registers, bytes of stack and shared memory, and the
+    numbers of spill and tensor-core instructions."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        # as the JIT specialises: ones are constants, pointers and multiples of 16 are marked
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {k: v for k, v in arguments.items() if k not in signature}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={**options, "enable_fp_fusion": True},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        dump = [str(_CUOBJDUMP), "--dump-resource-usage", "--dump-sass", cubin.name]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    count = lambda *names: sum(len(re.findall(rf"\b{name}\b", text)) for name in names)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", text).group(1)),  # type: ignore[union-attr]
+        "stack": int(re.search(r"STACK:(\d+)", text).group(1)),  # type: ignore[union-attr]
+        "spills": count("LDL", "STL"),
+        "shared": compiled.metadata.shared,
+        "tensor_cores": count("HMMA", "HGMMA"),
+        "wgmma": count("HGMMA"),
+    }
+
+
+def rows(op: str, everything: bool) -> Iterator[tuple[str, JITFunction, dict[str, Any], int]]:
+    """(name in the table, kernel, arguments, architecture) of every launch to look at.
+
+    A part of them holds the table in CI: bfloat16 on sm_90, each kernel with its first tile.
+    """
+    for dtype_name, dtype in DTYPES.items():
+        seen = set()
+        for kernel, arguments in launches(op, dtype):
+            first = kernel not in seen
+            seen.add(kernel)
+            flags = [
+                f"{p.name}={arguments[p.name]}"
+                for p in kernel.params
+                if p.is_constexpr and p.name not in ("PRECISION", "BLOCK_D", "HEAD", "SOFTMAX")
+            ]
+            for arch in ARCHITECTURES:
+                if everything or (first and (dtype_name, arch) == ("bf16", 90)):
+                    name = kernel.__name__.strip("_").removesuffix("_kernel")
+                    parts = [op, name, dtype_name, f"sm_{arch}", *flags]
+                    parts.append(f"warps={arguments['num_warps']}")
+                    yield " ".join(parts), kernel, arguments, arch
+
+
+def complaints(measured: dict[str, Any], table: dict[str, Any]) -> list[str]:
+    """What is worse than the committed table, one sentence each."""
+    found = []
+    same_compiler = table["triton"] == triton.__version__
+    for name, figures in measured.items():
+        known = table["kernels"].get(name)
+        if known is None:
+            found.append(f"{name}: not in the table; add it with --all --update")
+            continue
+        for what, allowed in GROWTH.items():
+            # register allocation differs between compilers; a new spill counts in any
+            if not same_compiler and what in ("registers", "shared"):
+                continue
+            if figures[what] > known[what] * allowed:
+                found.append(f"{name}: {what} {known[what]} -> {figures[what]}")
+        for what in ("tensor_cores", "wgmma"):
+            if known[what] and not figures[what]:
+                found.append(f"{name}: lost its {what} instructions")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pgn_fast.kernels.aot")
+    parser.add_argument("--all", action="store_true", help="every dtype, architecture and tile")
+    parser.add_argument("--op", choices=CASES, help="one op only")
+    parser.add_argument("--update", action="store_true", help="write what is measured")
+    parser.add_argument("--table", type=Path, default=TABLE)
+    arguments = parser.parse_args(argv)
+    if _common.INTERPRETED.value:
+        parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
+    measured = {}
+    for op in [arguments.op] if arguments.op else CASES:
+        for name, kernel, launch, arch in rows(op, arguments.all):
+            if name not in measured:
+                measured[name] = compile_launch(kernel, launch, arch)
+                print(name, measured[name], flush=True)
+    table = json.loads(arguments.table.read_text()) if arguments.table.exists() else {}
+    if arguments.update:
+        kernels = measured if arguments.all and not arguments.op else table["kernels"] | measured
+        table = {"triton": triton.__version__, "kernels": dict(sorted(kernels.items()))}
+        arguments.table.parent.mkdir(exist_ok=True)
+        arguments.table.write_text(json.dumps(table, indent=1) + "\n")
+    found = complaints(measured, table)
+    print("\n".join(found) or f"{len(measured)} kernels as in the table")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
