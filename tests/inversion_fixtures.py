@@ -117,7 +117,7 @@ def position_embedding(D: int, side: int, norm: float = 1.0) -> Tensor:
 def synthetic_map(
     shape: str, kind: str, position_norm: float = 1.0, scale_free: bool = False
 ) -> PatchMap:
-    """The patch map of a server with the synthetic patch embedding, 4 x 4 cells, all for prompts."""
+    """The patch map of a synthetic patch embedding: 4 x 4 cells, all of them for prompts."""
     D, p, statistics = SHAPES[shape]
     side = 4
     server = ServerSpec(resize=None, crop=None, dynamic_size=True, **statistics)
@@ -132,6 +132,7 @@ def synthetic_map(
         d=-weight @ (mean / std),
         positions=positions,
         image_positions=positions[:0],
+        native=(side, side),
         patch_size=p,
         layout=CanvasLayout((side, side), (0, 0), (), tuple(range(side * side))),
         server=server,
@@ -142,7 +143,7 @@ def synthetic_map(
 
 @functools.cache
 def published(name: str = "pgn_clip_cifar100", images: int = 8) -> tuple[Tensor, Tensor]:
-    """A published token library (K, D) and its own coefficients on photographs, (images * 16, K)."""
+    """A published token library (K, D) and its coefficients on photographs, (images * 16, K)."""
     from pgn_fast.prompts import PromptGenerator
 
     generator = PromptGenerator.from_official(OFFICIAL / f"{name}.pt").eval()
