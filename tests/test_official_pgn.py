@@ -145,9 +145,24 @@ def test_foreign_checkpoints_are_refused(change, message):
         PromptGenerator.from_official(state)
 
 
+def test_a_lightning_checkpoint_holds_the_pgn_as_a_part(tmp_path):
+    state = part(VARIANTS, "base.pgn.")
+    whole = {f"pgn_module.{name}": value for name, value in state.items()}
+    whole["vit_model.class_token"] = torch.ones(1, 1, 24)
+    torch.save({"epoch": 3, "state_dict": whole}, tmp_path / "last.ckpt")
+    generator = PromptGenerator.from_official(tmp_path / "last.ckpt", resolution=64).eval()
+    assert_close("prompts", generator(VARIANTS["images"]), VARIANTS["base.prompts"])
+
+
 def test_a_size_that_contradicts_the_tensors_is_refused():
     with pytest.raises(ValueError, match=r"num_prompts=16 was given, but .* 3"):
         PromptGenerator.from_official(part(VARIANTS, "base.pgn."), num_prompts=16)
+
+
+def test_a_file_that_holds_something_else_is_refused(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="it holds a list"):
+        PromptGenerator.from_official(tmp_path / "list.pt")
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):

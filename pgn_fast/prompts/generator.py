@@ -139,12 +139,13 @@ class PromptGenerator(nn.Module):
 
     @classmethod
     def from_official(
-        cls, source: str | PathLike[str] | Mapping[str, Tensor], **overrides: Any
+        cls, source: str | PathLike[str] | Mapping[str, Any], **overrides: Any
     ) -> PromptGenerator:
         """Load a checkpoint that the official code has published or written.
 
         Args:
-            source: the path of a ``.pt`` file (read with ``weights_only``), or its state dict.
+            source: the path of a ``.pt`` or Lightning ``.ckpt`` file (read with ``weights_only``),
+                or its state dict.
             **overrides: what tensors do not tell: ``activation``, ``resolution`` and
                 ``generator_kwargs={"max_pool": ...}``. Sizes are read off the tensors; a size that
                 is given must agree with them.

@@ -19,6 +19,7 @@ _RENAMED = (
     (r"^model\.blocks\.(\d+)\.downsample\.", r"generator.blocks.\1.shortcut."),
     (r"^model\.output_net\.2\.", "generator.head."),
 )
+_MODULE = "pgn_module."
 
 
 def official_name(name: str) -> str:
@@ -31,9 +32,9 @@ def official_name(name: str) -> str:
 
 
 def convert_official(
-    checkpoint: Mapping[str, Tensor],
+    checkpoint: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Sizes and renamed tensors of an official state dict.
+    """Sizes and renamed tensors of an official state dict, the PGN's or a whole Lightning model's.
 
     Returns:
         ``PromptGenerator``'s arguments as far as tensors tell them, and its state dict.
@@ -41,7 +42,12 @@ def convert_official(
     Raises:
         ValueError: a tensor is missing, or has no place in a ResNet-10 with token library.
     """
-    state = {official_name(name): value for name, value in checkpoint.items()}
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"no official PGN checkpoint: it holds a {type(checkpoint).__name__}")
+    # a Lightning checkpoint holds the whole model's state; the PGN is its pgn_module
+    checkpoint = checkpoint.get("state_dict", checkpoint)
+    inner = {n: t for n, t in checkpoint.items() if n.startswith(_MODULE)} or checkpoint
+    state = {official_name(name.removeprefix(_MODULE)): value for name, value in inner.items()}
     needed = ("token_library", "generator.stem.0.weight", "generator.head.bias")
     if missing := [name for name in needed if name not in state]:
         raise ValueError(f"no official PGN checkpoint: it lacks {', '.join(missing)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,6 +59,10 @@ class ResNet10(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to (B, out_features)."""
+        if not self.training and images.device.type == "cpu":
+            # 1.8 times as fast; not in training, where torch's batch norm sums its statistics so
+            # roughly in this layout that activations are off by 2e-4, gradients by 1e-2
+            images = images.contiguous(memory_format=torch.channels_last)
         x = self.blocks(self.stem(images))
         return self.head(x.mean(dim=(2, 3)))
 
