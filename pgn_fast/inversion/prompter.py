@@ -150,8 +150,6 @@ class RgbPrompter(nn.Module):
         patches = inverted.patches.cpu()
         offsets = patches[:, None]  # every token once, in the first prompt's cell
         exposure = inverted.exposure(offsets.to(inverted.baseline.device))[:, 0, 0].cpu()
-        if inverted.scale == "auto":
-            exposure = exposure.clone()
         baseline = inverted.baseline[:1].cpu()
         levels = baseline + exposure[:, None] * patches
         rounded = inverted.rounding(levels)
@@ -171,6 +169,7 @@ class RgbPrompter(nn.Module):
             rounded=rounded,
             scale=exposure,
             positions=positions,
+            round_err=inverted.rounding.token_error,
         )
 
     def _map(self) -> PatchMap:
@@ -243,6 +242,7 @@ def verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionReport
         rounded=rounded.reshape(R, -1),
         scale=inverted.exposure(offsets).cpu().reshape(R),
         positions=positions,
+        round_err=inverted.rounding.token_error,
         output_rel_err=_output_errors(model, backbone, layout, normalised, inputs),
     )
 

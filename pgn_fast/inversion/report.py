@@ -271,6 +271,7 @@ def measure(
     rounded: Tensor,
     scale: Tensor,
     positions: Tensor | None,
+    round_err: float,
     output_rel_err: list[float] | None = None,
 ) -> InversionReport:
     """Compare tokens with what was wanted; rows are prompts.
@@ -285,6 +286,7 @@ def measure(
         scale: (R,).
         positions: position embedding of each prompt's cell where it must be cancelled, (R, D);
             None: the prompt keeps its position.
+        round_err: predicted absolute token error of the rounding.
     """
     factor = scale.double()[:, None]
     offset = patch_map.constant if positions is None else -positions
@@ -305,7 +307,7 @@ def measure(
         source=source,
         token_rel_err=relative(rounded_tokens).tolist(),
         reach_err=relative(patch_map.tokens(levels)).tolist(),
-        predicted_round_err=(patch_map.rounding.token_error / size).tolist(),
+        predicted_round_err=(round_err / size).tolist(),
         oob_fraction=((levels < 0) | (levels > 255)).double().mean().item(),
         saturated_fraction=((rounded == 0) | (rounded == 255)).double().mean().item(),
         scale=scale.tolist(),
