@@ -9,7 +9,7 @@ from .store import (
     WEIGHTS_FILE,
     backbone_pixels,
     from_pretrained,
-    read_config,
+    read_adapter,
     save_pretrained,
 )
 
@@ -18,6 +18,6 @@ __all__ = [
     "WEIGHTS_FILE",
     "backbone_pixels",
     "from_pretrained",
-    "read_config",
+    "read_adapter",
     "save_pretrained",
 ]

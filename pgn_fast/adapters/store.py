@@ -25,7 +25,6 @@ from .. import __version__
 from ..errors import UserError
 from ..frozen.load import DEMO_NAME, load_backbone
 from ..models import PGN, VPT, PromptedViT
-from ..prompts.resnet10 import ResNet10
 from .atomic import write_files
 from .baselines import FineTuned, LinearProbe
 
@@ -128,7 +127,7 @@ def from_pretrained(
     Unknown entries of the configuration are ignored with a warning.
     """
     folder = Path(directory)
-    config, tensors = _read(folder)
+    config, tensors = read_adapter(folder)
     method = config.get("method")
     if method not in METHODS:
         raise UserError(
@@ -150,13 +149,33 @@ def from_pretrained(
     return model.train() if trainable else model.requires_grad_(False).eval()
 
 
-def read_config(directory: str | PathLike[str]) -> dict[str, Any]:
-    """The configuration of a whole and valid adapter.
+def read_adapter(directory: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors of an adapter, which belong together.
 
     Raises:
         UserError: no adapter there, or a damaged one.
     """
-    return _read(Path(directory))[0]
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise UserError(f"no adapter: there is no folder {folder}.")
+    inside, tensors = _read_weights(folder / WEIGHTS_FILE)
+    digest = _digest(tensors)
+    beside = _read_json(folder / CONFIG_FILE, required=inside is None)
+    if beside is not None and beside.get("weights_digest", digest) == digest:
+        return beside, tensors
+    if inside is None or inside.get("weights_digest") != digest:
+        raise UserError(
+            f"{folder}: {WEIGHTS_FILE} does not belong to {CONFIG_FILE}, or its tensors are "
+            "damaged: their digests differ. Save the adapter again, or copy both files together."
+        )
+    # a save was interrupted between its two files; the weights and what they carry are complete
+    if beside is not None:
+        warnings.warn(
+            f"{folder / CONFIG_FILE} does not belong to {WEIGHTS_FILE}, as after an interrupted "
+            "save: the configuration inside the weights file is used.",
+            stacklevel=3,
+        )
+    return inside, tensors
 
 
 def backbone_pixels(backbone: Any, **overrides: Any) -> dict[str, Any]:
@@ -211,19 +230,15 @@ def _constructor_values(model: Any) -> dict[str, Any]:
     """The constructor's values in types that JSON has; modules by their class names."""
     values = dict(model.config)
     if isinstance(model, PGN):
-        network, library = model.prompter.generator, model.prompter.token_library
-        if isinstance(network, ResNet10):
-            # also where a ready generator was given, from an official checkpoint, say
-            values |= {"generator": "resnet10", "generator_kwargs": _resnet10_sizes(network)}
-        elif not isinstance(values["generator"], str):
-            values["generator"] = network
+        library = model.prompter.token_library
         values["token_library"] = library if isinstance(library, nn.Module) else None
+        if values["generator"] is None:
+            values["generator"] = model.prompter.generator
     head = values.get("head")
     if type(head) is nn.Linear and head.bias is not None:
         values |= {"head": "linear", "num_classes": head.out_features}
     elif head == "linear":
         values["num_classes"] = model.num_classes
-    # "add-1" and the like are chosen by location; ranges and tuples become lists
     return {name: _plain(value) for name, value in values.items() if name in _parameters(model)}
 
 
@@ -235,19 +250,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(v) for v in value]
     return value
-
-
-def _resnet10_sizes(network: ResNet10) -> dict[str, Any]:
-    convolution = network.stem[0]
-    assert isinstance(convolution, nn.Conv2d)
-    groups = 1 + sum(isinstance(block.shortcut, nn.Conv2d) for block in network.blocks)
-    return {
-        "channels": convolution.out_channels,
-        "groups": groups,
-        "blocks_per_group": len(network.blocks) // groups,
-        "max_pool": isinstance(network.stem[3], nn.MaxPool2d),
-        "in_chans": convolution.in_channels,
-    }
 
 
 def _parameters(kind: nn.Module | type[nn.Module]) -> set[str]:
@@ -263,34 +265,6 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors that belong together.
-
-    Raises:
-        UserError: one is missing, damaged, or not what its name says.
-    """
-    if not folder.is_dir():
-        raise UserError(f"no adapter: there is no folder {folder}.")
-    inside, tensors = _read_weights(folder / WEIGHTS_FILE)
-    digest = _digest(tensors)
-    beside = _read_json(folder / CONFIG_FILE, required=inside is None)
-    if beside is not None and beside.get("weights_digest", digest) == digest:
-        return beside, tensors
-    if inside is None or inside.get("weights_digest") != digest:
-        raise UserError(
-            f"{folder}: {WEIGHTS_FILE} does not belong to {CONFIG_FILE}, or its tensors are "
-            "damaged: their digests differ. Save the adapter again, or copy both files together."
-        )
-    # a save was interrupted between its two files; the weights and what they carry are complete
-    if beside is not None:
-        warnings.warn(
-            f"{folder / CONFIG_FILE} is older than {WEIGHTS_FILE}, a save was interrupted: the "
-            "configuration inside the weights file is used.",
-            stacklevel=3,
-        )
-    return inside, tensors
 
 
 def _read_json(path: Path, required: bool) -> dict[str, Any] | None:
@@ -352,6 +326,13 @@ def _check_shape(folder: Path, config: Mapping[str, Any], backbone: Any) -> None
                 f"{folder}: this backbone does not fit: its {name} is {found}, the adapter was "
                 f"trained on {config.get('base_model_name_or_path') or 'one'} with {name} {wanted}."
             )
+    trained_on, name = config.get("base_model_name_or_path"), _backbone_name(backbone)
+    if trained_on and name and trained_on != name:
+        warnings.warn(
+            f"{folder}: the adapter was trained on {trained_on}, this backbone is {name}: of the "
+            "same shape, but hardly with the same weights.",
+            stacklevel=3,
+        )
 
 
 def _arguments(

@@ -125,14 +125,14 @@ def load_adapter(args: argparse.Namespace) -> Any:
     Raises:
         UserError: no adapter, a damaged one, or a backbone that does not fit.
     """
-    from ..adapters import from_pretrained, read_config
+    from ..adapters import from_pretrained, read_adapter
     from ..errors import as_user_error
     from ..frozen.load import load_backbone
 
     with as_user_error(TypeError, RuntimeError):
         if args.model is None and not args.model_kwargs:
             return from_pretrained(args.adapter)
-        name = args.model or read_config(args.adapter)["base_model_name_or_path"]
+        name = args.model or read_adapter(args.adapter)[0]["base_model_name_or_path"]
         return from_pretrained(args.adapter, load_backbone(name, **(args.model_kwargs or {})))
 
 

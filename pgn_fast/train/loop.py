@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..adapters import from_pretrained, save_pretrained
+from ..adapters import read_adapter, save_pretrained
 from ..errors import TrainingStopped, UserError
 from . import checkpoints
 from .config import TrainConfig
@@ -82,9 +82,7 @@ def resume_config(output: Path, given: dict[str, Any]) -> TrainConfig | None:
     state = checkpoints.load(output)
     if state is None:
         return None
-    saved = TrainConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
-    ).as_dict()
+    saved = state["config"]
     wanted = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
     for name, value in wanted.items():
         if name not in FREE and saved[name] != value:
@@ -92,7 +90,7 @@ def resume_config(output: Path, given: dict[str, Any]) -> TrainConfig | None:
                 f"--resume: the run in {output} has {name} = {saved[name]!r}, now {value!r} is "
                 "asked for. Leave it out to continue the run, or start a new one with --output."
             )
-    return TrainConfig.make(**{**saved, **wanted})
+    return TrainConfig.make(**saved | wanted)
 
 
 def train(
@@ -329,7 +327,7 @@ class Run:
             "train_top1": 100 * correct / seen,
         }
         if self.splits.validation is not None:
-            score = self._evaluate(self.model, self.splits.validation)
+            score = self._evaluate(self.splits.validation)
             self._note_unreadable(score.unreadable, report)
             row |= {"validation_loss": score.loss, "validation_top1": score.top1}
         row |= {
@@ -352,7 +350,7 @@ class Run:
         self._save_checkpoint()
         return row
 
-    def _evaluate(self, model: nn.Module, split: Split) -> Score:
+    def _evaluate(self, split: Split) -> Score:
         loader = make_loader(
             split,
             eval_transform(self.pixels),
@@ -361,7 +359,7 @@ class Run:
             rank=self.processes.rank,
             world=self.processes.world,
         )
-        return evaluate(model, loader, self.splits.num_classes, self.autocast, self.processes)
+        return evaluate(self.model, loader, self.splits.num_classes, self.autocast, self.processes)
 
     def _note_unreadable(self, names: Iterable[str], report: ProgressReport | None) -> None:
         for name in names:
@@ -413,13 +411,10 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Touch the test split, once, with the best adapter; write the summary and the plot."""
         record, splits = self.record, self.splits
-        # "full" has changed its backbone; the others may lend theirs
-        full = self.config.method == "full"
-        backbone = load_backbone_for(self.config) if full else self.model.backbone
-        best = from_pretrained(self.output / "best", backbone)
+        self.model.load_adapter_state_dict(read_adapter(self.output / "best")[1])
         test = None
         if splits.test is not None:
-            test = self._evaluate(best.to(self.device), splits.test)
+            test = self._evaluate(splits.test)
             self._note_unreadable(test.unreadable, None)
         best_row = record.history[record.best_epoch - 1]
         summary = {

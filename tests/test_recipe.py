@@ -1,0 +1,127 @@
+"""Schedules against the official codes' recorded rates, optimizers, and what a recipe means."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pgn_fast.errors import UserError
+from pgn_fast.train import recipe
+from pgn_fast.train.config import METHODS, RECIPES, TrainConfig
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def cases(name):
+    return json.loads((FIXTURES / name / "lr_schedule.json").read_text())
+
+
+@pytest.mark.parametrize("case", cases("official_pgn"), ids=lambda c: f"{c['T_max']}-epochs")
+def test_pgn_schedule_is_the_official_one(case):
+    config = TrainConfig.make(
+        sched="cosine-pgn",
+        lr=case["base_lr"],
+        epochs=case["T_max"],
+        warmup_epochs=case["warmup_epochs"],
+        min_lr=case["eta_min"],
+    )
+    schedule = recipe.make_schedule(config)
+    rates = [schedule(epoch) for epoch in range(case["T_max"])]
+    # the official code computes each rate from the one before, which gathers roundings: 100 of
+    # them are 100 * 2**-53 at most
+    assert rates == pytest.approx(case["lr_per_epoch"], rel=1.2e-14, abs=0)
+    # eta_min is base / 100 in the official script, and here where nothing is said
+    assert case["eta_min"] == pytest.approx(case["base_lr"] / 100, rel=1e-15)
+    default = recipe.cosine_pgn(case["base_lr"], case["T_max"], case["warmup_epochs"])
+    assert [default(epoch) for epoch in range(case["T_max"])] == pytest.approx(rates, rel=1e-15)
+
+
+@pytest.mark.parametrize("case", cases("official_vpt"), ids=lambda c: f"{c['total']}-epochs")
+def test_vpt_schedule_is_the_official_one(case):
+    config = TrainConfig.make(
+        sched="cosine-vpt",
+        lr=case["base_lr"],
+        epochs=case["total"],
+        warmup_epochs=case["warmup"],
+    )
+    schedule = recipe.make_schedule(config)
+    assert [schedule(epoch) for epoch in range(case["total"])] == case["lr_per_epoch"]
+    # one rate an epoch
+    assert schedule(3.99) == schedule(3)
+
+
+def test_official_recipes_name_the_official_schedules():
+    pgn, vpt = TrainConfig.make("pgn-official"), TrainConfig.make("vpt-official")
+    assert (pgn.method, pgn.sched, pgn.opt, pgn.lr, pgn.epochs, pgn.warmup_epochs) == (
+        "pgn",
+        "cosine-pgn",
+        "sgd",
+        0.1,
+        100,
+        50,
+    )
+    assert (vpt.method, vpt.sched, vpt.opt, vpt.epochs, vpt.warmup_epochs) == (
+        "vpt-deep",
+        "cosine-vpt",
+        "sgd",
+        100,
+        10,
+    )
+    assert TrainConfig.make("vpt-official", lr=3.0).lr == 3.0
+    assert set(RECIPES) == {"pgn-official", "vpt-official"}
+
+
+def test_cosine_meets_its_ends():
+    rate = recipe.cosine(lr=1.0, epochs=10, warmup_epochs=2, min_lr=0.1, warmup_lr=0.2)
+    assert [rate(0), rate(1), rate(2), rate(6), rate(10), rate(11)] == pytest.approx(
+        [0.2, 0.6, 1.0, 0.55, 0.1, 0.1]
+    )
+    assert recipe.cosine(1.0, 5, 0)(0) == 1.0 and recipe.cosine(1.0, 5, 5)(4.5) == 0.9
+    quarter = recipe.cosine(1.0, 8, 0)(2)
+    assert quarter == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_optimizer_is_timms_over_what_is_trained():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    config = TrainConfig.make(opt="sgd", lr=0.5, weight_decay=0.1, momentum=0.8)
+    optimizer = recipe.make_optimizer(model, config)
+    assert isinstance(optimizer, torch.optim.SGD)
+    decayed = {g["weight_decay"]: [p.shape for p in g["params"]] for g in optimizer.param_groups}
+    assert decayed == {0.0: [model[1].bias.shape], 0.1: [model[1].weight.shape]}
+    assert {g["momentum"] for g in optimizer.param_groups} == {0.8}
+    recipe.set_learning_rate(optimizer, 0.25)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.25}
+    with pytest.raises(UserError, match="sgdx"):
+        recipe.make_optimizer(model, TrainConfig.make(opt="sgdx"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_configuration_survives_json(method):
+    config = TrainConfig.make(method=method, scale=(0.5, 1.0), mean=[0.1, 0.2, 0.3])
+    again = TrainConfig.make(**json.loads(json.dumps(config.as_dict())))
+    assert again == config and again.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"method": "prefix"}, "--method is 'prefix'; known: pgn, vpt-deep"),
+        ({"lr": 0}, "--lr is 0"),
+        ({"lr": math.nan}, "--lr is nan"),
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"num_prompts": 0}, "--num-prompts is 0; give 1"),
+        ({"val_fraction": 1.0}, "--val-fraction is 1.0"),
+        ({"epochs": 3, "warmup_epochs": 4}, "--warmup-epochs 4 is more than --epochs 3"),
+        ({"recipe": "vit"}, "--recipe is 'vit'; known: pgn-official, vpt-official"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_bad_values_are_named(given, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig.make(**given)
