@@ -53,7 +53,15 @@ def test_mix_prompts(kernels, R, K, D, splits, activation, dtype):
     softmax = activation == "softmax"
 
     forward = cuda_host.MixPrompts(
-        logits=logits, library=library, prompts=prompts, R=R, K=K, D=D, softmax=softmax
+        logits=logits,
+        library=library,
+        prompts=prompts,
+        R=R,
+        K=K,
+        D=D,
+        P=R,
+        tokens=R,
+        softmax=softmax,
     )
     kernels.launch("mix_prompts", forward, dtype)
     backward = cuda_host.MixPromptsBackward(
@@ -87,7 +95,15 @@ def test_mix_prompts_with_many_rows(kernels):
     logits, library = torch.randn(1, 4099, 8), torch.randn(8, 12)
     prompts = poisoned(4099, 12, dtype=torch.float32)
     args = cuda_host.MixPrompts(
-        logits=logits, library=library, prompts=prompts, R=4099, K=8, D=12, softmax=True
+        logits=logits,
+        library=library,
+        prompts=prompts,
+        R=4099,
+        K=8,
+        D=12,
+        P=1,
+        tokens=1,
+        softmax=True,
     )
     kernels.launch("mix_prompts", args, torch.float32)
     expected = reference.mix_prompts(logits.double(), library.double())[0]
@@ -102,7 +118,15 @@ def test_the_order_of_threads_does_not_matter(kernels, seed):
     for order in (0, seed + 1):
         prompts = poisoned(33, 40, dtype=torch.float16)
         args = cuda_host.MixPrompts(
-            logits=logits, library=library, prompts=prompts, R=33, K=65, D=40, softmax=True
+            logits=logits,
+            library=library,
+            prompts=prompts,
+            R=33,
+            K=65,
+            D=40,
+            P=33,
+            tokens=33,
+            softmax=True,
         )
         kernels.launch("mix_prompts", args, torch.float16, seed=order)
         results.append(prompts.clone())
@@ -135,7 +159,13 @@ def test_prompt_attention(kernels, B, h, Q, T, P, d, shared, dtype):
         **{name: cuda_host.Heads(x) for name, x in zip(names, inputs, strict=True)},
         out=cuda_host.Heads(out.transpose(1, 2)),
         lse=lse,
-        **dict(B=B, h=h, Q=Q, T=T, P=P, d=d, scale=scale),
+        B=B,
+        h=h,
+        Q=Q,
+        T=T,
+        P=P,
+        d=d,
+        scale=scale,
     )
     kernels.launch("prompt_attention", forward, dtype)
     grads = [poisoned(*x.shape, dtype=dtype) for x in inputs]
@@ -158,3 +188,79 @@ def test_prompt_attention(kernels, B, h, Q, T, P, d, shared, dtype):
     for name, grad, grad64 in zip(names, grads, grads64, strict=True):
         assert_matches(f"grad_{name}", grad, grad64)
     assert all(map(intact, (out, lse, *grads)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize(
+    "B, C, size, patch, D, bare",
+    [
+        pytest.param(3, 3, (32, 48), (16, 16), 136, False, id="two-tiles-of-columns"),
+        pytest.param(2, 3, (28, 14), (14, 14), 19, False, id="unaligned-patches"),
+        pytest.param(1, 1, (2, 3), (1, 3), 1, True, id="smallest"),
+    ],
+)
+def test_prompted_patch_embed(kernels, B, C, size, patch, D, bare, channels_last, uint8, dtype):
+    H, W = size
+    N, S, P, K = (H // patch[0]) * (W // patch[1]), 2, 3, 5
+    images = torch.randint(0, 256, (B, C, H, W), dtype=torch.uint8)
+    images = images if uint8 else torch.randn(B, C, H, W, dtype=dtype)
+    images = images.contiguous(
+        memory_format=[torch.contiguous_format, torch.channels_last][channels_last]
+    )
+    weight, prefix = torch.randn(D, C, *patch, dtype=dtype), torch.randn(S, D, dtype=dtype)
+    bias, pos = (
+        (None, None) if bare else (torch.randn(D, dtype=dtype), torch.randn(N, D, dtype=dtype))
+    )
+    logits, library = torch.randn(B, P, K, dtype=dtype), torch.randn(K, D, dtype=dtype)
+    scale = [0.01 * (c + 1) for c in range(C)] if uint8 else []
+    shift = [0.1 * c - 1 for c in range(C)] if uint8 else []
+    tokens = S + N + P
+    out = poisoned(B, tokens, D, dtype=dtype)
+
+    strides = dict(
+        zip(("stride_b", "stride_c", "stride_y", "stride_x"), images.stride(), strict=True)
+    )
+    factors = [(cuda_host.single * 64)(*x) for x in (scale, shift)]
+    embed = cuda_host.PatchEmbed(
+        **{"images": images, "weight": weight, "bias": bias, "pos": pos, "out": out, **strides},
+        B=B,
+        C=C,
+        H=H,
+        W=W,
+        p_h=patch[0],
+        p_w=patch[1],
+        D=D,
+        tokens=tokens,
+        first=S,
+        uint8=uint8,
+        normalise=bool(scale),
+        scale=factors[0],
+        shift=factors[1],
+    )
+    kernels.launch("patch_embed", embed, dtype)
+    place = cuda_host.PlaceRows(
+        rows=prefix, out=out, batch_stride=0, B=B, count=S, D=D, tokens=tokens, first=0
+    )
+    kernels.launch("place_rows", place, dtype)
+    rows = out.view(-1, D)[S + N :]
+    mix = cuda_host.MixPrompts(
+        logits=logits,
+        library=library,
+        prompts=rows,
+        R=B * P,
+        K=K,
+        D=D,
+        P=P,
+        tokens=tokens,
+        softmax=True,
+    )
+    kernels.launch("mix_prompts", mix, dtype)
+
+    inputs = [x if x is None else x.double() for x in (weight, bias, pos, prefix, logits, library)]
+    # the pixel is rounded to the operand type once, as in the reference
+    pixels = reference.normalise(images, dtype, scale, shift).double()
+    expected = reference.prompted_patch_embed(pixels, *inputs, None, [], [], "softmax", "append")
+    assert_matches("tokens", out, expected)
+    assert intact(out)

@@ -12,9 +12,10 @@ enum class Number : int { float32, float16, bfloat16 };  // element type behind 
 struct MixPrompts {
   const void* logits;   // [R, K]
   const void* library;  // [K, D]
-  void* prompts;        // [R, D]
+  void* prompts;        // row r is written at row (r / P) * tokens + r % P of width D
   int64_t R;            // B * P
-  int K, D;
+  int K, D, P;
+  int64_t tokens;  // rows of an image in the result: P where it holds the prompts alone
   bool softmax;
 };
 cudaError_t mix_prompts(const MixPrompts& args, Number number, cudaStream_t stream);
@@ -33,6 +34,30 @@ struct MixPromptsBackward {
 };
 cudaError_t mix_prompts_backward(const MixPromptsBackward& args, Number number,
                                  cudaStream_t stream);
+
+constexpr int kMaxChannels = 64;
+
+struct PatchEmbed {
+  const void* images;  // (B, C, H, W) by the strides below, uint8 or `number`
+  const void* weight;  // [D, C * p_h * p_w]
+  const void* bias;    // [D] or null
+  const void* pos;     // [N, D] or null
+  void* out;           // [B, tokens, D], patches from row `first` of each image
+  int64_t stride_b, stride_c, stride_y, stride_x;
+  int B, C, H, W, p_h, p_w, D, tokens, first;
+  bool uint8, normalise;
+  float scale[kMaxChannels], shift[kMaxChannels];  // of each channel
+};
+cudaError_t patch_embed(const PatchEmbed& args, Number number, cudaStream_t stream);
+
+// Copies rows [count, D] (of each image where batch_stride is not 0) to rows `first` of each image.
+struct PlaceRows {
+  const void* rows;
+  void* out;  // [B, tokens, D]
+  int64_t batch_stride;
+  int B, count, D, tokens, first;
+};
+cudaError_t place_rows(const PlaceRows& args, Number number, cudaStream_t stream);
 
 // A (B, h, T, d) tensor by element strides; the last dimension is contiguous.
 struct Heads {

@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kThreads) mix_prompts_kernel(MixPrompts a, boo
         const int r = sums.row(m, i);
         const int64_t d = first_column + warp_id() * kN * 8 + sums.column(n, i);
         if (r < rows && d < a.D) {
-          static_cast<T*>(a.prompts)[(first_row + r) * a.D + d] =
-              from_float<T>(sums.block[m][n][i]);
+          const int64_t row = first_row + r, to = row / a.P * a.tokens + row % a.P;
+          static_cast<T*>(a.prompts)[to * a.D + d] = from_float<T>(sums.block[m][n][i]);
         }
       }
 }

@@ -2,8 +2,10 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../common.h"
 #include "launch.h"
@@ -53,6 +55,17 @@ cuda::PromptAttention attention_of(const Tensor& q, const Tensor& k, const Tenso
 
 cuda::Number cuda_number(const Tensor& x) { return static_cast<cuda::Number>(number_of(x)); }
 
+// mixes the prompts into rows `first` on of every image of out [B, tokens, D]
+void mix_into(const Tensor& logits, const Tensor& token_library, const std::string& activation,
+              Tensor& out, int64_t first) {
+  const int64_t B = logits.size(0), P = logits.size(1), K = logits.size(2), D = out.size(2);
+  char* rows = static_cast<char*>(out.mutable_data_ptr()) + first * D * out.element_size();
+  STD_CUDA_CHECK(cuda::mix_prompts(
+      {logits.const_data_ptr(), token_library.const_data_ptr(), rows, B * P, static_cast<int>(K),
+       static_cast<int>(D), static_cast<int>(P), out.size(1), activation == "softmax"},
+      cuda_number(logits), current_stream(logits)));
+}
+
 }  // namespace
 
 Tensor mix_prompts_cuda(const Tensor& logits_,         // [B, P, K]
@@ -62,11 +75,69 @@ Tensor mix_prompts_cuda(const Tensor& logits_,         // [B, P, K]
   const Tensor logits = as_contiguous(logits_), token_library = as_contiguous(token_library_);
   const int64_t B = logits.size(0), P = logits.size(1), D = token_library.size(1);
   Tensor prompts = torch::stable::new_empty(token_library, {B, P, D});
-  STD_CUDA_CHECK(cuda::mix_prompts(
-      {logits.const_data_ptr(), token_library.const_data_ptr(), prompts.mutable_data_ptr(), B * P,
-       static_cast<int>(token_library.size(0)), static_cast<int>(D), activation == "softmax"},
-      cuda_number(logits), current_stream(logits)));
+  mix_into(logits, token_library, activation, prompts, 0);
   return prompts;
+}
+
+Tensor prompted_patch_embed_cuda(const Tensor& images,                  // [B, C, H, W]
+                                 const Tensor& weight,                  // [D, C, p_h, p_w]
+                                 const std::optional<Tensor>& bias,     // [D]
+                                 const std::optional<Tensor>& pos,      // [N, D]
+                                 const Tensor& prefix,                  // [S, D]
+                                 const std::optional<Tensor>& logits,   // [B, P, K]
+                                 const std::optional<Tensor>& library,  // [K, D]
+                                 const std::optional<Tensor>& prompts,  // [P, D] or [B, P, D]
+                                 const std::vector<double>& scale, const std::vector<double>& shift,
+                                 const std::string& activation, const std::string& position) {
+  const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
+  const cudaStream_t stream = current_stream(images);
+  const cuda::Number number = cuda_number(weight);
+  const int B = images.size(0), C = images.size(1), H = images.size(2), W = images.size(3);
+  const int D = weight.size(0), p_h = weight.size(2), p_w = weight.size(3);
+  const int N = H / p_h * (W / p_w), S = prefix.size(0);
+  const int P = logits ? logits->size(1) : prompts ? prompts->size(prompts->dim() - 2) : 0;
+  const int tokens = S + N + P;
+  STD_TORCH_CHECK(C <= cuda::kMaxChannels, "prompted_patch_embed: the CUDA kernel takes up to ",
+                  cuda::kMaxChannels, " channels");
+  Tensor out = torch::stable::new_empty(weight, {B, tokens, D});
+  const bool append = position == "append";
+  const int first_patch = append ? S : S + P, first_prompt = append ? S + N : S;
+
+  cuda::PatchEmbed embed{images.const_data_ptr(),
+                         weight.const_data_ptr(),
+                         bias ? bias->const_data_ptr() : nullptr,
+                         pos ? pos->const_data_ptr() : nullptr,
+                         out.mutable_data_ptr(),
+                         images.stride(0),
+                         images.stride(1),
+                         images.stride(2),
+                         images.stride(3),
+                         B,
+                         C,
+                         H,
+                         W,
+                         p_h,
+                         p_w,
+                         D,
+                         tokens,
+                         first_patch,
+                         images.scalar_type() == ScalarType::Byte,
+                         !scale.empty(),
+                         {},
+                         {}};
+  std::copy(scale.begin(), scale.end(), embed.scale);
+  std::copy(shift.begin(), shift.end(), embed.shift);
+  STD_CUDA_CHECK(cuda::patch_embed(embed, number, stream));
+  auto place = [&](const Tensor& rows, int count, int first) {
+    STD_CUDA_CHECK(
+        cuda::place_rows({rows.const_data_ptr(), out.mutable_data_ptr(),
+                          rows.dim() == 3 ? rows.stride(0) : 0, B, count, D, tokens, first},
+                         number, stream));
+  };
+  place(prefix, S, 0);
+  if (prompts) place(*prompts, P, first_prompt);
+  if (logits) mix_into(*logits, *library, activation, out, first_prompt);
+  return out;
 }
 
 std::tuple<Tensor, Tensor> mix_prompts_backward_cuda(const Tensor& grad_prompts_,   // [B, P, D]
@@ -154,6 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cud
 STABLE_TORCH_LIBRARY_IMPL(pgn_fast_C, CUDA, m) {
   m.impl("mix_prompts", TORCH_BOX(&pgn_fast::mix_prompts_cuda));
   m.impl("mix_prompts_backward", TORCH_BOX(&pgn_fast::mix_prompts_backward_cuda));
+  m.impl("prompted_patch_embed", TORCH_BOX(&pgn_fast::prompted_patch_embed_cuda));
   m.impl("prompt_attention", TORCH_BOX(&pgn_fast::prompt_attention_cuda));
   m.impl("prompt_attention_backward", TORCH_BOX(&pgn_fast::prompt_attention_backward_cuda));
 }

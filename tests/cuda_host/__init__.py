@@ -10,6 +10,7 @@ import subprocess
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ def build(source: Path = CUDA, flags: tuple[str, ...] = ()) -> Kernels:
         partial = library.with_suffix(f".{os.getpid()}")
         command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DPGN_FAST_CUDA_HOST"]
         command += [*flags, f"-I{HERE}", f"-I{source}", f"-isystem{cuda_include()}"]
-        subprocess.run([*command, str(HERE / "entry.cpp"), "-o", str(partial)], check=True)
+        kernels = [str(path) for path in sorted(source.glob("*.cu"))]
+        command += ["-x", "c++", str(HERE / "entry.cpp"), *kernels, "-o", str(partial)]
+        subprocess.run(command, check=True)
         partial.replace(library)
     return Kernels(ctypes.CDLL(str(library)))
 
@@ -69,7 +72,7 @@ def build(source: Path = CUDA, flags: tuple[str, ...] = ()) -> Kernels:
 class Arguments(ctypes.Structure):
     """A launcher's argument struct filled from tensors and numbers, which it keeps alive."""
 
-    def __init__(self, **values: Tensor | int | float | bool | None):
+    def __init__(self, **values: Any):
         plain = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in values.items()}
         super().__init__(**plain)
         self.tensors = values
@@ -88,7 +91,8 @@ class MixPrompts(Arguments):
     _fields_ = (
         *((name, pointer) for name in ("logits", "library", "prompts")),
         ("R", long),
-        *((name, integer) for name in ("K", "D")),
+        *((name, integer) for name in ("K", "D", "P")),
+        ("tokens", long),
         ("softmax", boolean),
     )
 
@@ -100,6 +104,24 @@ class MixPromptsBackward(Arguments):
         *((name, long) for name in ("R", "rows_per_split")),
         *((name, integer) for name in ("K", "D", "splits")),
         ("softmax", boolean),
+    )
+
+
+class PatchEmbed(Arguments):
+    _fields_ = (
+        *((name, pointer) for name in ("images", "weight", "bias", "pos", "out")),
+        *((name, long) for name in ("stride_b", "stride_c", "stride_y", "stride_x")),
+        *((name, integer) for name in ("B", "C", "H", "W", "p_h", "p_w", "D", "tokens", "first")),
+        *((name, boolean) for name in ("uint8", "normalise")),
+        *((name, single * 64) for name in ("scale", "shift")),
+    )
+
+
+class PlaceRows(Arguments):
+    _fields_ = (
+        *((name, pointer) for name in ("rows", "out")),
+        ("batch_stride", long),
+        *((name, integer) for name in ("B", "count", "D", "tokens", "first")),
     )
 
 

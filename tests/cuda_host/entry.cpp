@@ -1,6 +1,5 @@
 // The kernels of csrc/cuda compiled for the host, behind plain C functions for ctypes.
-#include "mix_prompts.cu"
-#include "prompt_attention.cu"
+#include "device.cuh"
 
 extern "C" {
 void set_seed(unsigned seed) { pgn_fast::cuda::host::seed = seed; }
@@ -19,5 +18,11 @@ int prompt_attention(const pgn_fast::cuda::PromptAttention* args, int number) {
 int prompt_attention_backward(const pgn_fast::cuda::PromptAttentionBackward* args, int number) {
   return pgn_fast::cuda::prompt_attention_backward(
       *args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
+}
+int patch_embed(const pgn_fast::cuda::PatchEmbed* args, int number) {
+  return pgn_fast::cuda::patch_embed(*args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
+}
+int place_rows(const pgn_fast::cuda::PlaceRows* args, int number) {
+  return pgn_fast::cuda::place_rows(*args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
 }
 }
