@@ -48,4 +48,6 @@ using float16 = _Float16;
 
 enum class Number : int { float32, float16, bfloat16 };  // element type behind a void pointer
 
+constexpr int64_t size_of(Number number) { return number == Number::float32 ? 4 : 2; }
+
 }  // namespace pgn_fast

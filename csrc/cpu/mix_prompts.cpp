@@ -1,8 +1,9 @@
 // CPU kernels of pgn_fast.ops.mix_prompts:  prompts = mixture(logits) @ token_library
 //
-// The coefficients of all R = B * P rows go into one float32 buffer; tiles of rows x columns of the
-// product are then shared among the threads. Where rows are many, the product is left to torch's
-// GEMM, which wins there (see bench/results).
+// Few rows (R = B * P): one parallel region, in which every task computes all coefficients again (a
+// few microseconds) and then its own columns of the product. Many rows: the coefficients first,
+// then torch's GEMM, which runs at the machine's peak. So does the backward.
+#include <memory>
 #include <string>
 
 #include "../common.h"
@@ -11,49 +12,77 @@
 namespace pgn_fast {
 namespace {
 
-constexpr int64_t kTileColumns = 64;
-constexpr int64_t kOwnProductRows = 64;  // up to here our tiles beat the library's GEMM
-
-Tensor coefficients_of(const Tensor& logits, bool softmax) {
-  const int64_t R = logits.size(0) * logits.size(1), K = logits.size(2);
-  Tensor coefficients = torch::stable::new_empty(logits, {R, K}, ScalarType::Float);
-  float* out = coefficients.mutable_data_ptr<float>();
-  const void* z = logits.const_data_ptr();
-  const Number number = number_of(logits);
-  torch::stable::parallel_for(0, R, ceil_div(16384, K), [=](int64_t begin, int64_t end) {
-    PGN_ISA_CALL(mixture_rows)(z, number, softmax, K, begin, end, out);
-  });
-  return coefficients;
-}
+constexpr int64_t kOwnProductRows = 64;  // up to here our product beats the library's GEMM
+constexpr int64_t kColumns = 64;         // of a task
+constexpr int64_t kGrain = 16384;        // coefficients of a task
 
 }  // namespace
 
-Tensor mix_prompts_cpu(const Tensor& logits_,         // [B, P, K]
-                       const Tensor& token_library_,  // [K, D]
+Tensor mix_prompts_cpu(const Tensor& logits,         // [B, P, K]
+                       const Tensor& token_library,  // [K, D]
                        const std::string& activation) {
-  const Tensor logits = as_contiguous(logits_), token_library = as_contiguous(token_library_);
   const int64_t B = logits.size(0), P = logits.size(1), K = logits.size(2);
   const int64_t D = token_library.size(1), R = B * P;
-  const Tensor coefficients = coefficients_of(logits, activation == "softmax");
+  const bool softmax = activation == "softmax";
+  const Number number = number_of(logits);
+  const void* z = logits.const_data_ptr();
   if (R > kOwnProductRows) {
-    const Tensor weights = torch::stable::to(coefficients, token_library.scalar_type());
-    return torch::stable::view(torch::stable::matmul(weights, token_library), {B, P, D});
+    const Tensor weights = empty<2>(logits, ScalarType::Float, {R, K});
+    float* coefficients = weights.mutable_data_ptr<float>();
+    torch::stable::parallel_for(0, R, ceil_div(kGrain, K), [=](int64_t begin, int64_t end) {
+      const char* rows = static_cast<const char*>(z) + begin * K * size_of(number);
+      PGN_ISA_CALL(mixture_rows)(rows, number, softmax, K, end - begin, coefficients + begin * K);
+    });
+    const Tensor rounded = number == Number::float32
+                               ? weights
+                               : torch::stable::to(weights, token_library.scalar_type());
+    return torch::stable::view(torch::stable::matmul(rounded, token_library), {B, P, D});
   }
-  Tensor prompts = torch::stable::new_empty(token_library, {B, P, D});
-  const float* weights = coefficients.const_data_ptr<float>();
+  Tensor prompts = empty<3>(token_library, token_library.scalar_type(), {B, P, D});
   const void* library = token_library.const_data_ptr();
   void* out = prompts.mutable_data_ptr();
-  const Number number = number_of(token_library);
-  torch::stable::parallel_for(0, ceil_div(D, kTileColumns), 1, [=](int64_t begin, int64_t end) {
-    const int64_t column_end = end * kTileColumns < D ? end * kTileColumns : D;
-    PGN_ISA_CALL(mix_tile)(weights, library, number, K, D, 0, R, begin * kTileColumns, column_end,
-                           out);
+  torch::stable::parallel_for(0, ceil_div(D, kColumns), 1, [=](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[R * (K + kColumns)]);
+    PGN_ISA_CALL(mixture_rows)(z, number, softmax, K, R, scratch.get());
+    for (int64_t column = begin * kColumns; column < end * kColumns && column < D;
+         column += kColumns) {
+      const int64_t width = D - column < kColumns ? D - column : kColumns;
+      PGN_ISA_CALL(mix_columns)(scratch.get(), library, number, K, D, R, column, width,
+                                scratch.get() + R * K, out);
+    }
   });
   return prompts;
+}
+
+std::tuple<Tensor, Tensor> mix_prompts_backward_cpu(const Tensor& grad_prompts,   // [B, P, D]
+                                                    const Tensor& logits,         // [B, P, K]
+                                                    const Tensor& token_library,  // [K, D]
+                                                    const std::string& activation) {
+  using torch::stable::matmul, torch::stable::transpose, torch::stable::view;
+  const int64_t B = logits.size(0), P = logits.size(1), K = logits.size(2);
+  const int64_t D = token_library.size(1), R = B * P;
+  const bool softmax = activation == "softmax";
+  const Number number = number_of(logits);
+  const Tensor grad_rows = view(grad_prompts, {R, D});
+  const Tensor grad_weights = matmul(grad_rows, transpose(token_library, 0, 1));  // [R, K]
+  const Tensor weights = empty<2>(logits, logits.scalar_type(), {R, K});
+  Tensor grad_logits = empty<3>(logits, logits.scalar_type(), {B, P, K});
+  const char *z = static_cast<const char*>(logits.const_data_ptr()),
+             *grads = static_cast<const char*>(grad_weights.const_data_ptr());
+  char *coefficients = static_cast<char*>(weights.mutable_data_ptr()),
+       *out = static_cast<char*>(grad_logits.mutable_data_ptr());
+  torch::stable::parallel_for(0, R, ceil_div(kGrain, K), [=](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[K]);
+    const int64_t at = begin * K * size_of(number);
+    PGN_ISA_CALL(mix_logit_rows)(z + at, grads + at, number, softmax, K, end - begin, scratch.get(),
+                                 coefficients + at, out + at);
+  });
+  return {grad_logits, matmul(transpose(weights, 0, 1), grad_rows)};
 }
 
 }  // namespace pgn_fast
 
 STABLE_TORCH_LIBRARY_IMPL(pgn_fast_C, CPU, m) {
   m.impl("mix_prompts", TORCH_BOX(&pgn_fast::mix_prompts_cpu));
+  m.impl("mix_prompts_backward", TORCH_BOX(&pgn_fast::mix_prompts_backward_cpu));
 }

@@ -1,0 +1,110 @@
+// CPU kernel of pgn_fast.ops.prompted_patch_embed:
+//   tokens[b] = [prefix, patches(images[b]) @ weight^T + bias + pos_embed, prompts[b]]
+//
+// A chunk of images at a time: its pixels are normalised on their way into rows of patches, torch's
+// GEMM multiplies them, and one pass adds bias and position embedding while it writes the sequence.
+// The chunk's two buffers are small enough to stay in the cache and large enough for the GEMM.
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../common.h"
+#include "kernels.h"
+
+namespace pgn_fast {
+
+Tensor mix_prompts_cpu(const Tensor& logits, const Tensor& token_library,
+                       const std::string& activation);
+
+namespace {
+
+constexpr int64_t kChunkRows = 784;  // patches multiplied at once
+
+const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
+
+// out = a @ b, into memory that is there
+void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
+}
+
+}  // namespace
+
+Tensor prompted_patch_embed_cpu(const Tensor& images,                        // [B, C, H, W]
+                                const Tensor& weight,                        // [D, C, p_h, p_w]
+                                const std::optional<Tensor>& bias,           // [D]
+                                const std::optional<Tensor>& pos_embed,      // [N, D]
+                                const Tensor& prefix,                        // [S, D]
+                                const std::optional<Tensor>& logits,         // [B, P, K]
+                                const std::optional<Tensor>& token_library,  // [K, D]
+                                const std::optional<Tensor>& ready_prompts,  // [P, D], [B, P, D]
+                                const std::vector<double>& scale,            // [C] or empty
+                                const std::vector<double>& shift,            // [C] or empty
+                                const std::string& activation, const std::string& position) {
+  const int64_t B = images.size(0), D = weight.size(0), p_h = weight.size(2), p_w = weight.size(3);
+  const int64_t C = images.size(1), rows = images.size(2) / p_h, N = rows * (images.size(3) / p_w);
+  const int64_t S = prefix.size(0), K = C * p_h * p_w;
+  const std::optional<Tensor> prompts =
+      logits ? mix_prompts_cpu(*logits, *token_library, activation) : ready_prompts;
+  const int64_t P = prompts ? prompts->size(-2) : 0;
+  const Number number = number_of(weight);
+  const ScalarType dtype = weight.scalar_type();
+
+  Tensor tokens = empty<3>(weight, dtype, {B, S + N + P, D});
+  const std::vector<float> scales(scale.begin(), scale.end()), shifts(shift.begin(), shift.end());
+  const Patches patches = {images.const_data_ptr(),
+                           images.scalar_type() == ScalarType::Byte,
+                           C,
+                           images.size(2),
+                           images.size(3),
+                           p_h,
+                           p_w,
+                           images.stride(0),
+                           images.stride(1),
+                           images.stride(2),
+                           images.stride(3),
+                           scales.empty() ? nullptr : scales.data(),
+                           shifts.empty() ? nullptr : shifts.data()};
+  Sequence sequence = {nullptr,
+                       data_of(bias),
+                       data_of(pos_embed),
+                       prefix.const_data_ptr(),
+                       data_of(prompts),
+                       tokens.mutable_data_ptr(),
+                       0,
+                       S,
+                       N,
+                       P,
+                       D,
+                       prompts && prompts->dim() == 3 ? P * D : 0,
+                       position == "prepend"};
+  const Tensor columns = torch::stable::transpose(torch::stable::view(weight, {D, K}), 0, 1);
+  const int64_t chunk = N > 0 && N < kChunkRows ? kChunkRows / N : 1;
+  for (int64_t first = 0; first < B; first += chunk) {
+    const int64_t count = B - first < chunk ? B - first : chunk;
+    const Tensor cut = empty<2>(weight, dtype, {count * N, K});
+    const Tensor embedded = empty<2>(weight, dtype, {count * N, D});
+    char* out = static_cast<char*>(cut.mutable_data_ptr());
+    const int64_t row_bytes = N / (rows > 0 ? rows : 1) * K * size_of(number);
+    torch::stable::parallel_for(0, count * rows, 1, [=, &patches](int64_t begin, int64_t end) {
+      PGN_ISA_CALL(cut_patches)(patches, number, first * rows + begin, first * rows + end,
+                                out + begin * row_bytes);
+    });
+    multiply(cut, columns, embedded);
+    sequence.embedded = embedded.const_data_ptr();
+    sequence.first = first;
+    torch::stable::parallel_for(first, first + count, 1,
+                                [=, &sequence](int64_t begin, int64_t end) {
+                                  PGN_ISA_CALL(finish_tokens)(sequence, number, begin, end);
+                                });
+  }
+  return tokens;
+}
+
+}  // namespace pgn_fast
+
+STABLE_TORCH_LIBRARY_IMPL(pgn_fast_C, CPU, m) {
+  m.impl("prompted_patch_embed", TORCH_BOX(&pgn_fast::prompted_patch_embed_cpu));
+}
