@@ -128,7 +128,7 @@ class PromptedViT(nn.Module):
             raise ValueError(
                 f"location={self.config['location']!r} prompts the image itself; it has no tokens"
             )
-        return schedule.layers[schedule.first].expand(len(images), -1, -1)
+        return schedule.layers[schedule.first].expand(images.shape[0], -1, -1)
 
     def explain(self) -> str:
         """Which backend runs each op, which exact savings are on, and why the others are off."""
@@ -470,7 +470,7 @@ class VPT(PromptedViT):
         check_images(self.backbone, images, self.num_prompts if location == "pad" else 0)
         if isinstance(prompter, VisualPrompts):
             position: Position = "prepend" if location == "prepend" else "add"
-            layers = prompter(len(images))
+            layers = prompter(images.shape[0])
             return images, PromptSchedule(position, layers, keep=self.config["expand"])
         if location.startswith("prepend-pixel"):
             return images, PromptSchedule("prepend", {0: prompter.tokens(self.backbone)})

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import prompt_attention
-from ..ops.backends import PREFERENCE, refusal
 from .fold import BlockWeights, Norm
 
 Projected = tuple[Tensor, Tensor, Tensor]
@@ -48,7 +47,8 @@ def project_entering(w: BlockWeights, x: Tensor, prompts: Tensor) -> Projected:
     own = project(w, x, x.shape[-2])
     new = project(w, prompts, prompts.shape[-2])
     return tuple(  # type: ignore[return-value]
-        torch.cat([t, p.expand(len(x), -1, -1, -1)], dim=-2) for t, p in zip(own, new, strict=True)
+        torch.cat([t, p.expand(x.shape[0], -1, -1, -1)], dim=-2)
+        for t, p in zip(own, new, strict=True)
     )
 
 
@@ -82,31 +82,26 @@ def attend(
     k: Tensor,
     v: Tensor,
     prompts: tuple[Tensor, Tensor] | None,
+    fused: bool,
     backend: str | None,
 ) -> Tensor:
-    """Attention over the tokens and the prompts' keys and values: (B, h, M, d) -> (B, M, A)."""
+    """Attention over the tokens and the prompts' keys and values: (B, h, M, d) -> (B, M, A).
+
+    Args:
+        fused: a kernel of this package runs the op; without one, torch's attention over
+            concatenated keys is the fastest plain form.
+    """
     if prompts is None:
         o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
-    elif has_kernel(q, backend):
+    elif fused:
         o = prompt_attention(q, k, v, *prompts, w.scale, backend=backend)
     else:
         k, v = (
-            torch.cat([p.expand(len(t), -1, -1, -1), t], dim=-2)
+            torch.cat([p.expand(t.shape[0], -1, -1, -1), t], dim=-2)
             for p, t in zip(prompts, (k, v), strict=True)
         )
         o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
     return _normalise(w.inner_norm, o.transpose(-3, -2).flatten(-2))
-
-
-def has_kernel(x: Tensor, backend: str | None) -> bool:
-    """Whether a kernel of this package runs attention with prompts on tensors like ``x``.
-
-    Without one, torch's attention over concatenated keys is the fastest plain form.
-    """
-    if backend is not None:
-        return backend != "reference"
-    candidates = PREFERENCE["prompt_attention"].get(x.device.type, ())
-    return any(refusal(name, "prompt_attention", x) is None for name in candidates)
 
 
 def attend_absorbed(w: BlockWeights, x: Tensor, num_queries: int, prompts: Tensor | None) -> Tensor:

@@ -83,7 +83,7 @@ def embed(
     if isinstance(backbone, Eva):
         return backbone._pos_embed(patches)
     if isinstance(backbone, Beit):
-        x = torch.cat([backbone.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        x = torch.cat([backbone.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return x if backbone.pos_embed is None else x + backbone.pos_embed, None
     return backbone.patch_drop(backbone._pos_embed(patches)), None
 
@@ -93,7 +93,7 @@ def add_prompts(x: Tensor, prompts: Tensor, position: Position, num_prefix: int)
     prompts = prompts.to(x.dtype)
     if position == "add":
         return x + prompts
-    prompts = prompts.expand(len(x), -1, -1)
+    prompts = prompts.expand(x.shape[0], -1, -1)
     if position == "append":
         return torch.cat([x, prompts], dim=1)
     return torch.cat([x[:, :num_prefix], prompts, x[:, num_prefix:]], dim=1)

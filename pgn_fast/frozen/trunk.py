@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import backends
 from . import blocks, memory, plan
 from .fold import BlockWeights, fold_block, live_block
 from .plan import FastOptions
@@ -85,6 +86,7 @@ class FastTrunk:
         self._modules = [self.backbone, *self.backbone.blocks.modules()]
         self._key: tuple[Any, ...] | None = None
         self._refusal = plan.refusal(self.backbone)
+        self._fused = self._dtypes_with_a_kernel()
         self._folded: dict[torch.dtype, list[BlockWeights]] = {}
         self._seen: dict[int, tuple[Tensor, BlockWeights, tuple[Tensor, Tensor]]] = {}
 
@@ -95,6 +97,20 @@ class FastTrunk:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def _dtypes_with_a_kernel(self) -> set[torch.dtype]:
+        """In which dtypes a kernel of this package runs attention with prompts."""
+        if self.backend == "reference":
+            return set()
+        device = next(self.backbone.parameters()).device
+        candidates = backends.PREFERENCE["prompt_attention"].get(device.type, ())
+        found = set()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            like = torch.empty(0, dtype=dtype, device=device)
+            refusals = (backends.refusal(name, "prompt_attention", like) for name in candidates)
+            if self.backend is not None or None in refusals:
+                found.add(dtype)
+        return found
 
     @property
     def refusal(self) -> str | None:
@@ -213,17 +229,19 @@ class FastTrunk:
             if step.rows is not None and self._absorbs(i, step.rows, rope):
                 o = blocks.attend_absorbed(w, x, step.rows, step.prompts)
                 return memory.finish_block(w, x[:, : step.rows], o, trade)
-            keys = None
+            keys, fused = None, False
             if step.prompts is None:
                 M = self._rows_out(step, x.shape[1], num_tokens)
                 q, k, v = blocks.project(w, x, M)
             elif step.keys_only and self.options.kv_only:
                 M = self._rows_out(step, num_tokens, num_tokens)
                 keys = self._keys_values(i, w, step.prompts)
-                q, k, v = blocks.project(w, x, M, not blocks.has_kernel(keys[0], self.backend))
+                # an exported program has to run where this package is not
+                fused = keys[0].dtype in self._fused and not torch.compiler.is_exporting()
+                q, k, v = blocks.project(w, x, M, separate=not fused)
             else:
                 M = self._rows_out(step, num_tokens + step.prompts.shape[-2], num_tokens)
-                together = torch.cat([x, step.prompts.expand(len(x), -1, -1)], dim=1)
+                together = torch.cat([x, step.prompts.expand(x.shape[0], -1, -1)], dim=1)
                 if self.options.first and together.shape[1] == M:
                     q, k, v = blocks.project_entering(w, x, step.prompts)
                 else:
@@ -231,7 +249,7 @@ class FastTrunk:
                 x = together
             num_prefix = self.backbone.num_prefix_tokens
             q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
-            o = blocks.attend(w, q, k, v, keys, self.backend)
+            o = blocks.attend(w, q, k, v, keys, fused, self.backend)
             return memory.finish_block(w, x[:, :M], o, trade)
 
         again = trade == "min" and torch.is_grad_enabled()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from ._register import follow_autocast, register_op
 from .backends import select_kernel
 
@@ -56,6 +57,9 @@ def mix_prompts(
     """
     logits, token_library = follow_autocast(logits, token_library)  # type: ignore[assignment]
     check(logits, token_library, activation)
+    if torch.compiler.is_exporting():
+        # an exported program, and ONNX after it, has to run where this package is not
+        return reference.mix_prompts(logits, token_library, activation)
     return _op(logits, token_library, activation, backend or "auto")
 
 

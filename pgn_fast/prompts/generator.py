@@ -119,7 +119,7 @@ class PromptGenerator(nn.Module):
         images = resize_shorter_side(images, self.resolution)
         own = next(self.generator.parameters(), None)
         logits = self.generator(images if own is None else images.to(own.dtype))
-        expected = (len(images), self.num_prompts * self.library_size)
+        expected = (images.shape[0], self.num_prompts * self.library_size)
         if logits.shape != expected:
             raise ValueError(
                 f"generator: {type(self.generator).__name__} gives {tuple(logits.shape)}; for "

@@ -131,4 +131,4 @@ class PixelPrompts(nn.Module):
         return (pixels - self.mean) / self.std
 
     def _batch(self, pixels: Tensor, images: Tensor) -> Tensor:
-        return pixels.to(images.dtype).expand(len(images), -1, -1, -1)
+        return pixels.to(images.dtype).expand(images.shape[0], -1, -1, -1)

@@ -1,0 +1,284 @@
+"""The engine under what people put around a model: casts, compilers, exporters, copies, DDP."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import socket
+
+import pytest
+import timm
+import torch
+from test_frozen_exact import randomize
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import pgn_fast
+from pgn_fast.frozen.plan import FastOptions
+from pgn_fast.frozen.trunk import FastTrunk
+
+
+def backbone(**kwargs) -> nn.Module:
+    options = {"depth": 2, "embed_dim": 64, "num_heads": 2, "img_size": 32, "patch_size": 8}
+    options |= {"num_classes": 0, "init_values": 0.3} | kwargs
+    return randomize(timm.create_model("vit_tiny_patch16_224", **options))
+
+
+def vpt(fast: bool | str | FastOptions = True, **kwargs) -> pgn_fast.VPT:
+    return pgn_fast.VPT(backbone(**kwargs), 5, num_prompts=3, fast=fast)
+
+
+def pgn(**kwargs) -> pgn_fast.PGN:
+    return pgn_fast.PGN(backbone(**kwargs), 5, num_prompts=3, library_size=8)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def gradients(model: nn.Module, logits: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(logits.float().square().mean(), model.trainable_parameters()))
+
+
+@pytest.mark.parametrize("make", [vpt, pgn])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_as_close_as_timm_under_it(make, dtype: torch.dtype) -> None:
+    model, images = make(), torch.randn(4, 3, 32, 32)
+    exact = model.forward_reference(images)
+    exact_grads = gradients(model, exact)
+    with torch.autocast("cpu", dtype=dtype):
+        ours, timms = model(images), model.forward_reference(images)
+    assert ours.dtype == timms.dtype
+    bound = 2 * relative(timms, exact) + torch.finfo(dtype).eps
+    assert relative(ours, exact) <= bound
+    grads = zip(gradients(model, ours), gradients(model, timms), exact_grads, strict=True)
+    for own, timm_s, wanted in grads:
+        assert own.dtype == torch.float32
+        assert relative(own, wanted) <= 2 * relative(timm_s, wanted) + torch.finfo(dtype).eps
+
+
+def test_pure_bfloat16_is_as_close_as_timm_in_it() -> None:
+    model, images = vpt(), torch.randn(4, 3, 32, 32)
+    exact = model(images)
+    model.to(torch.bfloat16)
+    half = images.to(torch.bfloat16)
+    ours, timms = model(half), model.forward_reference(half)
+    assert ours.dtype == torch.bfloat16
+    assert relative(ours, exact) <= 2 * relative(timms, exact) + 2**-8
+
+
+@pytest.mark.parametrize(
+    "memory, batches", [("fast", (2, 3, 4, 5)), ("balanced", (2,)), ("min", (2,))]
+)
+def test_compiles_whole_and_once_for_every_batch_size(memory: str, batches: tuple[int]) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = vpt(memory)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for B in batches:
+        images = torch.randn(B, 3, 32, 32)
+        logits, expected = compiled(images), model(images)
+        assert relative(logits, expected) <= 2e-6
+        pairs = zip(gradients(model, logits), gradients(model, expected), strict=True)
+        assert all(relative(a, b) <= 1e-5 for a, b in pairs)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_model_sees_changed_weights() -> None:
+    model, images = vpt(), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        before = compiled(images)
+        model.backbone.blocks[0].norm1.weight.mul_(2)
+        after = compiled(images)
+        assert relative(after, model.forward_reference(images)) <= 2e-6
+        assert relative(after, before) > 1e-3
+
+
+@pytest.mark.parametrize("make", [vpt, pgn])
+def test_exports_with_dynamic_batch(make, tmp_path) -> None:
+    model = make().eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(2, 3, 32, 32),), dynamic_shapes={"images": {0: batch}}
+        )
+        images = torch.randn(5, 3, 32, 32)
+        expected = model.forward_reference(images)
+        assert relative(program.module()(images), expected) <= 2e-6
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(program, f=str(path), input_names=["images"], verbose=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert relative(torch.from_numpy(logits), expected) <= 1e-5
+
+
+def _ddp_worker(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    model, images = vpt("balanced"), torch.randn(4, 3, 32, 32)
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    for _ in range(2):  # DDP reports a parameter that got no gradient at the next forward
+        model.zero_grad()
+        parallel(images[2 * rank : 2 * rank + 2]).square().mean().backward()
+    if rank == 0:
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        torch.save(grads, f"{folder}/grads.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_trains_under_ddp_without_unused_parameters(tmp_path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # fork, because two processes that import torch and timm anew take half a minute
+    torch.multiprocessing.start_processes(
+        _ddp_worker, (port, str(tmp_path)), nprocs=2, start_method="fork"
+    )
+    grads = torch.load(tmp_path / "grads.pt", weights_only=True)
+    torch.manual_seed(0)
+    model, images = vpt(), torch.randn(4, 3, 32, 32)
+    model.forward_reference(images).square().mean().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert relative(grads[name], p.grad) <= 1e-5
+
+
+def test_accumulates_gradients_and_checkpoints() -> None:
+    model, images = vpt(), torch.randn(4, 3, 32, 32)
+    expected = gradients(model, model.forward_reference(images))
+    model.set_grad_checkpointing()
+    for half in images.split(2):
+        (model(half).square().mean() / 2).backward()
+    for p, wanted in zip(model.trainable_parameters(), expected, strict=True):
+        assert relative(p.grad, wanted) <= 1e-5
+    outer = torch.utils.checkpoint.checkpoint(model, images, use_reentrant=False)
+    for own, wanted in zip(gradients(model, outer), expected, strict=True):
+        assert relative(own, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "options, size",
+    [
+        ({"dynamic_img_size": True}, (48, 64)),
+        ({"img_size": 384, "patch_size": 32}, (384, 384)),
+        ({"in_chans": 1}, (32, 32)),
+        ({"class_token": False, "global_pool": "avg"}, (32, 32)),
+        ({"pre_norm": True}, (32, 32)),
+    ],
+    ids=str,
+)
+def test_backbones_made_differently(options: dict, size: tuple[int, int]) -> None:
+    model = vpt(**options)
+    images = torch.randn(2, options.get("in_chans", 3), *size)
+    assert relative(model(images), model.forward_reference(images)) <= 5e-6
+    last = images.to(memory_format=torch.channels_last)
+    assert relative(model(last), model.forward_reference(images)) <= 5e-6
+
+
+def test_folded_weights_follow_the_backbone() -> None:
+    model, images = vpt(), torch.randn(2, 3, 32, 32)
+    trunk = model.trunk
+
+    def agrees() -> bool:
+        like = images.to(model.backbone.pos_embed.dtype)
+        return relative(model(like), model.forward_reference(like)) <= 5e-6
+
+    assert agrees()
+    folded = trunk._folded[torch.float32][0].qkv.weight
+    assert agrees() and trunk._folded[torch.float32][0].qkv.weight is folded
+    with torch.no_grad():
+        model.backbone.blocks[1].mlp.fc1.weight.mul_(1.5)
+    assert agrees()
+    model.backbone.load_state_dict(backbone(depth=2).state_dict())
+    assert agrees()
+    model.double()
+    assert agrees()
+    twin = copy.deepcopy(model)
+    assert twin.trunk.backbone is twin.backbone is not model.backbone
+    with torch.no_grad():
+        twin.backbone.blocks[0].norm2.bias.add_(1)
+    assert relative(twin(images.double()), model(images.double())) > 1e-3
+    assert agrees()
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(images.double()), model(images.double()))
+
+
+def test_changed_blocks_go_the_reference_path() -> None:
+    model, images = vpt(), torch.randn(2, 3, 32, 32)
+    assert model.trunk.refusal is None
+    seen = []
+    handle = model.backbone.blocks[0].attn.register_forward_hook(lambda *args: seen.append(1))
+    assert "hook" in model.trunk.refusal
+    model(images)
+    assert seen
+    handle.remove()
+    assert model.trunk.refusal is None
+    model.backbone.blocks[1].attn.qkv = nn.Sequential(model.backbone.blocks[1].attn.qkv)
+    assert "attn.qkv is a Sequential" in model.trunk.refusal
+    assert torch.equal(model(images), model.forward_reference(images))
+    model.backbone.requires_grad_(True)
+    assert "require a gradient" in model.trunk.refusal
+
+
+def test_backbone_is_not_changed() -> None:
+    vit = backbone()
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    model = pgn_fast.VPT(vit, 5, num_prompts=3)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    for name, value in vit.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in vit.parameters())
+
+
+def test_inference_reuses_prompt_keys_only_while_prompts_stay() -> None:
+    model, images = vpt().eval(), torch.randn(2, 3, 32, 32)
+    for _ in range(3):
+        with torch.inference_mode():
+            model(images)
+            assert relative(model(images), model.forward_reference(images)) <= 5e-6
+        # a write that no version counter sees
+        model.prompter.prompts.data.mul_(1.1)
+
+
+def test_memory_plans_keep_fewer_bytes() -> None:
+    vit = backbone(depth=6)
+    kept = {}
+    for memory in ("reference", "fast", "balanced", "min"):
+        model = pgn_fast.VPT(vit, 5, num_prompts=8, fast=memory != "reference" and memory)
+        kept[memory] = _bytes_kept(model, torch.randn(4, 3, 32, 32))
+    assert kept["fast"] < 0.85 * kept["reference"]
+    assert kept["balanced"] < 0.55 * kept["reference"]
+    assert kept["min"] < 0.25 * kept["reference"]
+
+
+def _bytes_kept(model: nn.Module, images: Tensor) -> int:
+    """Bytes that autograd keeps for backward, weights aside."""
+    model(images)  # folds
+    weights = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    if model.trunk is not None:
+        for block in model.trunk._folded[torch.float32]:
+            weights |= {t.untyped_storage().data_ptr() for t in block.tensors()}
+    kept = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        logits = model(images)
+        assert logits.requires_grad
+    return sum(kept.values())
+
+
+def test_memory_names_are_checked() -> None:
+    with pytest.raises(ValueError, match="memory takes 'fast', 'balanced', 'min', got 'tiny'"):
+        vpt("tiny")
+    assert isinstance(FastTrunk(backbone()).options, FastOptions)
