@@ -65,8 +65,25 @@ def _prompt_attention(module: Any, dtype: torch.dtype) -> None:
         module.prompt_attention_backward(out, *arguments, out, lse, 0.125, True, True, True)
 
 
+def _prompted_patch_embed(module: Any, dtype: torch.dtype) -> None:
+    weight, bias = _empty(768, 3, 16, 16, dtype=dtype), _empty(768, dtype=dtype)
+    pos_embed, prefix = _empty(196, 768, dtype=dtype), _empty(1, 768, dtype=dtype)
+    prompts, scale, shift = _empty(50, 768, dtype=dtype), [0.017, 0.018, 0.017], [-2.1, -2.0, -1.8]
+    images = _empty(64, 3, 224, 224, dtype=torch.uint8)
+    for pixels in (
+        images,
+        images.to(memory_format=torch.channels_last),
+        images.to(dtype),
+    ):
+        module.prompted_patch_embed(
+            *(pixels, weight, bias, pos_embed, prefix, None, None, prompts),
+            *(scale, shift, "softmax", "append"),
+        )
+
+
 CASES: dict[str, Callable[[Any, torch.dtype], None]] = {
     "mix_prompts": _mix_prompts,
+    "prompted_patch_embed": _prompted_patch_embed,
     "prompt_attention": _prompt_attention,
 }
 
