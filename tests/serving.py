@@ -56,9 +56,9 @@ class Gated:
     def __getattr__(self, name: str):
         return getattr(self._served, name)
 
-    def run(self, levels, outputs):
+    def run(self, calls):
         assert self.gate.wait(20)
-        return self._served.run(levels, outputs)
+        return self._served.run(calls)
 
 
 @contextmanager

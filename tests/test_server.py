@@ -486,8 +486,8 @@ def test_metrics_count_what_happened(served):
 # batching
 
 
-def rows(levels, outputs):
-    return [torch.tensor([float(level.sum())]) for level in levels]
+def sums(calls):
+    return [torch.tensor([[float(level.sum())] for level in levels]) for levels, _ in calls]
 
 
 def levels_of(*values: int) -> list[np.ndarray]:
@@ -498,9 +498,9 @@ def test_batches_fill_up_while_the_model_is_busy():
     sizes: list[int] = []
     gate = threading.Event()
 
-    def run(levels, outputs):
+    def run(calls):
         gate.wait(20)
-        return rows(levels, outputs)
+        return sums(calls)
 
     batcher = Batcher(
         run, max_batch=4, max_wait=0.0, capacity=20, observe_batch=lambda n, s: sizes.append(n)
@@ -519,7 +519,7 @@ def test_batches_fill_up_while_the_model_is_busy():
 def test_a_batch_waits_for_others_but_not_for_long():
     sizes: list[int] = []
     batcher = Batcher(
-        rows, max_batch=8, max_wait=1.5, capacity=20, observe_batch=lambda n, s: sizes.append(n)
+        sums, max_batch=8, max_wait=1.5, capacity=20, observe_batch=lambda n, s: sizes.append(n)
     )
     results = [batcher.submit(levels_of(i, i + 1), "features") for i in range(4)]
     assert [result.result(1.2).tolist() for result in results] == [
@@ -534,9 +534,9 @@ def test_a_batch_waits_for_others_but_not_for_long():
 def test_a_full_queue_refuses_and_a_closing_one_answers_what_it_took():
     gate = threading.Event()
 
-    def run(levels, outputs):
+    def run(calls):
         gate.wait(20)
-        return rows(levels, outputs)
+        return sums(calls)
 
     batcher = Batcher(run, max_batch=2, max_wait=0.0, capacity=4, workers=1)
     taken = [batcher.submit(levels_of(0, 1), "features")]
@@ -560,10 +560,10 @@ def test_a_full_queue_refuses_and_a_closing_one_answers_what_it_took():
 
 
 def test_a_batch_that_fails_does_not_stop_the_worker():
-    def run(levels, outputs):
-        if outputs[0] == "logits":
+    def run(calls):
+        if calls[0][1] == "logits":
             raise RuntimeError("broken")
-        return rows(levels, outputs)
+        return sums(calls)
 
     batcher = Batcher(run, max_batch=1, max_wait=0.0, capacity=4)
     with pytest.raises(RuntimeError, match="broken"):

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from .errors import ApiError, overloaded
 from .preprocess import Levels
+
+# the images of one call, (C, H, W) each, and the name of the output that it asks for
+Call = tuple[Sequence[Levels], str]
 
 
 @dataclass
@@ -33,8 +35,8 @@ class Batcher:
     """Runs a model on what callers submit.
 
     Args:
-        run: images (list of uint8 (C, H, W)) and outputs (a name for each image) → one result
-            row for each image; called in worker threads, several at a time.
+        run: calls, each its images (list of uint8 (C, H, W)) and an output's name → one result
+            (images, size) for each call; called in worker threads, several at a time.
         max_batch: images that go through ``run`` together; a single larger call goes alone.
         max_wait: seconds that a batch waits for more images after its first.
         capacity: images that may wait.
@@ -44,7 +46,7 @@ class Batcher:
 
     def __init__(
         self,
-        run: Callable[[Sequence[Levels], Sequence[str]], Sequence[Tensor]],
+        run: Callable[[Sequence[Call]], Sequence[Tensor]],
         *,
         max_batch: int,
         max_wait: float,
@@ -142,17 +144,14 @@ class Batcher:
 
     def _answer(self, batch: list[_Waiting]) -> None:
         began = time.perf_counter()
-        levels = [image for call in batch for image in call.levels]
-        outputs = [call.output for call in batch for _ in call.levels]
         try:
-            rows = self._run(levels, outputs)
-            at = 0
-            for call in batch:
-                call.result.set_result(torch.stack(list(rows[at : at + len(call.levels)])))
-                at += len(call.levels)
+            results = self._run([(call.levels, call.output) for call in batch])
+            for call, result in zip(batch, results, strict=True):
+                call.result.set_result(result)
         except Exception as error:
             # whatever the model raises is the answer of these calls, and the worker goes on
             for call in batch:
                 if not call.result.done():
                     call.result.set_exception(error)
-        self._observe_batch(len(levels), time.perf_counter() - began)
+        images = sum(len(call.levels) for call in batch)
+        self._observe_batch(images, time.perf_counter() - began)

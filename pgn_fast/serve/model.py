@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .preprocess import Levels, Preprocessing
+from .batching import Call
+from .preprocess import Preprocessing
 
 
 class ServedModel:
@@ -51,17 +52,23 @@ class ServedModel:
             )
 
     @torch.inference_mode()
-    def run(self, levels: Sequence[Levels], outputs: Sequence[str]) -> list[Tensor]:
-        """One row for each image, float32 on the CPU.
+    def run(self, calls: Sequence[Call]) -> list[Tensor]:
+        """All calls in one batch: (images, size) for each, float32 on the CPU.
 
         Args:
-            levels: images that went through the preprocessing's geometry.
-            outputs: "features" or "logits" for each of them.
+            calls: images that went through the preprocessing's geometry, and "features" or
+                "logits", for each call.
         """
+        levels = [image for images, _ in calls for image in images]
         images = self.preprocessing.normalise(levels).to(self._device)
-        features, logits = self._forward(images, set(outputs))
+        features, logits = self._forward(images, {output for _, output in calls})
         rows = {"features": features.float().cpu(), "logits": logits.float().cpu()}
-        return [rows[output][i] for i, output in enumerate(outputs)]
+        results = []
+        at = 0
+        for images_of_call, output in calls:
+            results.append(rows[output][at : at + len(images_of_call)])
+            at += len(images_of_call)
+        return results
 
     def _forward(self, images: Tensor, outputs: set[str]) -> tuple[Tensor, Tensor]:
         """Features and logits; what nobody asked for is empty."""
