@@ -11,16 +11,20 @@ import base64
 import http.client
 import io
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .inversion import ServerSpec
 
 _RETRIED = (429, 503)
 
@@ -106,6 +110,29 @@ class RgbClient:
     def model(self) -> dict[str, Any]:
         """What the server says of itself: name, output sizes, preprocessing, limits."""
         return self._call("GET", "/v1/model")
+
+    def server_spec(self) -> ServerSpec:
+        """The server's preprocessing as ``pgn_fast.invert(model, server=...)`` takes it.
+
+        Raises:
+            ValueError: it neither resizes and crops to a square nor leaves canvases of its own
+                size as they are, so that no canvas survives it.
+        """
+        from .inversion import ServerSpec
+
+        stated = self.model()["preprocessing"]
+        _, height, width = stated["input_size"]
+        given = {name: stated[name] for name in ("interpolation", "mean", "std")}
+        if stated["crop_mode"] == "center" and height == width:
+            return ServerSpec(resize=math.floor(height / stated["crop_pct"]), crop=height, **given)
+        if stated["canvas_is_unchanged"] and height == width:
+            return ServerSpec(resize=height, crop=height, **given)
+        if stated["canvas_is_unchanged"]:
+            return ServerSpec(resize=None, crop=None, dynamic_size=True, **given)
+        raise ValueError(
+            f"{self.url} crops by {stated['crop_mode']!r} to {height} × {width} pixels, which "
+            "changes every canvas; serve the model with --crop-mode center or --crop-pct 1."
+        )
 
     def close(self) -> None:
         self._connection.close()

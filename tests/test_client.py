@@ -17,6 +17,7 @@ from odd_images import encode
 from PIL import Image
 from serving import Gated, as_json, images, serving, tiny_vit
 from timm.data import create_transform, resolve_data_config
+from timm.models import VisionTransformer
 
 from pgn_fast import cli
 from pgn_fast.client import RgbClient, RgbClientError, encode_plain
@@ -74,6 +75,46 @@ def test_a_prompter_changes_what_is_sent_and_a_head_what_comes_back(url, served,
             expected = head(plain.features(255 - levels[:8]))
         assert torch.equal(prompted.logits(levels[:8]), expected)
         assert not prompted.logits(levels[:2]).requires_grad
+
+
+@pytest.mark.parametrize("crop_pct, resize", [(1.0, 32), (0.9, 35), (0.875, 36)])
+def test_a_padded_canvas_reaches_the_model_as_it_is(crop_pct, resize, levels):
+    """What the server says of its preprocessing is enough to send images that survive it."""
+    served = load_served_model(tiny_vit(), data_args={"crop_pct": crop_pct})
+    with serving(create_app(served)) as (url, _), RgbClient(url) as client:
+        spec = client.server_spec()
+        assert (spec.resize, spec.crop) == (resize, 32)
+        with torch.inference_mode():
+            expected = served.model(spec.normalise(levels[:4]))
+        torch.testing.assert_close(client.logits(spec.pad(levels[:4])), expected)
+
+
+def test_a_preprocessing_that_no_canvas_survives_is_refused(levels):
+    served = load_served_model(tiny_vit(), data_args={"crop_pct": 0.9, "crop_mode": "squash"})
+    with (
+        serving(create_app(served)) as (url, _),
+        RgbClient(url) as client,
+        pytest.raises(ValueError, match=r"crops by 'squash' to 32 × 32 pixels"),
+    ):
+        client.server_spec()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 40)], ids=str)
+def test_a_canvas_of_the_servers_own_size_needs_no_padding(size, levels):
+    """A squashing server, and one of another shape, as enlarged canvases need."""
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=size, patch_size=8, embed_dim=48, depth=1, num_heads=3, num_classes=0
+    )
+    model.pretrained_cfg = {"architecture": "tiny"}
+    data_args = {"input_size": (3, *size), "crop_pct": 1.0, "crop_mode": "squash"}
+    served = load_served_model(model, data_args=data_args)
+    canvases = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8)
+    with serving(create_app(served)) as (url, _), RgbClient(url) as client:
+        spec = client.server_spec()
+        with torch.inference_mode():
+            expected = served.model(spec.normalise(canvases))
+        torch.testing.assert_close(client.features(spec.pad(canvases)), expected)
 
 
 def test_images_that_are_encoded_already_are_sent_as_they_are(url, levels):
