@@ -7,8 +7,10 @@ from dataclasses import asdict
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .frozen.explain import explain
 from .frozen.images import check_images
 from .frozen.load import load_backbone
 from .frozen.plan import FastOptions
@@ -132,7 +134,7 @@ class PromptedViT(nn.Module):
 
     def explain(self) -> str:
         """Which backend runs each op, which exact savings are on, and why the others are off."""
-        return "frozen backbone: timm's own blocks and torch.cat, no savings"
+        return explain(self.trunk, self._outline(), self._rows_read(), self._reads_prompts())
 
     def get_classifier(self) -> nn.Module:
         """The head; the backbone's own (a pair in distilled DeiT) with ``head="keep"``."""
@@ -213,6 +215,10 @@ class PromptedViT(nn.Module):
 
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         """Check the images; the images that the backbone gets, and which prompts enter where."""
+        raise NotImplementedError
+
+    def _outline(self) -> PromptSchedule:
+        """A schedule like those of ``_prompted``, without values: for ``explain``."""
         raise NotImplementedError
 
     def _encode(
@@ -349,6 +355,10 @@ class PGN(PromptedViT):
             return place(images, prompts)
         return images, PromptSchedule("append", {0: prompts})
 
+    def _outline(self) -> PromptSchedule:
+        prompts = torch.empty(1, self.num_prompts, self.embed_dim, device="meta")
+        return PromptSchedule("append", {0: prompts})
+
     def prompts(self, images: Tensor) -> Tensor:
         """The prompt tokens of each image, (B, P, D); of a GamutLibrary, what a patch adds to the
         token of a mid-grey one."""
@@ -476,6 +486,18 @@ class VPT(PromptedViT):
             return images, PromptSchedule("prepend", {0: prompter.tokens(self.backbone)})
         patch_weight = prompter.patch_projection(images.dtype)
         return prompter.images(images), PromptSchedule("add", {}, patch_weight=patch_weight)
+
+    def _outline(self) -> PromptSchedule:
+        prompter, location = self.prompter, self.config["location"]
+        prompts = torch.empty(self.num_prompts, self.embed_dim, device="meta")
+        if not isinstance(prompter, VisualPrompts):
+            entering = {0: prompts} if location.startswith("prepend-pixel") else {}
+            return PromptSchedule("prepend" if entering else "add", entering)
+        if self.training and prompter.dropout > 0:
+            prompts = prompts[None]
+        position: Position = "prepend" if location == "prepend" else "add"
+        layers = dict.fromkeys(prompter.layers, prompts)
+        return PromptSchedule(position, layers, keep=self.config["expand"])
 
 
 def _constructor_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ LayerScale gains c, for x_hat = (x - mean) / std (all in float64, rounded once):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,11 @@ class BlockWeights:
         self.attn_dim = A = self.qkv.weight.shape[0] // 3
         self.q, self.kv = self.qkv.rows(0, A), self.qkv.rows(A, 3 * A)
 
+    def replace_linears(self, make: Callable[[FrozenLinear], FrozenLinear]) -> None:
+        """Put ``make(linear)`` in place of each of the four linears."""
+        self.qkv, self.out, self.fc1, self.fc2 = map(make, (self.qkv, self.out, self.fc1, self.fc2))
+        self.__post_init__()
+
     def tensors(self) -> list[Tensor]:
         """Every weight, for counting."""
         found: list[Tensor | None] = [self.gain1, self.gain2]
@@ -185,12 +191,8 @@ def fold_block(block: Any, options: FastOptions, dtype: torch.dtype, rope: bool)
         if w.gain2 is not None:
             fc2, w.gain2 = _scale_rows(fc2, w.gain2.double().to(fc2.weight.device)), None
 
-    originals = (w.qkv, w.out, w.fc1, w.fc2)
-    w.qkv, w.out, w.fc1, w.fc2 = (
-        _round(wide, linear, dtype)
-        for wide, linear in zip((qkv, out, fc1, fc2), originals, strict=True)
-    )
-    w.__post_init__()
+    wide = iter((qkv, out, fc1, fc2))
+    w.replace_linears(lambda original: _round(next(wide), original, dtype))
     return w
 
 
@@ -218,13 +220,16 @@ def _wide(linear: FrozenLinear) -> FrozenLinear:
 
 def _round(wide: FrozenLinear, original: FrozenLinear, dtype: torch.dtype) -> FrozenLinear:
     """Back to ``dtype`` in one rounding; the original tensors where nothing changed."""
-    weight = wide.weight.to(dtype).to(original.weight.device)
-    if original.weight.dtype == dtype and torch.equal(weight, original.weight):
-        weight = original.weight
-    bias = None if wide.bias is None else wide.bias.to(dtype).to(weight.device)
-    if bias is not None and not bias.any():
-        bias = None
-    return FrozenLinear(weight.detach(), bias)
+
+    def back(t: Tensor, like: Tensor | None) -> Tensor:
+        t = t.to(dtype).to(original.weight.device)
+        same = like is not None and like.dtype == dtype and torch.equal(t, like)
+        return like.detach() if same and like is not None else t
+
+    bias = None
+    if wide.bias is not None and wide.bias.any():
+        bias = back(wide.bias, original.bias)
+    return FrozenLinear(back(wide.weight, original.weight), bias)
 
 
 def _norm(module: nn.Module) -> Norm:

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import backends
-from . import blocks, memory, plan
+from . import blocks, memory, packed, plan
 from .fold import BlockWeights, fold_block, live_block
+from .packed import PackedLinear
 from .plan import FastOptions
 from .reference import embed, encode_reference, remove_prompts
 from .schedule import PromptSchedule
 
 # rows up to which an absorbed last block is cheaper than its key and value projections: M h D
 # against D^2 multiplications a token, with room for the smaller matrices
-_ABSORB_ROWS = 8
+ABSORB_ROWS = 8
 
 
 def encode_plainly(
@@ -102,11 +103,10 @@ class FastTrunk:
         """In which dtypes a kernel of this package runs attention with prompts."""
         if self.backend == "reference":
             return set()
-        device = next(self.backbone.parameters()).device
-        candidates = backends.PREFERENCE["prompt_attention"].get(device.type, ())
+        candidates = backends.PREFERENCE["prompt_attention"].get(self.device.type, ())
         found = set()
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            like = torch.empty(0, dtype=dtype, device=device)
+            like = torch.empty(0, dtype=dtype, device=self.device)
             refusals = (backends.refusal(name, "prompt_attention", like) for name in candidates)
             if self.backend is not None or None in refusals:
                 found.add(dtype)
@@ -265,7 +265,7 @@ class FastTrunk:
         block = self.backbone.blocks[i]
         return (
             self.options.absorb
-            and rows <= _ABSORB_ROWS
+            and rows <= ABSORB_ROWS
             and plan.absorb_refusal(block, rope is not None) is None
         )
 
@@ -286,7 +286,26 @@ class FastTrunk:
     def _weights(self, dtype: torch.dtype) -> list[BlockWeights]:
         if dtype not in self._folded:
             rope = getattr(self.backbone, "rope", None) is not None
-            self._folded[dtype] = [
+            folded = [
                 fold_block(block, self.options, dtype, rope) for block in self.backbone.blocks
             ]
+            if self.options.packed and packed.refusal(self.device, dtype) is None:
+                for w in folded:
+                    w.replace_linears(lambda linear: PackedLinear(linear.weight, linear.bias))
+            self._folded[dtype] = folded
         return self._folded[dtype]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
+    def extra_bytes(self) -> int:
+        """Bytes of folded weights that are not the backbone's own tensors."""
+        self._weights(self.dtype)
+        own = {p.data_ptr() for p in self.backbone.parameters()}
+        weights = (w for blocks_ in self._folded.values() for w in blocks_)
+        return sum(t.nbytes for w in weights for t in w.tensors() if t.data_ptr() not in own)

@@ -1,0 +1,113 @@
+"""What the engine does with a model, in words: each saving, on or off, and why it is off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..ops import backends
+from . import packed, plan
+from .schedule import PromptSchedule
+from .trunk import ABSORB_ROWS, FastTrunk
+
+_NOT_WANTED = "switched off"
+
+
+def explain(
+    trunk: FastTrunk | None, schedule: PromptSchedule, rows: int | None, prompts_read: bool
+) -> str:
+    """A short text about one model.
+
+    Args:
+        trunk: the engine; None where the model was built without it.
+        schedule: which prompts enter where; only the shapes are looked at.
+        rows: how many leading tokens the head reads; None all.
+        prompts_read: whether the head reads prompts.
+    """
+    if trunk is None:
+        return "Frozen backbone: timm's own blocks and torch.cat, no savings (fast=False)."
+    backbone = trunk.backbone
+    if trunk.refusal is not None:
+        return (
+            f"Frozen backbone: timm's own blocks and torch.cat, no savings, because "
+            f"{trunk.refusal}; the engine takes nothing that it does not know to the last module."
+        )
+    lines = [f"Frozen backbone: {type(backbone).__name__} of {len(backbone.blocks)} blocks."]
+    for name, does, reason in _savings(trunk, schedule, rows, prompts_read):
+        lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
+    lines.append(f"  memory={trunk.options.memory!r}: {_MEMORY[trunk.options.memory]}")
+    lines.append(f"  attention with prompts: {_attention(trunk)}")
+    lines.append("  torch.compile and torch.export: the same without fold, biases and packed")
+    return "\n".join(lines)
+
+
+_MEMORY = {
+    "fast": "backward keeps 10 D numbers a token and block",
+    "balanced": "backward keeps 6 D numbers a token and block and runs fc1 again",
+    "min": "backward keeps 1 D numbers a token and block and runs the block again",
+}
+
+
+def _savings(
+    trunk: FastTrunk, schedule: PromptSchedule, rows: int | None, prompts_read: bool
+) -> Iterator[tuple[str, str, str | None]]:
+    """Name, what it does here, and why it is off or None."""
+    options, depth = trunk.options, len(trunk.backbone.blocks)
+    off = lambda wanted, reason=None: reason if wanted else _NOT_WANTED
+    tokens = schedule.position != "add" and bool(schedule.layers)
+
+    alone = [i for i in schedule.layers if i + 1 in schedule.layers or i == depth - 1]
+    if not schedule.keep and tokens:
+        alone.append(schedule.last)
+    per_image = any(p.ndim == 3 for p in schedule.layers.values())
+    once = "for each image" if per_image else "once a batch"
+    reason = None if tokens and alone else "every block reads what the prompts became before"
+    yield (
+        "kv_only",
+        f"prompts of {len(set(alone))} blocks are keys and values only, computed {once}",
+        off(options.kv_only, reason),
+    )
+
+    few = rows is not None and not (prompts_read and rows > trunk.backbone.num_prefix_tokens)
+    reason = None if few else "the pooling reads all tokens"
+    yield "last_rows", f"block {depth - 1} computes {rows} row(s)", off(options.last_rows, reason)
+
+    rope = getattr(trunk.backbone, "rope", None) is not None
+    reason = reason or plan.absorb_refusal(trunk.backbone.blocks[-1], rope)
+    if reason is None and rows is not None and rows > ABSORB_ROWS:
+        reason = f"{rows} rows are read, it pays up to {ABSORB_ROWS}"
+    yield (
+        "absorb",
+        f"block {depth - 1} forms no keys and values",
+        off(options.absorb and options.last_rows, reason),
+    )
+
+    reason = None if tokens else "every token gets a gradient from below"
+    first = schedule.first if tokens else 0
+    yield "first", f"no gradient below the prompts of block {first}", off(options.first, reason)
+
+    extra = trunk.extra_bytes() / 1e6
+    yield (
+        "fold",
+        f"norms, LayerScale and attention scale are in the weights (+{extra:.1f} MB)",
+        off(options.fold),
+    )
+    yield "biases", "value biases are moved, dead key biases dropped", off(options.biases)
+    yield (
+        "packed",
+        "frozen weights are packed for MKL's products",
+        off(options.packed, packed.refusal(trunk.device, trunk.dtype)),
+    )
+
+
+def _attention(trunk: FastTrunk) -> str:
+    like = torch.empty(0, dtype=trunk.dtype, device=trunk.device)
+    candidates = backends.PREFERENCE["prompt_attention"].get(trunk.device.type, ())
+    for name in (trunk.backend,) if trunk.backend else candidates:
+        reason = backends.refusal(name, "prompt_attention", like)
+        if reason is None and name != "reference":
+            return f"backend {name}"
+        if reason is not None and trunk.backend:
+            return reason
+    return "torch's attention over concatenated keys; no kernel of ours runs these tensors"

@@ -1,0 +1,76 @@
+"""What ``explain`` says, and what packing changes: nothing but the time."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from test_frozen_works_with import backbone, relative, vpt
+
+import pgn_fast
+from pgn_fast.frozen import packed
+from pgn_fast.frozen.plan import FastOptions
+
+
+def line(text: str, name: str) -> str:
+    (found,) = (row for row in text.splitlines() if row.split()[1:2] == [name])
+    return found.strip()
+
+
+def test_deep_prompts() -> None:
+    text = vpt().explain()
+    assert line(text, "kv_only").startswith("on") and "2 blocks" in line(text, "kv_only")
+    assert line(text, "absorb").startswith("on")
+    assert "block 1 computes 1 row(s)" in line(text, "last_rows")
+    assert line(text, "fold").startswith("on") and "MB" in line(text, "fold")
+    assert line(text, "packed") == "off  packed     switched off"
+    assert "10 D numbers" in text and "6 D numbers" in vpt("balanced").explain()
+
+
+def test_every_saving_can_be_switched_off() -> None:
+    for name in ("kv_only", "last_rows", "absorb", "first", "fold", "biases"):
+        text = vpt(FastOptions(**{name: False})).explain()
+        assert line(text, name).split(maxsplit=2)[2] == "switched off"
+
+
+def test_reasons() -> None:
+    shallow = pgn_fast.VPT(backbone(depth=3), 5, num_prompts=2, deep=False).explain()
+    assert line(shallow, "kv_only").startswith("off")
+    mean = pgn_fast.VPT(backbone(global_pool="avg"), 5, num_prompts=2).explain()
+    assert "reads all tokens" in line(mean, "last_rows")
+    rope = timm.create_model(
+        "vit_small_patch16_rope_224", depth=2, embed_dim=48, num_heads=3, img_size=48
+    )
+    assert "rotated" in line(pgn_fast.VPT(rope, 5).explain(), "absorb")
+    beit = timm.create_model("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=3)
+    assert "Beit is none of the backbone classes" in pgn_fast.VPT(beit, 5).explain()
+    assert "fast=False" in vpt(False).explain()
+
+
+def test_fold_says_its_memory() -> None:
+    trunk = vpt().trunk
+    D, H, depth = 64, 256, 2
+    matrices = 3 * D * D + D * D + 2 * D * H  # LayerScale is in the output weights, too
+    vectors = D + D + H + D + 2 * D  # q bias, and zeros kept for keys and values
+    assert trunk.extra_bytes() == 4 * depth * (matrices + vectors)
+    assert vpt(FastOptions(fold=False, biases=False)).trunk.extra_bytes() == 0
+
+
+@pytest.mark.skipif(
+    packed.refusal(torch.device("cpu"), torch.float32) is not None, reason="torch without MKL"
+)
+def test_packed_weights_change_nothing() -> None:
+    plain, images = vpt(), torch.randn(8, 3, 32, 32)
+    model = pgn_fast.VPT(plain.backbone, 5, num_prompts=3, fast=FastOptions(packed=True))
+    model.load_adapter_state_dict(plain.adapter_state_dict())
+    for B in (8, 5, 8, 4):
+        logits, expected = model(images[:B]), plain(images[:B])
+        assert relative(logits, expected) <= 2e-6
+        pairs = zip(
+            torch.autograd.grad(logits.sum(), model.trainable_parameters()),
+            torch.autograd.grad(expected.sum(), plain.trainable_parameters()),
+            strict=True,
+        )
+        assert all(relative(a, b) <= 5e-6 for a, b in pairs)
+    linear = model.trunk._folded[torch.float32][0].fc1
+    assert {rows for _, rows in linear.packed} == {4 * 17, 8 * 17}  # the last two
