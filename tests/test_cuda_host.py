@@ -22,15 +22,19 @@ def kernels():
     return cuda_host.build()
 
 
+GUARD = 256  # elements of poison before and behind an output
+
+
 def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """An output that stands in a larger buffer of NaN; `intact` checks what is around it."""
     size = torch.Size(shape).numel()
-    return torch.full((size + 64,), torch.nan, dtype=dtype)[32 : 32 + size].view(shape)
+    buffer = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype)
+    return buffer[GUARD : GUARD + size].view(shape)
 
 
 def intact(out: torch.Tensor) -> bool:
-    buffer = out.as_strided((out.numel() + 64,), (1,), out.storage_offset() - 32)
-    return bool(buffer[:32].isnan().all() and buffer[-32:].isnan().all())
+    buffer = out.as_strided((out.numel() + 2 * GUARD,), (1,), out.storage_offset() - GUARD)
+    return bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -111,26 +115,52 @@ def test_mix_prompts_with_many_rows(kernels):
     assert intact(prompts)
 
 
-@pytest.mark.parametrize("seed", range(3))
+def mixed(kernels, logits, library, seed=0):
+    """Prompts (R, D) of one image by the host-run kernel."""
+    (_, R, K), D = logits.shape, library.shape[1]
+    prompts = poisoned(R, D, dtype=logits.dtype)
+    args = cuda_host.MixPrompts(
+        logits=logits, library=library, prompts=prompts, R=R, K=K, D=D, P=R, tokens=R, softmax=True
+    )
+    kernels.launch("mix_prompts", args, logits.dtype, seed)
+    assert intact(prompts)
+    return prompts
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_order_of_threads_does_not_matter(kernels, seed):
     logits, library = torch.randn(1, 33, 65).half(), torch.randn(65, 40).half()
-    results = []
-    for order in (0, seed + 1):
-        prompts = poisoned(33, 40, dtype=torch.float16)
-        args = cuda_host.MixPrompts(
-            logits=logits,
-            library=library,
-            prompts=prompts,
-            R=33,
-            K=65,
-            D=40,
-            P=33,
-            tokens=33,
-            softmax=True,
-        )
-        kernels.launch("mix_prompts", args, torch.float16, seed=order)
-        results.append(prompts.clone())
-    assert torch.equal(*results)
+    expected = mixed(kernels, logits, library)
+    assert torch.equal(mixed(kernels, logits, library, seed), expected)
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        pytest.param("if (r < rows && d < a.D)", "if (r <= rows && d < a.D)", id="a-mask-too-wide"),
+        pytest.param(
+            "__syncthreads();  // the tiles of the step before are read, and the statistics",
+            ";  // ",
+            id="a-barrier-left-out",
+        ),
+        pytest.param("wait_copies<1>();", ";", id="a-wait-left-out"),
+        pytest.param("library + k * a.D, a.D", "library + k * a.D, a.K", id="a-stride-swapped"),
+    ],
+)
+def test_seeded_bugs_are_seen(right, wrong, tmp_path):
+    """The harness is worth something only if it turns red where a kernel is wrong."""
+    for file in cuda_host.CUDA.iterdir():
+        if file.suffix in (".cu", ".cuh", ".h"):
+            (tmp_path / file.name).write_text(file.read_text())
+    source = (tmp_path / "mix_prompts.cu").read_text()
+    assert right in source, "the seeded bug's line has changed: write the bug anew"
+    (tmp_path / "mix_prompts.cu").write_text(source.replace(right, wrong, 1))
+    broken = cuda_host.build(tmp_path, mix_prompts_only=True)
+    logits, library = torch.randn(1, 33, 65).half(), torch.randn(65, 40).half()
+    expected = reference.mix_prompts(logits.double(), library.double())[0]
+    with pytest.raises(AssertionError):
+        for seed in range(4):
+            assert_matches("prompts", mixed(broken, logits, library, seed), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

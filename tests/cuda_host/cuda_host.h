@@ -4,7 +4,8 @@
 //   - background copies land only when they are waited for: a missing wait leaves poison behind;
 //   - the fibers run in an order shuffled by a seed, and shared memory starts as poison: a missing
 //     barrier is seen as a wrong or unstable result;
-//   - a barrier that not all threads reach aborts.
+//   - a barrier that not all threads reach, an unaligned copy, or more shared memory than an A100
+//     has is an error of the launch.
 // It does not model timing, memory ordering between warps without barriers, or a GPU's rounding of
 // the order of additions inside one tensor-core instruction.
 #pragma once
@@ -75,9 +76,13 @@ inline void pause() { swapcontext(&current().context, &scheduler); }
 inline int lane() { return running % 32; }
 inline Exchange& warp() { return exchanges[running / 32]; }
 
+inline bool failed = false;
+
+// The launch ends here and returns an error; what the fibers hold is not unwound.
 inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_host: %s (thread %d)\n", what, running);
-  std::abort();
+  failed = true;
+  pause();
 }
 
 // A fiber goes on once every other of its group has reached as many barriers as it has.
@@ -135,10 +140,10 @@ inline void run_block(int threads, size_t bytes) {
   std::vector<int> order(threads);
   for (int i = 0; i < threads; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-  for (bool any = true; any;) {
+  for (bool any = true; any && !failed;) {
     any = false;
     for (int i : order) {
-      if (fibers[i]->done) continue;
+      if (fibers[i]->done || failed) continue;
       any = true;
       running = i;
       swapcontext(&scheduler, &fibers[i]->context);
@@ -246,11 +251,14 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes,
                    cudaStream_t, Arguments... arguments) {
   host::body = [=] { kernel(arguments...); };
+  host::failed = false;
+  if (bytes > 163 * 1024) return cudaErrorInvalidConfiguration;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         host::block_index = dim3(x, y, z);
         host::run_block(threads, bytes + 1024);
+        if (host::failed) return cudaErrorLaunchFailure;
       }
   return cudaSuccess;
 }

@@ -11,6 +11,7 @@ int mix_prompts_backward(const pgn_fast::cuda::MixPromptsBackward* args, int num
   return pgn_fast::cuda::mix_prompts_backward(*args, static_cast<pgn_fast::cuda::Number>(number),
                                               nullptr);
 }
+#ifndef PGN_FAST_MIX_PROMPTS_ONLY
 int prompt_attention(const pgn_fast::cuda::PromptAttention* args, int number) {
   return pgn_fast::cuda::prompt_attention(*args, static_cast<pgn_fast::cuda::Number>(number),
                                           nullptr);
@@ -25,4 +26,5 @@ int patch_embed(const pgn_fast::cuda::PatchEmbed* args, int number) {
 int place_rows(const pgn_fast::cuda::PlaceRows* args, int number) {
   return pgn_fast::cuda::place_rows(*args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
 }
+#endif
 }
