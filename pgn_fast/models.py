@@ -18,8 +18,10 @@ from .frozen.reference import pool, pool_mean, rows_read
 from .frozen.schedule import Position, PromptSchedule
 from .frozen.trunk import FastTrunk, encode_plainly
 from .heads import KeptHead, build_head, count_classes, linear_head, trained_dtype
+from .ops.backends import BACKENDS
 from .prompts import PixelPrompts, PromptGenerator, VisualPrompts
 from .prompts.pixels import LOCATIONS as PIXEL_LOCATIONS
+from .prompts.sizes import require_sizes
 
 POOLS = ("original", "img_pool", "prompt_pool", "imgprompt_pool")
 TOKEN_LOCATIONS = ("prepend", "add", "add-1")
@@ -62,6 +64,8 @@ class PromptedViT(nn.Module):
         self.prompter: Any = prompter.to(like.device, trained_dtype(like.dtype))
         self.head = head
         self.config = {**config, "num_classes": count_classes(head, config["num_classes"])}
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"backend={backend!r}; known: {', '.join(BACKENDS)}, or None")
         self.pool = pool
         self.backend = backend
         options = FastOptions.of(fast)
@@ -422,15 +426,11 @@ class VPT(PromptedViT):
     ) -> None:
         config = _constructor_values(locals())
         vit: Any = load_backbone(backbone)
-        if num_prompts < 1:
-            raise ValueError(
-                f"num_prompts must be at least 1, got {num_prompts}; without prompts this is a "
-                "linear probe of the backbone"
-            )
+        require_sizes(num_prompts=num_prompts)
+        if project_dim is not None:
+            require_sizes(project_dim=project_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if project_dim is not None and project_dim < 1:
-            raise ValueError(f"project_dim must be at least 1 or None, got {project_dim}")
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r}; known: {', '.join(POOLS)}")
         if location not in (*TOKEN_LOCATIONS, *PIXEL_LOCATIONS):
@@ -477,7 +477,7 @@ class VPT(PromptedViT):
 
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         prompter, location = self.prompter, self.config["location"]
-        check_images(self.backbone, images, self.num_prompts if location == "pad" else 0)
+        self._check_images(images)
         if isinstance(prompter, VisualPrompts):
             position: Position = "prepend" if location == "prepend" else "add"
             layers = prompter(images.shape[0])
@@ -498,6 +498,17 @@ class VPT(PromptedViT):
         position: Position = "prepend" if location == "prepend" else "add"
         layers = dict.fromkeys(prompter.layers, prompts)
         return PromptSchedule(position, layers, keep=self.config["expand"])
+
+    def _check_images(self, images: Tensor) -> None:
+        location = self.config["location"]
+        border = self.num_prompts if location == "pad" else 0
+        check_images(self.backbone, images, border)
+        own = tuple(size - 2 * border for size in self.backbone.patch_embed.img_size)
+        if location in ("add", "pad", "below") and images.shape[2:] != own:
+            raise ValueError(
+                f"images are {images.shape[2]}x{images.shape[3]} pixels, but the prompts of "
+                f"location={location!r} were made for {own[0]}x{own[1]}"
+            )
 
 
 def _constructor_values(values: Mapping[str, Any]) -> dict[str, Any]:

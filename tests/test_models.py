@@ -600,16 +600,24 @@ def test_images_that_are_no_whole_patches_are_refused():
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (pgn, {"num_prompts": 0}, "num_prompts must be at least 1, got 0"),
-        (vpt, {"num_prompts": 0}, "num_prompts must be at least 1, got 0"),
-        (pgn, {"library_size": 0}, "library_size must be at least 1, got 0"),
-        (pgn, {"resolution": 0}, "resolution must be at least 1 pixel"),
+        (pgn, {"num_prompts": 0}, "num_prompts must be a whole number of at least 1, got 0"),
+        (vpt, {"num_prompts": 0}, "num_prompts must be a whole number of at least 1, got 0"),
+        (vpt, {"num_prompts": 2.5}, "num_prompts must be a whole number of at least 1, got 2.5"),
+        (vpt, {"num_prompts": True}, "num_prompts must be a whole number"),
+        (pgn, {"num_prompts": "5"}, "num_prompts must be a whole number of at least 1, got '5'"),
+        (pgn, {"library_size": 0}, "library_size must be a whole number of at least 1, got 0"),
+        (pgn, {"resolution": -3}, "resolution must be a whole number of at least 1, got -3"),
+        (pgn, {"backend": "gpu"}, "backend='gpu'; known: reference, cpu, triton, cuda, or None"),
         (pgn, {"activation": "relu"}, "activation='relu'; known: softmax, sigmoid"),
         (pgn, {"generator": "resnet99"}, "'resnet99' is neither 'resnet10' nor a timm model name"),
-        (pgn, {"generator_kwargs": {"groups": 0}}, "resnet10: groups must be at least 1, got 0"),
+        (
+            pgn,
+            {"generator_kwargs": {"groups": 0}},
+            "groups must be a whole number of at least 1, got 0",
+        ),
         (pgn, {"generator": nn.Flatten()}, "generator_kwargs .* already there"),
         (vpt, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        (vpt, {"project_dim": 0}, "project_dim must be at least 1 or None"),
+        (vpt, {"project_dim": 0}, "project_dim must be a whole number of at least 1"),
         (vpt, {"location": "above"}, "location='above'; known: prepend, add"),
         (vpt, {"pool": "max"}, "pool='max'; known: original"),
         (vpt, {"layers": [2]}, r"layers=\[2\] must be different block indices from 0 to 1"),
@@ -643,6 +651,61 @@ def test_images_that_are_no_whole_patches_are_refused():
 def test_bad_arguments_are_refused(build, options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize("location", ["add", "pad", "below"])
+def test_prompts_for_one_image_size_refuse_another(location):
+    """A backbone of dynamic size takes it, the prompts do not."""
+    model = vpt(tiny(dynamic_img_size=True), location=location, num_prompts=4)
+    own = 24 if location == "pad" else 32
+    assert model(images(size=(own, own))).shape == (3, 5)
+    with pytest.raises(ValueError, match=f"of location='{location}' were made for {own}x{own}"):
+        model(images(size=(own + 8, own)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("location", [*TOKEN_LOCATIONS, *PIXEL_LOCATIONS])
+def test_first_prompts_of_every_location(location):
+    x = images(size=(24, 24)) if location == "pad" else images()
+    model = vpt(location=location, num_prompts=4).eval()
+    count = {"add": 17, "add-1": 1}.get(location, 4)
+    if location in ("pad", "below"):
+        with pytest.raises(ValueError, match="prompts the image itself; it has no tokens"):
+            model.prompts(x)
+    else:
+        assert model.prompts(x).shape == (3, count, 32)
+    assert model.forward_features(x).shape == (3, 17, 32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [pgn, vpt])
+def test_a_convolutional_stem(build):
+    """timm's hybrids run by the reference path; pixel prompts have no patch projection to widen."""
+    backbone = tiny("vit_tiny_r_s16_p8_224", img_size=64, patch_size=1)
+    model = build(backbone).eval()
+    x = images(size=(64, 64))
+    torch.testing.assert_close(model(x), model.forward_reference(x), rtol=1e-4, atol=1e-5)
+    tokens = backbone._pos_embed(backbone.patch_embed(x))
+    assert model.forward_features(x).shape == tokens.shape
+    with pytest.raises(ValueError, match="works on the pixels of the patch projection"):
+        vpt(backbone, location="below")
+
+
+@torch.no_grad()
+def test_no_pooling_gives_logits_of_every_token_but_prompts():
+    model = pgn(tiny(global_pool="")).eval()
+    assert model(images()).shape == (3, 17, 5)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("build", [pgn, vpt])
+def test_gradients_reach_the_images_where_asked(build, fast):
+    model = build(tiny().double(), fast=fast).eval()
+    x = images().double().requires_grad_()
+    (got,) = torch.autograd.grad(model(x).square().sum(), x)
+    (want,) = torch.autograd.grad(model.forward_reference(x).square().sum(), x)
+    assert got.abs().max() > 0
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
 def test_more_arguments_that_contradict_each_other():

@@ -64,6 +64,10 @@ class Case:
         return own[name]
 
 
+def is_buffer(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
 @pytest.fixture(params=KINDS, scope="module")
 def case(request):
     return Case(request.param)
@@ -96,7 +100,7 @@ def test_logits_loss_and_gradients(case, mode, fast):
         assert_close(name, case.parameter(model, name).grad, value, GRADIENT)
     if mode == "train":
         buffers = part(case.tensors, "after_train.")
-        assert len(buffers) == 3 * 9
+        assert set(buffers) == {n for n in part(case.tensors, "pgn.") if is_buffer(n)}
         for name, value in buffers.items():
             assert_close(name, case.parameter(model, name), value)
 
@@ -173,7 +177,12 @@ def test_prompts_that_do_not_depend_on_the_input():
     tensors, _ = load("official_pgn_vit/pgn_variants")
     vectors = tensors["iip.pgn_vectors"]
     backbone = VisionTransformer(
-        img_size=64, patch_size=32, embed_dim=vectors.shape[1], depth=1, num_heads=2, num_classes=0
+        img_size=tensors["images"].shape[-1],
+        patch_size=16,
+        embed_dim=vectors.shape[1],
+        depth=1,
+        num_heads=1,
+        num_classes=0,
     )
     model = VPT(backbone, 2, num_prompts=len(vectors), deep=False)
     model.prompter.prompts[0] = vectors

@@ -15,6 +15,7 @@ from ..ops.mix_prompts import ACTIVATIONS
 from ..reference import mixture
 from .official import convert_official
 from .resnet10 import ResNet10
+from .sizes import require_sizes
 
 
 class PromptGenerator(nn.Module):
@@ -62,12 +63,9 @@ class PromptGenerator(nn.Module):
         token_library: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"embed_dim": embed_dim, "num_prompts": num_prompts, "library_size": library_size}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if resolution is not None and resolution < 1:
-            raise ValueError(f"resolution must be at least 1 pixel or None, got {resolution}")
+        require_sizes(embed_dim=embed_dim, num_prompts=num_prompts, library_size=library_size)
+        if resolution is not None:
+            require_sizes(resolution=resolution)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}; known: {', '.join(ACTIVATIONS)}")
         self.embed_dim = embed_dim

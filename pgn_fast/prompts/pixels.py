@@ -49,7 +49,7 @@ class PixelPrompts(nn.Module):
         self.location = location
         self.num_prompts = num_prompts
         projection = getattr(backbone.patch_embed, "proj", None)
-        if not isinstance(projection, nn.Conv2d):
+        if not isinstance(projection, nn.Conv2d) or projection.in_channels != backbone.in_chans:
             raise ValueError(
                 f"location={location!r} works on the pixels of the patch projection, which "
                 f"{type(backbone.patch_embed).__name__} has not"

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .sizes import require_sizes
+
 
 class ResNet10(nn.Module):
     """Images (B, in_chans, H, W) to numbers (B, out_features).
@@ -35,10 +37,9 @@ class ResNet10(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
-        sizes = {"channels": channels, "groups": groups, "blocks_per_group": blocks_per_group}
-        for name, size in (sizes | {"in_chans": in_chans}).items():
-            if size < 1:
-                raise ValueError(f"resnet10: {name} must be at least 1, got {size}")
+        require_sizes(
+            channels=channels, groups=groups, blocks_per_group=blocks_per_group, in_chans=in_chans
+        )
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, channels, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(channels),
