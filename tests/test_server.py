@@ -295,6 +295,18 @@ def test_malformed_calls_are_refused_with_the_reason(client, request_, status, c
     assert error_of(client.post("/v1/predict", **request_)) == (status, code)
 
 
+def test_small_bodies_cannot_become_large_objects(client):
+    before = resident_bytes()
+    lists = b'{"images": [' + b"[]," * 2_000_000 + b"[]]}"
+    headers = {"content-type": "application/json"}
+    answer = client.post("/v1/predict", content=lists, headers=headers)
+    assert error_of(answer) == (413, "too_many_images")
+    fields = {f"field{i}": "x" for i in range(17)}
+    answer = client.post("/v1/predict", files=as_files([b"AAAA"]), data=fields)
+    assert error_of(answer) == (400, "bad_request")
+    assert resident_bytes() - before < 40e6
+
+
 def test_unknown_routes_answer_in_the_same_form(client):
     assert error_of(client.get("/nothing"))[0] == 404
     assert error_of(client.get("/v1/predict"))[0] == 405

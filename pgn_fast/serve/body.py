@@ -16,6 +16,8 @@ from .errors import ApiError
 from .settings import OUTPUTS
 
 ENCODINGS = ("json", "base64")
+# form fields or JSON values beside the images, known or not
+_MAX_OTHERS = 16
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ def parse_call(
 
 
 def _read_json(body: bytes, max_images: int) -> tuple[list[bytes], dict[str, Any]]:
+    # each further JSON value takes a comma: counted first, because millions of empty lists fit a
+    # body and would be fifty times its size as Python objects
+    _check_count(body.count(b",") - _MAX_OTHERS, max_images)
     try:
         call = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -150,6 +155,8 @@ class _Parts:
             _check_count(len(self.images) + 1, self._max_images)
             self.images.append(data)
         else:
+            if len(self.fields) >= _MAX_OTHERS:
+                raise _bad(f"the call has more than {_MAX_OTHERS} fields beside its images.")
             name = options.get(b"name", b"").decode("utf-8", "replace")
             self.fields[name] = data.decode("utf-8", "replace")
 
