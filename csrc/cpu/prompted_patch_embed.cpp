@@ -82,18 +82,20 @@ Tensor prompted_patch_embed_cpu(const Tensor& images,                        // 
                        position == "prepend"};
   const Tensor columns = torch::stable::transpose(torch::stable::view(weight, {D, K}), 0, 1);
   const int64_t chunk = N > 0 && N < kChunkRows ? kChunkRows / N : 1;
+  // one pair of buffers for all chunks: fresh memory would cost a page fault every 4 kB
+  Tensor cuts = empty<2>(weight, dtype, {(B < chunk ? B : chunk) * N, K});
+  Tensor products = empty<2>(weight, dtype, {(B < chunk ? B : chunk) * N, D});
+  char* out = static_cast<char*>(cuts.mutable_data_ptr());
+  sequence.embedded = products.const_data_ptr();
+  const int64_t row_bytes = N / (rows > 0 ? rows : 1) * K * size_of(number);
   for (int64_t first = 0; first < B; first += chunk) {
     const int64_t count = B - first < chunk ? B - first : chunk;
-    const Tensor cut = empty<2>(weight, dtype, {count * N, K});
-    const Tensor embedded = empty<2>(weight, dtype, {count * N, D});
-    char* out = static_cast<char*>(cut.mutable_data_ptr());
-    const int64_t row_bytes = N / (rows > 0 ? rows : 1) * K * size_of(number);
     torch::stable::parallel_for(0, count * rows, 1, [=, &patches](int64_t begin, int64_t end) {
       PGN_ISA_CALL(cut_patches)(patches, number, first * rows + begin, first * rows + end,
                                 out + begin * row_bytes);
     });
-    multiply(cut, columns, embedded);
-    sequence.embedded = embedded.const_data_ptr();
+    using torch::stable::narrow;
+    multiply(narrow(cuts, 0, 0, count * N), columns, narrow(products, 0, 0, count * N));
     sequence.first = first;
     torch::stable::parallel_for(first, first + count, 1,
                                 [=, &sequence](int64_t begin, int64_t end) {

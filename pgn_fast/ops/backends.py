@@ -61,7 +61,12 @@ def refusal(backend: str, op: str, *tensors: Tensor | None) -> str | None:
     The sentence is the one that a user reads in the error of a named backend.
     """
     present = [t for t in tensors if t is not None]
-    device, prefix = present[0].device, f"{op}: backend={backend!r} cannot run: "
+    return _refusal(backend, op, present[0].device.type, tuple(t.dtype for t in present))
+
+
+@functools.cache
+def _refusal(backend: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    prefix = f"{op}: backend={backend!r} cannot run: "
     if backend not in BACKENDS:
         return f"{op}: no backend named {backend!r}; known: {', '.join(BACKENDS)}."
     if backend == "reference":
@@ -71,15 +76,15 @@ def refusal(backend: str, op: str, *tensors: Tensor | None) -> str | None:
     if not _has_kernel(backend, op):
         return f"{prefix}it has no kernel of this op. Leave backend=None to use one that has."
     wanted = "cpu" if backend == "cpu" else "cuda"
-    if device.type != wanted and not (backend == "triton" and _interpreted()):
+    if device != wanted and not (backend == "triton" and _interpreted()):
         return (
-            f"{prefix}its kernels run on {wanted} tensors, these are on {device.type}. "
+            f"{prefix}its kernels run on {wanted} tensors, these are on {device}. "
             "Leave backend=None to use the fastest one that can."
         )
-    for t in present:
-        if t.is_floating_point() and t.dtype not in _DTYPES[backend]:
+    for dtype in dtypes:
+        if dtype.is_floating_point and dtype not in _DTYPES[backend]:
             return (
-                f"{prefix}its kernels take {', '.join(map(str, _DTYPES[backend]))}, got {t.dtype}. "
+                f"{prefix}its kernels take {', '.join(map(str, _DTYPES[backend]))}, got {dtype}. "
                 "Leave backend=None to run it in plain torch."
             )
     return None
@@ -90,7 +95,10 @@ def _has_kernel(backend: str, op: str) -> bool:
     if backend == "triton":
         found = importlib.util.find_spec(_triton_name(op)) is not None
         return found and hasattr(importlib.import_module(_triton_name(op)), op)
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"pgn_fast_C::{op}", backend.upper())
+    name = f"pgn_fast_C::{op}"
+    return torch._C._dispatch_has_kernel(name) and (
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper())
+    )
 
 
 def _triton_name(op: str) -> str:
@@ -119,13 +127,20 @@ def select_kernel(op: str, backend: str, *tensors: Tensor | None) -> Callable[..
     Raises:
         RuntimeError: the named backend cannot run these inputs; the message says why.
     """
+    present = [t for t in tensors if t is not None]
+    return _select(op, backend, present[0].device.type, tuple(t.dtype for t in present))
+
+
+@functools.cache
+def _select(
+    op: str, backend: str, device: str, dtypes: tuple[torch.dtype, ...]
+) -> Callable[..., Any]:
     if backend != "auto":
-        if reason := refusal(backend, op, *tensors):
+        if reason := _refusal(backend, op, device, dtypes):
             raise RuntimeError(reason)
         return _kernel(backend, op)
-    device = next(t.device.type for t in tensors if t is not None)
     for candidate in PREFERENCE[op.removesuffix("_backward")].get(device, ()):
-        if refusal(candidate, op, *tensors) is None:
+        if _refusal(candidate, op, device, dtypes) is None:
             return _kernel(candidate, op)
     return _kernel("reference", op)
 

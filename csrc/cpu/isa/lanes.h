@@ -1,6 +1,6 @@
 // Vectors of float32 as wide as the instruction set's registers, and the one product that the ops
-// are made of. Included inside an anonymous namespace of every instruction-set file, so that no copy
-// is shared between them.
+// are made of. Included inside an anonymous namespace of every instruction-set file, so that no
+// copy is shared between them.
 #include "numbers.inc"
 
 #if defined(__AVX512F__)
