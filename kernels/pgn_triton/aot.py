@@ -18,9 +18,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,7 +33,7 @@ from . import _common
 
 TABLE = Path(__file__).parents[2] / "tests/resources/triton.json"
 ARCHITECTURES = (80, 90)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # how much a figure may grow over the table before it is an error
 GROWTH = {"registers": 1.1, "shared": 1.1, "stack": 1.0, "spills": 1.0}
 _CUOBJDUMP = Path(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
@@ -49,76 +49,112 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _mix_prompts(module: Any, dtype: torch.dtype) -> None:
-    logits, library = _empty(64, 16, 256, dtype=dtype), _empty(256, 768, dtype=dtype)
-    prompts = module.mix_prompts(logits, library, "softmax")
-    module.mix_prompts_backward(prompts, logits, library, "softmax")
+def _mix_prompts(module: Any, dtype: torch.dtype, ones: bool) -> None:
+    B, P, K, D = (1, 1, 1, 1) if ones else (64, 16, 256, 768)
+    logits, library = _empty(B, P, K, dtype=dtype), _empty(K, D, dtype=dtype)
+    for activation in ("softmax", "sigmoid"):
+        prompts = module.mix_prompts(logits, library, activation)
+        module.mix_prompts_backward(prompts, logits, library, activation)
 
 
-def _prompt_attention(module: Any, dtype: torch.dtype) -> None:
-    qkv, prompts = _empty(64, 197, 3, 12, 64, dtype=dtype), _empty(50, 2, 12, 64, dtype=dtype)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    prompt_k, prompt_v = prompts.permute(1, 2, 0, 3).unbind(0)
-    for queries in (q, q[:, :, :1]):
-        arguments = (queries, k, v, prompt_k, prompt_v)
-        out, lse = module.prompt_attention(*arguments, 0.125)
-        module.prompt_attention_backward(out, *arguments, out, lse, 0.125, True, True, True)
-
-
-def _prompted_patch_embed(module: Any, dtype: torch.dtype) -> None:
-    weight, bias = _empty(768, 3, 16, 16, dtype=dtype), _empty(768, dtype=dtype)
-    pos_embed, prefix = _empty(196, 768, dtype=dtype), _empty(1, 768, dtype=dtype)
-    prompts, scale, shift = _empty(50, 768, dtype=dtype), [0.017, 0.018, 0.017], [-2.1, -2.0, -1.8]
-    images = _empty(64, 3, 224, 224, dtype=torch.uint8)
-    for pixels in (
-        images,
-        images.to(memory_format=torch.channels_last),
-        images.to(dtype),
-    ):
+def _prompted_patch_embed(module: Any, dtype: torch.dtype, ones: bool) -> None:
+    B, C, size, patch, D = (1, 1, 1, 1, 1) if ones else (64, 3, 224, 16, 768)
+    weight, bias = _empty(D, C, patch, patch, dtype=dtype), _empty(D, dtype=dtype)
+    pos_embed, prefix = _empty((size // patch) ** 2, D, dtype=dtype), _empty(1, D, dtype=dtype)
+    images = _empty(B, C, size, size, dtype=torch.uint8)
+    for pixels in (images, images.to(memory_format=torch.channels_last), images.to(dtype)):
         module.prompted_patch_embed(
-            *(pixels, weight, bias, pos_embed, prefix, None, None, prompts),
-            *(scale, shift, "softmax", "append"),
+            *(pixels, weight, bias, pos_embed, prefix, None, None, prefix),
+            *([0.017] * C, [-2.1] * C, "softmax", "append"),
         )
 
 
-CASES: dict[str, Callable[[Any, torch.dtype], None]] = {
+def _prompt_attention(module: Any, dtype: torch.dtype, ones: bool) -> None:
+    paper, no_power_of_two = (64, 197, 50, 12, 64), (64, 257, 50, 16, 80)
+    for B, T, P, H, d in [(1, 1, 1, 1, 2)] if ones else [paper, no_power_of_two]:
+        qkv, prompts = _empty(B, T, 3, H, d, dtype=dtype), _empty(P, 2, H, d, dtype=dtype)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        prompt_k, prompt_v = prompts.permute(1, 2, 0, 3).unbind(0)
+        for queries in (q, q[:, :, :1]):
+            arguments = (queries, k, v, prompt_k, prompt_v)
+            out, lse = module.prompt_attention(*arguments, 0.125)
+            module.prompt_attention_backward(out, *arguments, out, lse, 0.125, True, True, True)
+
+
+# each runs an op forward and backward: at the sizes that its resources are held at, or with every
+# size one, which the compiler turns into constants
+CASES: dict[str, Callable[[Any, torch.dtype, bool], None]] = {
     "mix_prompts": _mix_prompts,
     "prompted_patch_embed": _prompted_patch_embed,
     "prompt_attention": _prompt_attention,
 }
 
 
-def launches(op: str, dtype: torch.dtype) -> list[tuple[JITFunction, dict[str, Any]]]:
-    """Every kernel launch of an op at the paper's sizes: (kernel, its arguments and options)."""
+class Launch(NamedTuple):
+    """One launch of a kernel as the launcher made it."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]  # by name, options such as num_warps included
+    first_tile: bool  # made with the first of its configurations, or the only one
+
+    def name(self, op: str, arch: int) -> str:
+        """Everything that tells compiled kernels apart: the key in the table."""
+        types = [_POINTERS[a.dtype][1:] for a in self.arguments.values() if isinstance(a, Tensor)]
+        flags = [f"{p.name}={self.arguments[p.name]}" for p in self.kernel.params if _shown(p)]
+        ones = [
+            p for p in self.kernel.params if not p.is_constexpr and _is_one(self.arguments[p.name])
+        ]
+        warps = [f"warps={self.arguments['num_warps']}"]
+        kernel = self.kernel.__name__.strip("_").removesuffix("_kernel")
+        parts = [op, kernel, "+".join(dict.fromkeys(types)), f"sm_{arch}", *flags, *warps]
+        return " ".join([*parts, f"ones={len(ones)}"] if ones else parts)
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and value == 1
+
+
+def _shown(parameter: Any) -> bool:
+    return parameter.is_constexpr and parameter.name not in ("PRECISION", "FACTORS", "SHIFTS")
+
+
+def launches(op: str, dtype: torch.dtype, ones: bool = False) -> list[Launch]:
+    """Every kernel launch of an op, once for each configuration that tuning may choose."""
     module = importlib.import_module(f".{op}", __package__)
-    caught: list[tuple[JITFunction, dict[str, Any]]] = []
+    caught: list[Launch] = []
+    first_tile = True
 
     def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        caught.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
+        named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        caught.append(Launch(self, named, first_tile))
 
     def launch_all(configs: Any, key: Any, device: Any, launch: Callable[..., None]) -> None:
+        nonlocal first_tile
         for config in configs:
+            first_tile = config is configs[0]
             launch(config)
+        first_tile = True
 
     run, tuned = JITFunction.run, module.launch_tuned
     JITFunction.run, module.launch_tuned = catch, launch_all
     try:
-        CASES[op](module, dtype)
+        CASES[op](module, dtype, ones)
     finally:
         JITFunction.run, module.launch_tuned = run, tuned
     return caught
 
 
-def compile_launch(kernel: JITFunction, arguments: dict[str, Any], arch: int) -> dict[str, int]:
+def compile_launch(launch: Launch, arch: int) -> dict[str, int]:
     """Compile one launch for ``sm_<arch>``; registers, bytes of stack and shared memory, and the
     numbers of spill and tensor-core instructions."""
+    kernel, arguments, _ = launch
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
         # as the JIT specialises: ones are constants, pointers and multiples of 16 are marked
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr or value is None or _is_one(value):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
@@ -152,27 +188,21 @@ def compile_launch(kernel: JITFunction, arguments: dict[str, Any], arch: int) ->
     }
 
 
-def rows(op: str, everything: bool) -> Iterator[tuple[str, JITFunction, dict[str, Any], int]]:
-    """(name in the table, kernel, arguments, architecture) of every launch to look at.
+def wanted(op: str, everything: bool) -> dict[str, tuple[Launch, int]]:
+    """The launches and architectures to compile, by name.
 
-    A part of them holds the table in CI: bfloat16 on sm_90, each kernel with its first tile.
+    A part of them holds the table in CI: bfloat16 on sm_90, the first tile of each kernel.
     """
-    for dtype_name, dtype in DTYPES.items():
-        seen = set()
-        for kernel, arguments in launches(op, dtype):
-            first = kernel not in seen
-            seen.add(kernel)
-            flags = [
-                f"{p.name}={arguments[p.name]}"
-                for p in kernel.params
-                if p.is_constexpr and p.name not in ("PRECISION", "BLOCK_D", "HEAD", "SOFTMAX")
-            ]
-            for arch in ARCHITECTURES:
-                if everything or (first and (dtype_name, arch) == ("bf16", 90)):
-                    name = kernel.__name__.strip("_").removesuffix("_kernel")
-                    parts = [op, name, dtype_name, f"sm_{arch}", *flags]
-                    parts.append(f"warps={arguments['num_warps']}")
-                    yield " ".join(parts), kernel, arguments, arch
+    found = [
+        (launch, arch)
+        for dtype in (DTYPES if everything else (torch.bfloat16,))
+        for launch in launches(op, dtype)
+        for arch in (ARCHITECTURES if everything else (90,))
+        if everything or launch.first_tile
+    ]
+    ones = launches(op, torch.bfloat16, ones=True)
+    found += [(launch, 90) for launch in ones if launch.first_tile]
+    return {launch.name(op, arch): (launch, arch) for launch, arch in found}
 
 
 def complaints(measured: dict[str, Any], table: dict[str, Any]) -> list[str]:
@@ -207,11 +237,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     measured = {}
     for op in [arguments.op] if arguments.op else CASES:
-        for name, kernel, launch, arch in rows(op, arguments.all):
-            if name not in measured:
-                measured[name] = compile_launch(kernel, launch, arch)
-                print(name, measured[name], flush=True)
-    table = json.loads(arguments.table.read_text()) if arguments.table.exists() else {}
+        for name, (launch, arch) in wanted(op, arguments.all).items():
+            measured[name] = compile_launch(launch, arch)
+            print(name, measured[name], flush=True)
+    table = {"triton": triton.__version__, "kernels": {}}
+    if arguments.table.exists():
+        table = json.loads(arguments.table.read_text())
     if arguments.update:
         kernels = measured if arguments.all and not arguments.op else table["kernels"] | measured
         table = {"triton": triton.__version__, "kernels": dict(sorted(kernels.items()))}

@@ -247,10 +247,10 @@ def _grad_key_kernel(
     delta_ptr,  # (B, H, Q) float32
     grad_k_ptr,  # (parts, H, T, HEAD)
     grad_v_ptr,  # (parts, H, T, HEAD), laid out as grad_k is
-    B,
     H,
     Q,
     T,
+    queries,  # B * Q
     queries_per_part,
     scale,
     q_b,
@@ -289,7 +289,7 @@ def _grad_key_kernel(
     v = tl.load(v_ptr + part * v_b + h * v_h + rows * v_t + d, mask=inside, other=0.0)
 
     first = part * queries_per_part
-    end = tl.minimum(first + queries_per_part, B.to(tl.int64) * Q)
+    end = tl.minimum(first + queries_per_part, queries)
     grad_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for start in range(first, end, BLOCK_Q):
@@ -404,7 +404,7 @@ def prompt_attention_backward(
     ) -> None:
         t_blocks = triton.cdiv(k.shape[-2], config.kwargs["BLOCK_T"])
         _grad_key_kernel[(parts * H * t_blocks,)](
-            *(q, k, v, grad_out, lse, delta, dk, dv, B, H, Q, k.shape[-2], per_part, scale),
+            *(q, k, v, grad_out, lse, delta, dk, dv, H, Q, k.shape[-2], B * Q, per_part, scale),
             *(*q.stride()[:3], *_batch_strides(k), *_batch_strides(v)),
             *(*grad_out.stride()[:3], *dk.stride()[:3]),
             **sizes,

@@ -1,0 +1,106 @@
+"""Small problems for the Triton launchers, forward and backward, judged against float64.
+
+Sizes that no tile divides, and more than one tile along every loop. ``module`` is the kernel's own
+module, or a mutant of it.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from numerics import assert_matches
+from torch import Tensor
+
+from pgn_fast import reference
+
+
+def check_mix_prompts(
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    activation: str = "softmax",
+) -> None:
+    B, P, K, D = 3, 7, 70, 65
+    # rows of a larger buffer of NaN: reading one column or row too many shows
+    # logits that rise along the library: the running maximum changes in every tile
+    rising = torch.randn(B, P, K, device=device) + torch.linspace(0, 4, K, device=device)
+    logits = inside_nan(rising.to(dtype))
+    grad_prompts = inside_nan(torch.randn(B, P, D, dtype=dtype, device=device))
+    library = torch.randn(K, D, dtype=dtype, device=device)
+    logits64, library64, grad64 = in_float64(logits, library, grad_prompts)
+    prompts = module.mix_prompts(logits, library, activation)
+    assert_matches("prompts", prompts, reference.mix_prompts(logits64, library64, activation))
+    grads = module.mix_prompts_backward(grad_prompts, logits, library, activation)
+    grads64 = reference.mix_prompts_backward(grad64, logits64, library64, activation)
+    for name, actual, expected in zip(("logits", "library"), grads, grads64, strict=True):
+        assert_matches(f"grad_{name}", actual, expected)
+
+
+def check_prompt_attention(
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    queries: int | None = None,
+    shared: bool = True,
+) -> None:
+    B, H, T, P, d = 2, 3, 70, 37, 40
+    scale = d**-0.5
+    qkv = inside_nan(torch.randn(B, T, 3, H, d, dtype=dtype, device=device))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q = q[:, :, :queries]
+    shape = (2, H, P, d) if shared else (2, B, H, P, d)
+    prompt_k, prompt_v = inside_nan(torch.randn(shape, dtype=dtype, device=device)).unbind(0)
+    grad_out = inside_nan(torch.randn(q.shape, dtype=dtype, device=device))
+    inputs = q, k, v, prompt_k, prompt_v
+    out, lse = module.prompt_attention(*inputs, scale)
+    inputs64, (grad64,) = in_float64(*inputs), in_float64(grad_out)
+    out64, lse64 = reference.prompt_attention(*inputs64, scale)
+    assert_matches("out", out, out64)
+    assert_matches("lse", lse, lse64)
+    wanted = True, True, True
+    grads = module.prompt_attention_backward(grad_out, *inputs, out, lse, scale, *wanted)
+    grads64 = reference.prompt_attention_backward(grad64, *inputs64, out64, lse64, scale)
+    names = "q", "k", "v", "prompt_k", "prompt_v"
+    for name, actual, expected in zip(names, grads, grads64, strict=True):
+        assert_matches(f"grad_{name}", actual, expected)
+
+
+def check_prompted_patch_embed(
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    uint8: bool = True,
+    channels_last: bool = False,
+) -> None:
+    B, C, patch, D, S, P, K = 3, 3, 6, 70, 2, 3, 20
+    shape = (B, C, 5 * patch, 3 * patch)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    images = images if uint8 else (images / 255).to(dtype)
+    images = images.to(memory_format=torch.channels_last) if channels_last else images
+    draw = lambda *size: torch.randn(size, dtype=dtype, device=device)
+    weight, bias, pos_embed, prefix = draw(D, C, patch, patch), draw(D), draw(15, D), draw(S, D)
+    logits, library = draw(B, P, K), draw(K, D)
+    largest = 255 if uint8 else 1
+    options = (
+        [1 / (largest * s) for s in (0.2, 0.3, 0.25)],
+        [-2.1, -1.5, -1.8],
+        "softmax",
+        "prepend",
+    )
+    tensors = weight, bias, pos_embed, prefix, logits, library
+    tokens = module.prompted_patch_embed(images, *tensors, None, *options)
+    images64 = images.cpu() if uint8 else images.double().cpu()
+    expected = reference.prompted_patch_embed(images64, *in_float64(*tensors), None, *options)
+    assert_matches("tokens", tokens, expected)
+
+
+def inside_nan(x: Tensor) -> Tensor:
+    """``x`` as a view into a buffer that is NaN everywhere else, columns still dense."""
+    buffer = x.new_full([n + 3 for n in x.shape], float("nan"))
+    view = buffer[tuple(slice(1, n + 1) for n in x.shape)]
+    return view.copy_(x)
+
+
+def in_float64(*tensors: Tensor) -> list[Tensor]:
+    return [t.double().cpu() for t in tensors]
