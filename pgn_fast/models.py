@@ -176,6 +176,12 @@ class PromptedViT(nn.Module):
         self.backbone.eval()
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> PromptedViT:
+        """Switch gradients of prompter and head; the backbone never gets any."""
+        super().requires_grad_(requires_grad)
+        self.backbone.requires_grad_(False)
+        return self
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimizer should get: the parameters of prompter and head."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]

@@ -292,6 +292,13 @@ def test_frozen_stays_frozen(build):
     assert not model.prompter.training
 
 
+def test_gradients_can_be_switched_but_not_the_backbones():
+    model = vpt()
+    assert model.requires_grad_(False) is model and model.trainable_parameters() == []
+    assert model.requires_grad_(True) is model and len(model.trainable_parameters()) == 3
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
 def test_the_generators_batch_norm_learns_in_train_mode_only():
     model, x = pgn(), images()
     norm = model.prompter.generator.stem[1]
@@ -501,6 +508,30 @@ def test_a_copy_stands_on_its_own():
             twin.prompter.prompts.add_(1)
             assert torch.equal(model(x), want)
             assert not torch.allclose(twin(x), want)
+
+
+def test_the_reference_draws_the_same_dropout():
+    """Same seed, same masks, same order: training with dropout can be compared, too."""
+    model, x = vpt(tiny().double(), dropout=0.3).train(), images().double()
+    outputs = []
+    for call in (model, model.forward_reference):
+        torch.manual_seed(3)
+        logits = call(x)
+        outputs.append((logits, *torch.autograd.grad(logits.sum(), model.trainable_parameters())))
+    for got, want in zip(*outputs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("build", [pgn, vpt])
+def test_training_after_inference_mode(build):
+    """Nothing that inference mode computed is kept where a gradient would need it."""
+    model, x = build().eval(), images()
+    with torch.inference_mode():
+        want = model(x)
+    logits = model(x)
+    torch.testing.assert_close(logits, want)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.trainable_parameters())
 
 
 @torch.no_grad()
@@ -767,6 +798,12 @@ def test_backbones_by_name(monkeypatch):
     def offline(name, pretrained, **kwargs):
         assert pretrained  # a frozen backbone of random weights is of no use
         raise OSError("no route to host")
+
+    demo = load_backbone("pgn_demo_vit")
+    assert isinstance(demo, VisionTransformer) and not demo.training
+    assert PGN("pgn_demo_vit", 5, resolution=32).prompter.embed_dim == demo.embed_dim
+    with pytest.raises(ValueError, match="pgn_demo_vit has one size, it does not take img_size"):
+        load_backbone("pgn_demo_vit", img_size=64)
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(RuntimeError, match=r"weights of 'test_vit' could not be loaded \(no route"):

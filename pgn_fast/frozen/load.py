@@ -69,9 +69,11 @@ def load_backbone(name_or_module: str | nn.Module, **kwargs: Any) -> Any:
 
 def _create(name: str, *, pretrained: bool = True, **kwargs: Any) -> Any:
     if name == DEMO_NAME:
-        from ..demo import backbone as demo_backbone
+        from .. import demo
 
-        return demo_backbone(**kwargs)
+        if kwargs:
+            raise ValueError(f"backbone: {name} has one size, it does not take {', '.join(kwargs)}")
+        return demo.backbone() if pretrained else demo.build()
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise ValueError(
