@@ -20,14 +20,16 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..adapters.atomic import write_files
 from . import PRETRAINED_CFG, RECORD, WEIGHTS, build
 from .procedural import FAMILIES, NUM_CLASSES, ProceduralImages
 
@@ -234,7 +236,7 @@ class Pretraining:
         state = {
             name: tensor.contiguous() for name, tensor in self.model.backbone.state_dict().items()
         }
-        save_file(state, weights)
+        write_files({weights: save(state)})
         record: dict[str, Any] = {
             "settings": asdict(self.settings),
             "classes": FAMILIES,
@@ -244,6 +246,7 @@ class Pretraining:
             "cpu_seconds": round(self.cpu_seconds, 1),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "timm": version("timm"),
             "machine": platform.machine(),
             "python": platform.python_version(),
             "log": self.log,
