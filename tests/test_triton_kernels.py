@@ -11,7 +11,13 @@ import triton_cases as cases
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
 import triton.language as tl
-from pgn_fast.kernels import _common, mix_prompts, prompt_attention, prompted_patch_embed
+from pgn_fast.kernels import (
+    _common,
+    add_layer_norm,
+    mix_prompts,
+    prompt_attention,
+    prompted_patch_embed,
+)
 
 # every table of tile sizes, with the op that uses it and a check that runs through it
 TABLES = {
@@ -30,6 +36,7 @@ TABLES = {
         cases.check_prompted_patch_embed,
         ("PATCH_CONFIGS",),
     ),
+    "add_layer_norm": (add_layer_norm, cases.check_add_layer_norm, ()),
 }
 TILES = [
     pytest.param(op, table, kind, index, id=f"{op}-{table}-{kind}-{index}")
@@ -65,6 +72,7 @@ def test_variants(device):
     cases.check_prompt_attention(prompt_attention, device, shared=False)
     cases.check_prompted_patch_embed(prompted_patch_embed, device, channels_last=True)
     cases.check_prompted_patch_embed(prompted_patch_embed, device, uint8=False)
+    cases.check_add_layer_norm(add_layer_norm, device, add=False)
 
 
 @pytest.fixture

@@ -95,6 +95,28 @@ def check_prompted_patch_embed(
     assert_matches("tokens", tokens, expected)
 
 
+def check_add_layer_norm(
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    add: bool = True,
+) -> None:
+    R, D, eps = 5, 70, 1e-6
+    draw = lambda: torch.randn(R, D, dtype=dtype, device=device)
+    x, y, grad_total, grad_normed = draw() + 3, draw(), draw(), draw()
+    total, normed, rstd = module.add_layer_norm(x, y if add else None, eps)
+    grad = module.add_layer_norm_backward(grad_total if add else None, grad_normed, normed, rstd)
+    x64, y64, grad_total64, grad_normed64 = in_float64(x, y, grad_total, grad_normed)
+    if add:
+        assert_matches("total", total, x64 + y64)
+    # statistics are those of the rounded sum
+    total64 = total.double().cpu().requires_grad_()
+    normed64 = torch.nn.functional.layer_norm(total64, (D,), eps=eps)
+    (grad64,) = torch.autograd.grad(normed64, total64, grad_normed64)
+    assert_matches("normed", normed, normed64.detach())
+    assert_matches("grad", grad, grad64 + grad_total64 if add else grad64)
+
+
 def inside_nan(x: Tensor) -> Tensor:
     """``x`` as a view into a buffer that is NaN everywhere else, columns still dense."""
     buffer = x.new_full([n + 3 for n in x.shape], float("nan"))

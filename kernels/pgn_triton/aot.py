@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -81,12 +82,21 @@ def _prompt_attention(module: Any, dtype: torch.dtype, ones: bool) -> None:
             module.prompt_attention_backward(out, *arguments, out, lse, 0.125, True, True, True)
 
 
+def _add_layer_norm(module: Any, dtype: torch.dtype, ones: bool) -> None:
+    shape = (1, 1, 1) if ones else (64, 197, 768)
+    x = _empty(*shape, dtype=dtype)
+    for other in (x, None):
+        _, normed, rstd = module.add_layer_norm(x, other, 1e-6)
+        module.add_layer_norm_backward(other, x, normed, rstd)
+
+
 # each runs an op forward and backward: at the sizes that its resources are held at, or with every
 # size one, which the compiler turns into constants
 CASES: dict[str, Callable[[Any, torch.dtype, bool], None]] = {
     "mix_prompts": _mix_prompts,
     "prompted_patch_embed": _prompted_patch_embed,
     "prompt_attention": _prompt_attention,
+    "add_layer_norm": _add_layer_norm,
 }
 
 
@@ -135,12 +145,10 @@ def launches(op: str, dtype: torch.dtype, ones: bool = False) -> list[Launch]:
             launch(config)
         first_tile = True
 
-    run, tuned = JITFunction.run, module.launch_tuned
-    JITFunction.run, module.launch_tuned = catch, launch_all
-    try:
+    # create=True: add_layer_norm has nothing to tune
+    tuned = mock.patch.object(module, "launch_tuned", launch_all, create=True)
+    with mock.patch.object(JITFunction, "run", catch), tuned:
         CASES[op](module, dtype, ones)
-    finally:
-        JITFunction.run, module.launch_tuned = run, tuned
     return caught
 
 
