@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UserError
 from ..frozen.load import DEMO_NAME, load_backbone
+from ..inversion.gamut import GamutLibrary
 from ..models import PGN, VPT, PromptedViT
 from .atomic import write_files
 from .baselines import FineTuned, LinearProbe
@@ -140,6 +141,8 @@ def from_pretrained(
     if values.get("head") == "zero_shot":
         values["class_embeddings"] = tensors.get("head.class_embeddings")
     try:
+        if isinstance(values.get("token_library"), Mapping):
+            values["token_library"] = GamutLibrary.from_config(vit, values["token_library"])
         model = kind(vit, **values)
         model.load_adapter_state_dict(tensors)  # type: ignore[operator]
     except (TypeError, ValueError, RuntimeError) as error:
@@ -232,6 +235,8 @@ def _constructor_values(model: Any) -> dict[str, Any]:
     if isinstance(model, PGN):
         library = model.prompter.token_library
         values["token_library"] = library if isinstance(library, nn.Module) else None
+        if isinstance(library, GamutLibrary):
+            values["token_library"] = library.to_config()
         if values["generator"] is None:
             values["generator"] = model.prompter.generator
     head = values.get("head")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..frozen.schedule import PromptSchedule
 from .errors import LayoutMismatchError, StaleInversionError
-from .layout import MID_LEVEL, shrink, to_patches
+from .layout import MID_LEVEL, CanvasLayout, shrink, to_patches
 from .patch_map import PatchMap
+from .server_spec import ServerSpec
 
 MARGIN = 6.0  # levels that the rounding's feedback may use
+_FIT_STEPS = 50
 
 
 class GamutLibrary(nn.Module):
@@ -88,11 +93,39 @@ class GamutLibrary(nn.Module):
         mid = torch.full((patch_map.patch_values,), MID_LEVEL, dtype=torch.float64)
         y = patch_map.centre(contents) + mid @ solver.A.T
         levels = solver.in_box(y.float(), margin, 255 - margin, mid, iterations=iters).double()
-        # the inverse of the squashing; at the bounds it is infinite
+        # the inverse of the squashing, which at the bounds is infinite, brings theta near
         unsquashed = h * torch.atanh(((levels - mid) / h).clamp(-0.98, 0.98))
+        reached = ((levels - mid) @ patch_map.A.T).float()
         with torch.no_grad():
             library.theta.copy_(unsquashed @ patch_map.A.T)
+            # d token / d theta = A diag(tanh') A^+ has eigenvalues in (0, 1]: this converges
+            for _ in range(_FIT_STEPS):
+                library.theta.add_(reached - library())
         return library
+
+    def to_config(self) -> dict[str, Any]:
+        """What rebuilds this library in front of its backbone, as plain JSON values."""
+        return {
+            "n_tokens": len(self.theta),
+            "margin": self.margin,
+            "layout": self.patch_map.layout.to_dict(),
+            "server": self.patch_map.server.to_dict(),
+            "key": self.patch_map.key,
+        }
+
+    @classmethod
+    def from_config(cls, backbone: Any, config: Mapping[str, Any]) -> GamutLibrary:
+        """Rebuild what ``to_config`` described; the tokens come from the state dict.
+
+        Raises:
+            StaleInversionError: the backbone's input side is not the one of the training.
+        """
+        server = ServerSpec(**config["server"])
+        layout = CanvasLayout.from_dict(config["layout"])
+        patch_map = PatchMap.from_backbone(backbone, server, layout)
+        if config["key"] != patch_map.key:
+            raise _stale()
+        return cls(config["n_tokens"], patch_map, config["margin"])
 
     def pixels(self) -> Tensor:
         """The library as patches (K, n) in levels, within [margin, 255 - margin]."""
@@ -140,8 +173,11 @@ class GamutLibrary(nn.Module):
                 f"is deployed on {patch_map.layout}"
             )
         if patch_map.key != self.patch_map.key:
-            raise StaleInversionError(
-                "the patch embedding, the position embedding, the normalisation or the server's "
-                "settings are not those that this GamutLibrary was trained with; build the patch "
-                "map from the same backbone and server."
-            )
+            raise _stale()
+
+
+def _stale() -> StaleInversionError:
+    return StaleInversionError(
+        "the patch embedding, the position embedding, the normalisation or the server's settings "
+        "are not those that this GamutLibrary was trained with; use the same backbone and server."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,9 @@ class PatchMap:
         shift_free: every norm removes the mean, so that adding a constant to all D values of a
             token never matters. False for RMSNorm.
         rotary: the blocks rotate queries and keys by position, which no pixel can undo.
+        name: of the backbone.
+        fingerprint: hash of the backbone's weights that the map was made from. A and d themselves
+            differ in their last bits between machines.
     """
 
     A: Tensor
@@ -55,7 +58,8 @@ class PatchMap:
     scale_free: bool = False
     shift_free: bool = True
     rotary: bool = False
-    name: str = field(default="", compare=False)
+    name: str = ""
+    fingerprint: str = ""
 
     @classmethod
     def from_backbone(
@@ -107,6 +111,9 @@ class PatchMap:
             rotary=getattr(backbone, "rope", None) is not None,
             name=(getattr(backbone, "pretrained_cfg", None) or {}).get("architecture", "")
             or type(backbone).__name__,
+            fingerprint=_fingerprint(
+                projection.weight, projection.bias, getattr(backbone, "pos_embed", None)
+            ),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchMap:
@@ -144,14 +151,10 @@ class PatchMap:
 
     @cached_property
     def key(self) -> str:
-        """Hash of everything that an inverted library depends on."""
-        digest = hashlib.sha256()
-        for tensor in (self.A, self.d, self.positions, self.image_positions):
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
+        """Hash of everything that an inverted library depends on; the same on every machine."""
         settings = {"layout": self.layout.to_dict(), "server": self.server.to_dict()}
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        return digest.hexdigest()
+        text = self.fingerprint + json.dumps(settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def centre(self, tokens: Tensor) -> Tensor:
         """Tokens (..., D) without what no norm lets through: their mean, where it is free."""
@@ -231,6 +234,17 @@ def _positions(backbone: Any, grid: tuple[int, ...]) -> Tensor:
     tokens = backbone._pos_embed(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
     tokens = tokens[0] if isinstance(tokens, tuple) else tokens  # EVA returns its rotation too
     return tokens[0, prefix:].double().cpu()
+
+
+def _fingerprint(*tensors: Tensor | None) -> str:
+    """Hash of parameters, bit by bit."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _only_layer_norms(backbone: nn.Module) -> bool:

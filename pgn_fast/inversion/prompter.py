@@ -181,7 +181,6 @@ class RgbPrompter(nn.Module):
         return self.patch_map
 
 
-@torch.no_grad()
 def verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionReport:
     """Send images through the real path and compare the server's tokens with the wanted ones.
 
@@ -197,6 +196,16 @@ def verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionReport
         PreprocessError: the preprocessing changed the prompts' pixels.
         StaleInversionError, LayoutMismatchError: the model is not the one that was inverted.
     """
+    was_training = model.training
+    model.eval()  # prompts without dropout, as they are deployed
+    try:
+        with torch.no_grad():
+            return _verify(prompter, model, images)
+    finally:
+        model.train(was_training)
+
+
+def _verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionReport:
     backbone = getattr(model, "backbone", model)
     server, inverted, layout = prompter.server, prompter.inverted, prompter.layout
     patch_map = PatchMap.from_backbone(backbone, server, layout)
@@ -266,10 +275,7 @@ def _output_errors(
     same_tokens = layout.compensate_positions and not layout.blank_cells
     if not hasattr(model, "prompts") or not (trained_on_canvas or same_tokens):
         return []
-    was_training = model.training
-    model.eval()
     latent = model.forward_features(normalised.to(inputs))
-    model.train(was_training)
     wanted = backbone.forward_head(latent, pre_logits=True)
     served = backbone.forward_head(backbone.forward_features(inputs), pre_logits=True)
     return ((served - wanted).norm(dim=1) / wanted.norm(dim=1)).tolist()
