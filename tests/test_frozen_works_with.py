@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pgn_fast
+from pgn_fast.frozen import blocks
 from pgn_fast.frozen.plan import FastOptions
 from pgn_fast.frozen.trunk import FastTrunk
 
@@ -222,8 +223,19 @@ def test_changed_blocks_go_the_reference_path() -> None:
     model.backbone.blocks[1].attn.qkv = nn.Sequential(model.backbone.blocks[1].attn.qkv)
     assert "attn.qkv is a Sequential" in model.trunk.refusal
     assert torch.equal(model(images), model.forward_reference(images))
+    vit = backbone()
+    vit.blocks[0].attn.forward = lambda x, **_: x
+    assert "forward of attn was replaced" in FastTrunk(vit).refusal
     model.backbone.requires_grad_(True)
     assert "require a gradient" in model.trunk.refusal
+
+
+def test_engine_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = blocks.hidden
+    monkeypatch.setattr(blocks, "hidden", lambda w, u: 1.01 * right(w, u))
+    with pytest.raises(RuntimeError, match="differs from timm's own blocks by"):
+        vpt()
+    assert vpt(False).trunk is None
 
 
 def test_backbone_is_not_changed() -> None:

@@ -125,6 +125,8 @@ def _block_refusal(block: Any) -> str | None:
     for name, module in block.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             return f"a hook is registered on {name or 'the block'}"
+        if "forward" in module.__dict__:
+            return f"the forward of {name or 'the block'} was replaced"
     return None
 
 
@@ -169,6 +171,7 @@ def state_key(modules: list[nn.Module]) -> tuple[Any, ...]:
         (
             module.training,
             bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks),
+            "forward" in module.__dict__,
             *(id(child) for child in module._modules.values()),
             *(_tensor_key(p) for p in module._parameters.values() if p is not None),
         )

@@ -26,6 +26,9 @@ from .schedule import PromptSchedule
 # against D^2 multiplications a token, with room for the smaller matrices
 ABSORB_ROWS = 8
 
+# up to which an engine checks itself when it is built: some tenths of a second at most
+_CHEAP_FLOPS_CPU, _CHEAP_FLOPS = 2e10, 1e12
+
 
 def encode_plainly(
     backbone: Any,
@@ -82,6 +85,8 @@ class FastTrunk:
         self.options = options or FastOptions()
         self.backend = backend
         self._forget()
+        if self._refusal is None and self._is_cheap():
+            self.check()
 
     def _forget(self) -> None:
         self._modules = [self.backbone, *self.backbone.blocks.modules()]
@@ -98,6 +103,40 @@ class FastTrunk:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def _is_cheap(self) -> bool:
+        """Whether one more image costs less than loading a backbone does."""
+        if self.device.type == "meta":
+            return False
+        tokens = self.backbone.num_prefix_tokens + self.backbone.patch_embed.num_patches
+        flops = 2 * tokens * sum(p.numel() for p in self.backbone.blocks.parameters())
+        return flops < (_CHEAP_FLOPS_CPU if self.device.type == "cpu" else _CHEAP_FLOPS)
+
+    def check(self) -> None:
+        """Run a random image here and by the reference, with prompts that come, change and stay.
+
+        Raises:
+            RuntimeError: the results disagree; that would be an error of this package, or of a
+                backbone whose own code differs from its class's.
+        """
+        backbone, random = self.backbone, torch.Generator().manual_seed(0)
+        size = backbone.in_chans, *backbone.patch_embed.img_size
+        like = {"device": self.device, "dtype": self.dtype}
+        images = torch.randn(1, *size, generator=random).to(**like)
+        layers = {
+            i: torch.randn(2, backbone.embed_dim, generator=random).to(**like)
+            for i in range(min(2, len(backbone.blocks)))
+        }
+        schedule = PromptSchedule("append", layers)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            expected = encode_reference(backbone, images, schedule, rows=1).double()
+            actual = self.encode(images, schedule, rows=1).double()
+        error = float((actual - expected).abs().max() / expected.abs().max())
+        if error > min(1000 * torch.finfo(self.dtype).eps, 0.2):
+            raise RuntimeError(
+                f"the fast path of {type(backbone).__name__} differs from timm's own blocks by "
+                f"{error:.1e} of the largest value. Use fast=False, and please report the backbone"
+            )
 
     def _dtypes_with_a_kernel(self) -> set[torch.dtype]:
         """In which dtypes a kernel of this package runs attention with prompts."""
