@@ -183,7 +183,7 @@ def load_split(config: TrainConfig, name: str) -> Split:
     }.get(name)
     prefix = config.data.partition("/")[0].lower()
     if config.data == "digits":
-        return _digits(name)
+        return _digits(wanted or name)
     if prefix in NAMED and not Path(config.data).exists():
         return _named(config, name, wanted)
     return _folder(Path(config.data), name, wanted)

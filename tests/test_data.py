@@ -1,0 +1,264 @@
+"""Where images come from: splits, refusals, and randomness that no worker or restart disturbs."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from small_world import write_images
+
+from pgn_fast.errors import UserError
+from pgn_fast.train import loader as loaders
+from pgn_fast.train.config import TrainConfig
+from pgn_fast.train.data import (
+    FolderImages,
+    Split,
+    carve_validation,
+    count_classes,
+    image_files,
+    load_splits,
+)
+from pgn_fast.train.loader import EpochBatches, OrderedBatches, Samples, make_loader
+
+PIXELS = {
+    "input_size": (3, 16, 16),
+    "interpolation": "bilinear",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+def splits_of(data, **given):
+    return load_splits(TrainConfig.make(data=str(data), **given))
+
+
+def test_digits_come_in_a_fixed_split():
+    splits = splits_of("digits")
+    again = splits_of("digits", seed=7)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (901, 99, 797)
+    assert list(splits.test.indices) == list(again.test.indices)
+    assert list(splits.validation.indices) != list(again.validation.indices)
+    parts = [*splits.train.indices, *splits.validation.indices, *splits.test.indices]
+    assert sorted(parts) == list(range(1797))
+    assert "carved by seed 42" in splits.validation.origin
+    image, label = splits.train.images.open(0)
+    assert (image.mode, image.size, label) == ("RGB", (8, 8), 0)
+    # levels 0 ... 16 become 0 ... 255
+    assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 79, 207, 143, 15, 0, 0]
+    assert splits.train.images.pixels.max() == 255
+
+
+def test_flat_folder_is_carved_class_by_class(tmp_path):
+    write_images(tmp_path, 10)
+    splits = splits_of(tmp_path, val_fraction=0.3)
+    labels = splits.train.images.labels
+    assert splits.class_names == ["blue", "green", "red"] and splits.num_classes == 3
+    assert [sum(labels[i] == c for i in splits.validation.indices) for c in range(3)] == [3, 3, 3]
+    assert not {*splits.train.indices} & {*splits.validation.indices}
+    assert len(splits.train) == 21 and splits.test is None
+    assert list(splits_of(tmp_path, val_fraction=0.3).train.indices) == list(splits.train.indices)
+
+
+def test_split_folders_are_used_as_they_are(tmp_path):
+    for name, count in (("train", 4), ("val", 2), ("test", 3)):
+        write_images(tmp_path / name, count)
+    splits = splits_of(tmp_path)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (12, 6, 9)
+    assert splits.validation.origin == f"folder {tmp_path / 'val'}"
+    # a test folder is never carved from
+    (tmp_path / "val").rename(tmp_path / "extra")
+    carved = splits_of(tmp_path, val_fraction=0.25)
+    assert carved.validation.images is carved.train.images and len(carved.test) == 9
+    assert len(splits_of(tmp_path, val_split="extra").validation) == 6
+    assert splits_of(tmp_path, val_fraction=0).validation is None
+
+
+def test_one_image_of_a_class_stays_in_training(tmp_path):
+    images = FolderImages([tmp_path / str(i) for i in range(5)], [0, 1, 1, 1, 1])
+    train, validation = carve_validation(Split("train", "x", images, range(5)), 0.5, seed=1)
+    assert 0 in train.indices and len(validation) == 2
+    with pytest.raises(UserError, match="is no image"):
+        carve_validation(Split("train", "x", images, range(5)), 0.01, seed=1)
+
+
+def spoil_empty_class(root):
+    (root / "yellow").mkdir()
+    return r"class folder .*yellow has no image"
+
+
+def spoil_stray_image(root):
+    (root / "blue" / "0.png").rename(root / "lost.png")
+    return r"1 image\(s\) lie directly in .*lost\.png"
+
+
+def spoil_one_class(root):
+    for name in ("green", "red"):
+        for file in (root / name).iterdir():
+            file.unlink()
+        (root / name).rmdir()
+    return r"has 1 class\(es\)"
+
+
+def spoil_everything(root):
+    for file in root.glob("*/*"):
+        file.unlink()
+    return "no image in"
+
+
+def spoil_test_classes(root):
+    write_images(root / "train", 2)
+    write_images(root / "test", 2, ("blue", "green", "pink"))
+    return r"differ in their classes, such as pink, red"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_empty_class, spoil_stray_image, spoil_one_class, spoil_everything, spoil_test_classes],
+)
+def test_bad_folders_are_refused(tmp_path, spoil):
+    message = spoil(write_images(tmp_path, 3))
+    with pytest.raises(UserError, match=message) as caught:
+        splits_of(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "data, given, message",
+    [
+        ("nowhere", {}, r"nowhere does not exist\. Give a folder"),
+        ("torch/cifar11", {}, r"timm cannot open 'torch/cifar11'.*Unknown torchvision dataset"),
+        ("torch/cifar10", {"data_dir": "nowhere"}, "download"),
+        ("digits", {"num_classes": 5}, r"label \d of digits\[\d+\] is out of range for 5 classes"),
+    ],
+)
+def test_data_that_are_not_there(data, given, message):
+    with pytest.raises(UserError, match=message):
+        splits_of(data, **given)
+
+
+def test_negative_labels_are_out_of_range(tmp_path):
+    images = FolderImages([tmp_path / "a.png", tmp_path / "b.png"], [0, -1])
+    with pytest.raises(UserError, match=r"label -1 of .*b\.png is out of range"):
+        count_classes(Split("train", "x", images, range(2), ["a", "b"]), None)
+
+
+def test_timm_data_sets_have_random_access(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 30), ("t10k", 8)):
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        header = np.array([0x803, count, 28, 28], dtype=">i4").tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        header = np.array([0x801, count], dtype=">i4").tobytes()
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    splits = splits_of("torch/mnist", data_dir=str(tmp_path), val_fraction=0.34)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 10, 8)
+    assert splits.num_classes == 10 and splits.class_names[3].startswith("3")
+    batch = next(iter(make_loader(splits.test, loaders.eval_transform(PIXELS), 4)))
+    assert batch.images.shape == (4, 3, 16, 16) and batch.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_streamed_data_go_through(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    write_images(tmp_path / "images", 4)
+    with webdataset.TarWriter(str(tmp_path / "data-train-0000.tar")) as tar:
+        for i, file in enumerate(sorted((tmp_path / "images").glob("*/*.png"))):
+            label = ["blue", "green", "red"].index(file.parent.name)
+            tar.write({"__key__": f"{i:04d}", "png": file.read_bytes(), "cls": str(label)})
+    about = {"name": "train", "num_samples": 12, "filenames": ["data-train-0000.tar"]}
+    about["shard_lengths"] = [12]
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": about}}))
+    splits = splits_of("wds/data", data_dir=str(tmp_path), num_classes=3, batch_size=4)
+    assert splits.train.streamed and len(splits.train) == 12 and splits.validation is None
+    transform = loaders.train_transform(TrainConfig.make(), PIXELS)
+    loader = make_loader(splits.train, transform, 4, seed=1)
+    loaders.set_position(loader, 0)
+    labels = [label for batch in loader for label in batch.labels.tolist()]
+    assert sorted(labels) == [0] * 4 + [1] * 4 + [2] * 4
+    with pytest.raises(UserError, match="--recovery-interval"):
+        loaders.set_position(loader, 0, 1)
+
+
+def test_unreadable_images_are_named_and_left_out(tmp_path):
+    write_images(tmp_path, 3)
+    (tmp_path / "green" / "1.png").write_bytes(b"no image")
+    whole = (tmp_path / "red" / "2.png").read_bytes()
+    (tmp_path / "red" / "2.png").write_bytes(whole[:60])
+    split = splits_of(tmp_path, val_fraction=0).train
+    batches = list(make_loader(split, loaders.eval_transform(PIXELS), 4))
+    unreadable = [name for batch in batches for name in batch.unreadable]
+    assert sum(len(batch.labels) for batch in batches) == 7 and len(unreadable) == 2
+    assert unreadable[0].startswith(str(tmp_path / "green" / "1.png"))
+    assert unreadable[1].startswith(str(tmp_path / "red" / "2.png"))
+
+
+def test_a_pass_can_begin_anywhere():
+    batches = EpochBatches(22, 4, seed=3)
+    batches.set_position(5)
+    whole = list(batches)
+    assert len(whole) == len(batches) == 5 and len({i for b in whole for _, i in b}) == 20
+    for start in range(6):
+        batches.set_position(5, start)
+        assert list(batches) == whole[start:]
+    batches.set_position(6)
+    assert [i for b in batches for _, i in b] != [i for b in whole for _, i in b]
+    # fewer images than a batch are one batch
+    assert [len(b) for b in EpochBatches(3, 64, seed=0)] == [3]
+
+
+def test_processes_share_the_images_out():
+    alone = EpochBatches(24, 8, seed=1)
+    both = [EpochBatches(24, 4, seed=1, rank=r, world=2) for r in range(2)]
+    for together, *apart in zip(alone, *both, strict=True):
+        assert together == [key for part in apart for key in part]
+    ordered = [OrderedBatches(7, 2, r, 3) for r in range(3)]
+    assert sorted(i for part in ordered for batch in part for _, i in batch) == list(range(7))
+
+
+def test_augmentation_follows_seed_epoch_and_image_alone():
+    split = splits_of("digits").train
+    config = TrainConfig.make(scale=(0.3, 1), hflip=0.5, aa="rand-m9-mstd0.5", color_jitter=0.4)
+    transform = loaders.train_transform(config, PIXELS)
+    samples = Samples(split, transform, seed=1)
+    torch.manual_seed(5)
+    first = samples[(0, 10)][0]
+    drawn = torch.rand(1)
+    samples[(3, 1)]
+    random.random(), np.random.rand()
+    assert torch.equal(samples[(0, 10)][0], first)
+    assert not torch.equal(samples[(1, 10)][0], first)
+    assert not torch.equal(Samples(split, transform, seed=2)[(0, 10)][0], first)
+    # and the model's own randomness does not notice
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(1), drawn)
+
+
+def test_workers_change_nothing():
+    split = splits_of("digits").validation
+    transform = loaders.train_transform(TrainConfig.make(hflip=0.5, scale=(0.5, 1)), PIXELS)
+    passes = []
+    for workers in (0, 2):
+        loader = make_loader(split, transform, 32, seed=4, workers=workers)
+        images = []
+        for epoch in range(2):
+            loaders.set_position(loader, epoch)
+            images += [batch.images for batch in loader]
+        passes.append(torch.cat(images))
+    assert passes[0].shape == (6 * 32, 3, 16, 16) and torch.equal(*passes)
+
+
+def test_prediction_takes_files_and_folders(tmp_path):
+    write_images(tmp_path, 2)
+    found = image_files([tmp_path / "red", tmp_path / "blue" / "0.png"])
+    assert [p.name for p in found.paths] == ["0.png", "1.png", "0.png"] and found.open(0)[1] == -1
+    with pytest.raises(UserError, match="no file or folder named"):
+        image_files([tmp_path / "nothing"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image in"):
+        image_files([tmp_path / "empty"])
