@@ -294,3 +294,57 @@ def test_prompted_patch_embed(kernels, B, C, size, patch, D, bare, channels_last
     expected = reference.prompted_patch_embed(pixels, *inputs, None, [], [], "softmax", "append")
     assert_matches("tokens", out, expected)
     assert intact(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
+@pytest.mark.parametrize(
+    "B, C, size, patch, D, bare",
+    [
+        pytest.param(2, 3, (32, 48), 16, 136, False, id="two-blocks-of-columns"),
+        pytest.param(3, 1, (96, 256), 32, 24, False, id="more-panels-than-stages"),
+        pytest.param(1, 4, (16, 16), 16, 8, True, id="smallest"),
+    ],
+)
+def test_patch_embed_on_hopper(kernels, B, C, size, patch, D, bare, uint8, dtype):
+    (H, W), first, spare = size, 2, 3
+    N = (H // patch) * (W // patch)
+    images = torch.randint(0, 256, (B, C, H, W), dtype=torch.uint8)
+    images = images if uint8 else torch.randn(B, C, H, W).to(dtype)
+    weight = torch.randn(D, C, patch, patch).to(dtype)
+    bias, pos = (None, None) if bare else (torch.randn(D).to(dtype), torch.randn(N, D).to(dtype))
+    scale, shift = [0.01 * (c + 1) for c in range(C)], [0.1 * c - 1 for c in range(C)]
+    tokens = first + N + spare
+    out = poisoned(B, tokens, D, dtype=dtype)
+    args = cuda_host.PatchEmbed(
+        images=images,
+        weight=weight,
+        bias=bias,
+        pos=pos,
+        out=out,
+        **dict(zip(("stride_b", "stride_c", "stride_y", "stride_x"), images.stride(), strict=True)),
+        B=B,
+        C=C,
+        H=H,
+        W=W,
+        p_h=patch,
+        p_w=patch,
+        D=D,
+        tokens=tokens,
+        first=first,
+        uint8=uint8,
+        normalise=True,
+        scale=(cuda_host.single * 64)(*scale),
+        shift=(cuda_host.single * 64)(*shift),
+    )
+    kernels.launch_with_scratch("patch_embed_sm90", args, dtype)
+
+    # the weight is rounded once after the normalisation is folded in; pixels are exact
+    factors = torch.tensor([scale, shift], dtype=torch.float64)[:, None, :, None, None]
+    folded = (weight.float() * factors[0].float()).to(dtype).double()
+    expected = torch.nn.functional.conv2d(images.double(), folded, stride=patch)
+    expected = expected.flatten(2).mT + (weight.double() * factors[1]).sum((1, 2, 3))
+    if not bare:
+        expected = expected + bias.double() + pos.double()
+    assert_matches("patches", out[:, first : first + N], expected)
+    assert out[:, :first].isnan().all() and out[:, first + N :].isnan().all() and intact(out)

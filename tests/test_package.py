@@ -17,11 +17,12 @@ ROOMS = [
     {"cli"},
     {"train", "serve", "demo", "client"},
     {"tasks", "inversion", "adapters"},
-    {"models", "heads"},
-    {"frozen", "prompts"},
+    {"models"},
+    {"heads", "frozen", "prompts"},
     {"ops"},
-    {"reference", "kernels", "_native", "_C"},
-    {"errors"},
+    {"reference", "kernels", "_native"},
+    {"_C"},
+    {"errors", "atomic"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # imports inside functions that close a circle on purpose, with the reason

@@ -50,6 +50,12 @@ struct PatchEmbed {
 };
 cudaError_t patch_embed(const PatchEmbed& args, Number number, cudaStream_t stream);
 
+// The same on Hopper (sm_90a). Bytes of scratch that it needs, 256-byte aligned; 0: it does not
+// take these arguments (float32, a patch width that is no multiple of 16, strided pixels).
+int64_t patch_embed_sm90_scratch(const PatchEmbed& args, Number number);
+cudaError_t patch_embed_sm90(const PatchEmbed& args, Number number, void* scratch,
+                             cudaStream_t stream);
+
 // Copies rows [count, D] (of each image where batch_stride is not 0) to rows `first` of each image.
 struct PlaceRows {
   const void* rows;

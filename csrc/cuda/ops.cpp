@@ -53,6 +53,14 @@ cuda::PromptAttention attention_of(const Tensor& q, const Tensor& k, const Tenso
           static_cast<float>(scale)};
 }
 
+// sm_90a code runs on compute capability 9.0 and on no later one
+bool on_hopper(const Tensor& x) {
+  int major = 0;
+  STD_CUDA_CHECK(
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index()));
+  return major == 9;
+}
+
 cuda::Number cuda_number(const Tensor& x) { return static_cast<cuda::Number>(number_of(x)); }
 
 // mixes the prompts into rows `first` on of every image of out [B, tokens, D]
@@ -127,7 +135,14 @@ Tensor prompted_patch_embed_cuda(const Tensor& images,                  // [B, C
                          {}};
   std::copy(scale.begin(), scale.end(), embed.scale);
   std::copy(shift.begin(), shift.end(), embed.shift);
-  STD_CUDA_CHECK(cuda::patch_embed(embed, number, stream));
+  const int64_t scratch_bytes =
+      on_hopper(images) ? cuda::patch_embed_sm90_scratch(embed, number) : 0;
+  if (scratch_bytes > 0) {
+    Tensor scratch = torch::stable::new_empty(weight, {scratch_bytes}, ScalarType::Byte);
+    STD_CUDA_CHECK(cuda::patch_embed_sm90(embed, number, scratch.mutable_data_ptr(), stream));
+  } else {
+    STD_CUDA_CHECK(cuda::patch_embed(embed, number, stream));
+  }
   auto place = [&](const Tensor& rows, int count, int first) {
     STD_CUDA_CHECK(
         cuda::place_rows({rows.const_data_ptr(), out.mutable_data_ptr(),

@@ -49,6 +49,17 @@ class Kernels:
         error = getattr(self.library, op)(ctypes.byref(args), NUMBERS[dtype])
         assert error == 0, f"{op} returned CUDA error {error}"
 
+    def launch_with_scratch(self, op: str, args: Arguments, dtype: torch.dtype) -> None:
+        """Run a launcher that names the bytes of scratch it needs and refuses with 0."""
+        needed = getattr(self.library, f"{op}_scratch")
+        needed.restype = ctypes.c_int64
+        size = needed(ctypes.byref(args), NUMBERS[dtype])
+        assert size > 0, f"{op} refuses these arguments"
+        scratch = torch.full((size,), 255, dtype=torch.uint8)
+        pointer = ctypes.c_void_p(scratch.data_ptr())
+        error = getattr(self.library, op)(ctypes.byref(args), NUMBERS[dtype], pointer)
+        assert error == 0, f"{op} returned CUDA error {error}"
+
 
 def build(source: Path = CUDA, mix_prompts_only: bool = False) -> Kernels:
     """The library of host-compiled kernels; cached by the content of all its sources.

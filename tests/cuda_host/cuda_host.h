@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -55,7 +56,7 @@ struct Fiber {
   std::vector<Copy> open;                 // copies not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, not yet landed
   bool done = false;
-  int64_t block_waits = 0, warp_waits = 0;  // barriers reached
+  int64_t block_waits = 0, warp_waits = 0, group_waits = 0;  // barriers reached
 };
 
 inline dim3 block_index;
@@ -130,7 +131,7 @@ inline void run_block(int threads, size_t bytes) {
     f.open.clear();
     f.groups.clear();
     f.done = false;
-    f.block_waits = f.warp_waits = 0;
+    f.block_waits = f.warp_waits = f.group_waits = 0;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.data();
     f.context.uc_stack.ss_size = f.stack.size();
@@ -212,6 +213,124 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
 inline float half_bits(uint16_t bits, __half) { return __half2float(__half(__half_raw{bits})); }
 inline float half_bits(uint16_t bits, __nv_bfloat16) {
   return __bfloat162float(__nv_bfloat16(__nv_bfloat16_raw{bits}));
+}
+
+// --- Hopper ----------------------------------------------------------------------------------
+struct TensorMap {
+  const char* matrix;
+  int64_t rows, columns, box_rows;
+};
+template <typename T>
+cudaError_t make_tensor_map(TensorMap* map, const T* matrix, uint64_t rows, uint64_t columns,
+                            uint32_t box_rows) {
+  if (columns * sizeof(T) % 16) return cudaErrorInvalidValue;
+  *map = {reinterpret_cast<const char*>(matrix), static_cast<int64_t>(rows),
+          static_cast<int64_t>(columns), box_rows};
+  return cudaSuccess;
+}
+
+using Barrier = uint64_t;
+namespace host {
+struct Box {
+  char* to;
+  TensorMap map;
+  int row, column;
+};
+struct BarrierState {
+  int arrivals = 0, pending = 0;
+  int64_t bytes = 0, phase = 0;
+  std::vector<Box> boxes;  // under way
+};
+inline std::map<Barrier*, BarrierState> barriers;
+inline BarrierState& state(Barrier* barrier) {
+  if (!barriers.count(barrier)) fail("a barrier that nobody initialised");
+  return barriers[barrier];
+}
+inline void turn(BarrierState& b) {
+  if (b.pending == 0 && b.bytes == 0) ++b.phase, b.pending = b.arrivals;
+}
+// 128 bytes a row, 16-byte chunks swizzled by the row; zeros where the matrix ends
+inline void land(BarrierState& b) {
+  for (const Box& box : b.boxes) {
+    for (int r = 0; r < box.map.box_rows; ++r)
+      for (int c = 0; c < 64; ++c) {
+        const int64_t row = box.row + r, column = box.column + c;
+        char* to = box.to + r * 128 + (c / 8 ^ r % 8) * 16 + c % 8 * 2;
+        std::memset(to, 0, 2);
+        if (row < box.map.rows && column < box.map.columns) {
+          std::memcpy(to, box.map.matrix + (row * box.map.columns + column) * 2, 2);
+        }
+      }
+    b.bytes -= box.map.box_rows * 128;
+  }
+  if (!b.boxes.empty()) b.boxes.clear(), turn(b);
+}
+}  // namespace host
+inline void barrier_init(Barrier* barrier, int arrivals) {
+  host::barriers[barrier] = {arrivals, arrivals, 0, 0, {}};
+}
+inline void barriers_visible() {}
+inline void barrier_arrive(Barrier* barrier) {
+  host::BarrierState& b = host::state(barrier);
+  --b.pending;
+  host::turn(b);
+}
+inline void barrier_expect(Barrier* barrier, uint32_t bytes) {
+  host::state(barrier).bytes += bytes;
+  barrier_arrive(barrier);
+}
+inline void barrier_wait(Barrier* barrier, uint32_t parity) {
+  for (int tries = 0; host::state(barrier).phase % 2 == parity; ++tries) {
+    if (tries > 100000) host::fail("a barrier that never completes");
+    host::land(host::state(barrier));
+    host::pause();
+  }
+}
+inline void copy_box(void* shared, const TensorMap* map, Barrier* barrier, int row, int column) {
+  if (reinterpret_cast<uintptr_t>(shared) % 1024) host::fail("copy_box to an unaligned box");
+  std::memset(shared, 0xff, map->box_rows * 128);
+  host::state(barrier).boxes.push_back({static_cast<char*>(shared), *map, row, column});
+}
+inline void settle(uint32_t&) {}
+inline void settle(float&) {}
+inline void warpgroup_barrier(int group) {
+  const int begin = host::running / 128 * 128;
+  if (begin != group * 128) host::fail("a warpgroup barrier of another warpgroup");
+  host::barrier(begin, begin + 128, [](host::Fiber& f) -> int64_t& { return f.group_waits; });
+}
+inline void products_begin() {}
+inline void products_end() {}
+
+namespace host {
+struct GroupFragments {
+  uint32_t a[128][4];
+};
+inline GroupFragments group_fragments[8];
+}  // namespace host
+template <typename T>
+inline void multiply_warpgroup(float (&c)[64], const uint32_t (&a)[4], const T* box, int k) {
+  const int group = host::running / 128, thread = host::running % 128;
+  host::GroupFragments& f = host::group_fragments[group];
+  std::copy(a, a + 4, f.a[thread]);
+  warpgroup_barrier(group);
+  float left[2][16];
+  for (int i = 0; i < 2; ++i)
+    for (int kk = 0; kk < 16; ++kk) {
+      const int lane = thread / 4 % 8 * 4 + kk % 8 / 2;
+      const uint32_t x = f.a[thread / 32 * 32 + lane][i + kk / 8 * 2];
+      left[i][kk] = half_bits(static_cast<uint16_t>(x >> kk % 2 * 16), T());
+    }
+  for (int i = 0; i < 64; ++i) {
+    const int n = i / 4 * 8 + thread % 4 * 2 + i % 2;
+    for (int kk = 0; kk < 16; ++kk) {
+      const int chunk = (k + kk) / 8 ^ n % 8;
+      uint16_t bits;
+      std::memcpy(&bits,
+                  reinterpret_cast<const char*>(box) + n * 128 + chunk * 16 + (k + kk) % 8 * 2, 2);
+      c[i] += left[i % 4 / 2][kk] * half_bits(bits, T());
+    }
+  }
+  warpgroup_barrier(group);
 }
 
 namespace host {

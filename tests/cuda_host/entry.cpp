@@ -23,6 +23,14 @@ int prompt_attention_backward(const pgn_fast::cuda::PromptAttentionBackward* arg
 int patch_embed(const pgn_fast::cuda::PatchEmbed* args, int number) {
   return pgn_fast::cuda::patch_embed(*args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
 }
+int64_t patch_embed_sm90_scratch(const pgn_fast::cuda::PatchEmbed* args, int number) {
+  return pgn_fast::cuda::patch_embed_sm90_scratch(*args,
+                                                  static_cast<pgn_fast::cuda::Number>(number));
+}
+int patch_embed_sm90(const pgn_fast::cuda::PatchEmbed* args, int number, void* scratch) {
+  return pgn_fast::cuda::patch_embed_sm90(*args, static_cast<pgn_fast::cuda::Number>(number),
+                                          scratch, nullptr);
+}
 int place_rows(const pgn_fast::cuda::PlaceRows* args, int number) {
   return pgn_fast::cuda::place_rows(*args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
 }

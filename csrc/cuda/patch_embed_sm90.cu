@@ -1,0 +1,235 @@
+// The patch rows of prompted_patch_embed on Hopper: warpgroup products (wgmma) with the pixels in
+// registers and the weight by tensor copies (TMA).
+//
+// A thread of a warpgroup product holds four numbers of a patch in each step of 16: 2t, 2t + 1, 2t
+// + 8 and 2t + 9 for t = lane % 4. The order of the inner dimension is ours to choose, so number 16
+// t + 4 j
+// + i of a panel of 64 is taken to step j: a thread's pixels of a whole panel are 16 neighbours in
+// memory, one or two loads, and never pass through shared memory. prepare_kernel brings the weight
+// into that order, and folds the normalisation into it: weight * scale, and a float32 bias that
+// holds the shifts. uint8 pixels are centred by 128, which leaves them exact in either 16-bit type.
+//
+// A block makes 128 patches x 128 columns: two warpgroups of 64 patches, and one warp that keeps
+// kStages panels of the weight coming. The result leaves through shared memory in rows of 256
+// bytes.
+#include "hopper.cuh"
+
+namespace pgn_fast::cuda {
+namespace {
+
+constexpr int kStages = 4, kRows = 128, kColumns = 128, kThreads = 2 * 128 + 32;
+constexpr int kPixels = 16;  // neighbours that a thread takes of every panel
+constexpr int kBoxBytes = kColumns * kPanel * 2;
+
+// Where number k of a row of the weight stands in the order of the products.
+__host__ __device__ inline int product_order(int k) {
+  const int t = k % kPanel / 16, j = k % 16 / 4, i = k % 4;
+  return k / kPanel * kPanel + j * 16 + i / 2 * 8 + t * 2 + i % 2;
+}
+
+// One warp a row of the weight.
+template <typename T>
+__global__ void __launch_bounds__(128) prepare_kernel(PatchEmbed a, T* weight, float* bias) {
+  const int area = a.p_h * a.p_w, K = a.C * area, d = blockIdx.x * 4 + warp_id();
+  if (d >= a.D) return;
+  const T* row = static_cast<const T*>(a.weight) + int64_t{d} * K;
+  float sum = 0.0f;
+  for (int k = lane_id(); k < K; k += 32) {
+    const float w = to_float(row[k]), scale = a.normalise ? a.scale[k / area] : 1.0f;
+    const float shift = a.normalise ? a.shift[k / area] : 0.0f;
+    const T folded = from_float<T>(w * scale);
+    weight[int64_t{d} * K + product_order(k)] = folded;
+    sum += w * shift + (a.uint8 ? 128.0f * to_float(folded) : 0.0f);
+  }
+  sum = lanes_sum<32>(sum);
+  if (lane_id() == 0) {
+    bias[d] = sum + (a.bias ? to_float(static_cast<const T*>(a.bias)[d]) : 0.0f);
+  }
+}
+
+// kPixels neighbours as they come from memory, and pairs of them as operands.
+template <typename T, typename Pixel>
+struct alignas(16) Pixels {
+  Pixel values[kPixels];
+
+  __device__ uint32_t pair(int i) const {
+    if constexpr (sizeof(Pixel) == 1) {
+      return pack<T>(centred(values[i]), centred(values[i + 1]));
+    } else {
+      uint32_t bits;
+      memcpy(&bits, values + i, 4);
+      return bits;
+    }
+  }
+  // value - 128: the byte as the last of a float of 2^23, which needs no integer conversion
+  static __device__ float centred(uint8_t value) {
+    const uint32_t bits = 0x4b000000u | value;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x - 8388736.0f;
+  }
+};
+
+template <typename T, typename Pixel>
+__global__ void __launch_bounds__(kThreads, 1)
+    patch_embed_sm90_kernel(PatchEmbed a, const float* bias,
+#ifdef PGN_FAST_CUDA_HOST
+                            TensorMap weight
+#else
+                            const __grid_constant__ TensorMap weight
+#endif
+    ) {
+#if defined(PGN_FAST_CUDA_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  T* boxes = reinterpret_cast<T*>(dynamic_shared());  // [kStages, kColumns, kPanel], swizzled
+  Barrier* full = reinterpret_cast<Barrier*>(boxes + kStages * kColumns * kPanel);  // [kStages]
+  Barrier* empty = full + kStages;                                                  // [kStages]
+  const int columns = a.W / a.p_w, N = a.H / a.p_h * columns, area = a.p_h * a.p_w;
+  const int panels = a.C * area / kPanel, first_column = blockIdx.y * kColumns;
+  const int64_t patches = int64_t{a.B} * N, first_row = int64_t{blockIdx.x} * kRows;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      barrier_init(full + s, 1);
+      barrier_init(empty + s, 2);  // one arrival of each warpgroup
+    }
+    barriers_visible();
+  }
+  __syncthreads();
+
+  if (warp_id() == 8) {  // the warp that keeps the weight coming
+    if (lane_id() == 0) {
+      for (int panel = 0; panel < panels; ++panel) {
+        const int s = panel % kStages, round = panel / kStages;
+        if (round > 0) barrier_wait(empty + s, (round - 1) % 2);
+        barrier_expect(full + s, kBoxBytes);
+        copy_box(boxes + s * kColumns * kPanel, &weight, full + s, first_column, panel * kPanel);
+      }
+    }
+  } else {
+    const int group = warp_id() / 4, t = lane_id() % 4;
+    const int row = group * 64 + warp_id() % 4 * 16 + lane_id() / 4;  // and row + 8
+    const Pixel* corner[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t m = first_row + row + 8 * i, b = m / N;
+      const int n = static_cast<int>(m % N);
+      corner[i] = m < patches ? static_cast<const Pixel*>(a.images) + b * a.stride_b +
+                                    int64_t{n / columns} * a.p_h * a.stride_y + n % columns * a.p_w
+                              : nullptr;
+    }
+    Pixels<T, Pixel> next[2];
+    auto fetch = [&](int panel) {
+      const int k = panel * kPanel + t * kPixels, c = k / area, y = k % area / a.p_w, x = k % a.p_w;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        // rows past the end read the first pixels there are; nobody stores their sums
+        const Pixel* from = corner[i] ? corner[i] + c * a.stride_c + y * a.stride_y + x
+                                      : static_cast<const Pixel*>(a.images);
+        next[i] = *reinterpret_cast<const Pixels<T, Pixel>*>(from);
+      }
+    };
+    fetch(0);
+    float sums[64] = {};
+    for (int panel = 0; panel < panels; ++panel) {
+      uint32_t left[4][4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        left[j][0] = next[0].pair(4 * j);
+        left[j][1] = next[1].pair(4 * j);
+        left[j][2] = next[0].pair(4 * j + 2);
+        left[j][3] = next[1].pair(4 * j + 2);
+      }
+      if (panel + 1 < panels) fetch(panel + 1);
+      const int s = panel % kStages;
+      barrier_wait(full + s, panel / kStages % 2);
+#pragma unroll
+      for (int j = 0; j < 16; ++j) settle(left[j / 4][j % 4]);
+#pragma unroll
+      for (int i = 0; i < 64; ++i) settle(sums[i]);
+      products_begin();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        multiply_warpgroup<T>(sums, left[j], boxes + s * kColumns * kPanel, 16 * j);
+      }
+      products_end();
+      if (threadIdx.x % 128 == 0) barrier_arrive(empty + s);
+    }
+
+    // every box has been read by both warpgroups before their room is used for the result
+    barrier_wait(empty + (panels - 1) % kStages, (panels - 1) / kStages % 2);
+    constexpr int kStride = kColumns + 8;
+    T* tile = boxes + group * 64 * kStride;  // [64, kColumns]
+    const T* pos = static_cast<const T*>(a.pos);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t m = first_row + row + 8 * i;
+      const int64_t n = m < patches ? m % N : 0;
+#pragma unroll
+      for (int block = 0; block < kColumns / 8; ++block) {
+        const int d = first_column + block * 8 + t * 2;
+        float x = sums[block * 4 + i * 2], y = sums[block * 4 + i * 2 + 1];
+        if (d < a.D) {  // D is even, and so is d
+          x += bias[d] + (pos ? to_float(pos[n * a.D + d]) : 0.0f);
+          y += bias[d + 1] + (pos ? to_float(pos[n * a.D + d + 1]) : 0.0f);
+        }
+        const uint32_t bits = pack<T>(x, y);
+        memcpy(tile + (row - group * 64 + 8 * i) * kStride + block * 8 + t * 2, &bits, 4);
+      }
+    }
+    warpgroup_barrier(group);
+    for (int i = threadIdx.x % 128; i < 64 * kColumns / 8; i += 128) {
+      const int r = i / (kColumns / 8), d = first_column + i % (kColumns / 8) * 8;
+      const int64_t m = first_row + group * 64 + r;
+      if (m < patches && d < a.D) {
+        T* to = static_cast<T*>(a.out) + (m / N * a.tokens + a.first + m % N) * a.D + d;
+        *reinterpret_cast<uint4*>(to) =
+            *reinterpret_cast<const uint4*>(tile + r * kStride + d - first_column);
+      }
+    }
+  }
+#endif
+}
+
+template <typename T, typename Pixel>
+cudaError_t launch_embed(const PatchEmbed& a, void* scratch, cudaStream_t stream) {
+  const int64_t patches = int64_t{a.B} * (a.H / a.p_h) * (a.W / a.p_w);
+  const int K = a.C * a.p_h * a.p_w;
+  T* weight = static_cast<T*>(scratch);
+  float* bias = reinterpret_cast<float*>(weight + int64_t{a.D} * K);
+  cudaError_t error =
+      launch(prepare_kernel<T>, dim3(ceil_div(a.D, 4)), 128, 0, stream, a, weight, bias);
+  if (error != cudaSuccess) return error;
+  TensorMap map;
+  error = make_tensor_map<T>(&map, weight, a.D, K, kColumns);
+  if (error != cudaSuccess) return error;
+  const size_t bytes = kStages * (kBoxBytes + 2 * sizeof(Barrier));
+  return launch(patch_embed_sm90_kernel<T, Pixel>,
+                dim3(ceil_div(patches, kRows), ceil_div(a.D, kColumns)), kThreads, bytes, stream, a,
+                static_cast<const float*>(bias), map);
+}
+
+}  // namespace
+
+int64_t patch_embed_sm90_scratch(const PatchEmbed& a, Number number) {
+  const int pixel = a.uint8 ? 1 : 2, K = a.C * a.p_h * a.p_w;
+  const bool whole = a.p_w % kPixels == 0 && K % kPanel == 0 && a.D % 8 == 0;
+  const bool rows = a.stride_x == 1 && a.stride_y * pixel % 16 == 0 &&
+                    a.stride_c * pixel % 16 == 0 && a.stride_b * pixel % 16 == 0 &&
+                    reinterpret_cast<uintptr_t>(a.images) % 16 == 0 &&
+                    reinterpret_cast<uintptr_t>(a.out) % 16 == 0;
+  if (number == Number::float32 || !whole || !rows) return 0;
+  return int64_t{a.D} * K * 2 + int64_t{a.D} * 4;
+}
+
+cudaError_t patch_embed_sm90(const PatchEmbed& a, Number number, void* scratch,
+                             cudaStream_t stream) {
+  if (int64_t{a.B} * a.H * a.W == 0) return cudaSuccess;
+  if (number == Number::bfloat16) {
+    return a.uint8 ? launch_embed<bfloat16, uint8_t>(a, scratch, stream)
+                   : launch_embed<bfloat16, bfloat16>(a, scratch, stream);
+  }
+  return a.uint8 ? launch_embed<float16, uint8_t>(a, scratch, stream)
+                 : launch_embed<float16, float16>(a, scratch, stream);
+}
+
+}  // namespace pgn_fast::cuda
