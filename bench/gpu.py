@@ -1,0 +1,237 @@
+"""Everything that only a GPU can tell about this library, in one call of under nine minutes.
+
+    python bench/gpu.py [--json FILE] [--budget SECONDS] [--only STEP ...] [--dry-run]
+
+Builds, runs the tests that touch a GPU, looks for wrong memory accesses and races with
+compute-sanitizer, then measures: first what this machine can do at all (copy, GEMM), then every op
+beside plain torch, each figure with the share of the ceiling that binds it. Each step is a process
+of its own with a time limit: one that hangs or dies costs its own results only. The JSON is written
+after every step; "assumptions" in it stands beside the figures that the design had to guess.
+
+``--dry-run`` walks through the same steps on the CPU with tiny shapes and runs no command.
+Exit code: 0 if every step passed, 1 if one did not, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+import gpu_steps  # noqa: E402
+
+DEVICE_TESTS = ("test_mix_prompts", "test_prompt*", "test_feedback_round", "test_triton_[km]*")
+
+
+class Step(NamedTuple):
+    """A part of the run that passes or fails by itself."""
+
+    name: str
+    seconds: int  # never longer
+    commands: Callable[[Path], list[list[str]]]  # from the file where its results belong
+
+
+class Outcome(NamedTuple):
+    status: str  # "passed", "failed" or "timed out"
+    seconds: float
+    output: str  # the end of what it printed
+
+
+def _measure(name: str) -> Callable[[Path], list[list[str]]]:
+    return lambda part: [[sys.executable, str(HERE / "gpu_steps.py"), name, str(part)]]
+
+
+def _build(part: Path) -> list[list[str]]:
+    install = ["install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)]
+    return [[sys.executable, "-m", "pip", *install]]
+
+
+def _tests(part: Path) -> list[list[str]]:
+    files = sorted(str(f) for name in DEVICE_TESTS for f in (ROOT / "tests").glob(f"{name}.py"))
+    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    return [[*pytest, *files], [*pytest, "-m", "gpu", str(ROOT / "tests")]]
+
+
+def _sanitizer(tool: str) -> Callable[[Path], list[list[str]]]:
+    def commands(part: Path) -> list[list[str]]:
+        found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        flags = ["--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
+        return [[found, *flags, *_measure("small")(part)[0]]]
+
+    return commands
+
+
+STEPS = [
+    Step("build", 120, _build),
+    Step("ceilings", 30, _measure("ceilings")),
+    Step("tests", 150, _tests),
+    Step("memcheck", 45, _sanitizer("memcheck")),
+    Step("racecheck", 45, _sanitizer("racecheck")),
+    Step("mix_prompts", 40, _measure("mix_prompts")),
+    Step("prompted_patch_embed", 40, _measure("prompted_patch_embed")),
+    Step("prompt_attention", 60, _measure("prompt_attention")),
+    Step("add_layer_norm", 15, _measure("add_layer_norm")),
+    Step("gemm", 20, _measure("gemm")),
+    Step("sdpa", 25, _measure("sdpa")),
+    Step("models", 120, _measure("models")),
+]
+
+
+def run_command(command: Sequence[str], seconds: float) -> Outcome:
+    """Run one command in a process group of its own, and end the whole group when time is up."""
+    begin = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(HERE)])}
+    if "pytest" in command:
+        environment["PGN_FAST_TUNE"] = "0"  # hundreds of shapes: measuring tiles takes too long
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return Outcome("failed", 0.0, str(error))
+    try:
+        output, _ = process.communicate(timeout=max(seconds, 0.1))
+        status = "passed" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        status = "timed out"
+    return Outcome(status, time.monotonic() - begin, output[-4000:])
+
+
+def run_step(step: Step, seconds: float, part: Path) -> Outcome:
+    """Run a step's commands one after the other, also behind one that failed."""
+    outcomes: list[Outcome] = []
+    for command in step.commands(part):
+        left = min(step.seconds, seconds) - sum(outcome.seconds for outcome in outcomes)
+        outcomes.append(run_command(command, left))
+    worst = next((o.status for o in outcomes if o.status != "passed"), "passed")
+    return Outcome(worst, sum(o.seconds for o in outcomes), "\n".join(o.output for o in outcomes))
+
+
+def rehearse_step(step: Step, seconds: float, part: Path) -> Outcome:
+    """The same step without a GPU: measurements in tiny sizes in this process, no command."""
+    begin = time.monotonic()
+    (command, *_) = step.commands(part)
+    if str(HERE / "gpu_steps.py") not in command or "compute-sanitizer" in command[0]:
+        return Outcome("passed", 0.0, "would run: " + " ".join(command))
+    try:
+        gpu_steps.measure(command[-2], part, tiny=True)
+    except Exception as error:
+        return Outcome("failed", time.monotonic() - begin, repr(error))
+    return Outcome("passed", time.monotonic() - begin, "")
+
+
+def add_shares(report: dict[str, Any]) -> None:
+    """Give every measured figure its rates and its share of the ceiling that binds it."""
+    copy, gemm = report.get("bytes_per_second"), report.get("flops_per_second")
+    for figure in report["figures"]:
+        seconds = figure["ms"] / 1e3
+        figure["bytes_per_second"] = figure["bytes"] / seconds
+        figure["flops_per_second"] = figure["flops"] / seconds
+        if copy and gemm:
+            floor = max(figure["bytes"] / copy, figure["flops"] / gemm)
+            figure["share_of_ceiling"] = floor / seconds
+
+
+def assumptions(report: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """What the design assumed of an H200, and the median of what was measured here."""
+    measured: dict[str, list[float]] = {}
+    for figure in report["figures"]:
+        if figure.get("informs") and "share_of_ceiling" in figure:
+            measured.setdefault(figure["informs"], []).append(figure["share_of_ceiling"])
+    median = lambda values: sorted(values)[len(values) // 2] if values else None
+    found: dict[str, dict[str, float | None]] = {
+        name: {"assumed": assumed, "measured": median(measured.get(name, []))}
+        for name, assumed in gpu_steps.ASSUMED_SHARES.items()
+    }
+    for name, assumed in gpu_steps.ASSUMED_RATES.items():
+        found[name] = {"assumed": assumed, "measured": report.get(name)}
+    return found
+
+
+def run(
+    steps: Sequence[Step],
+    budget: float,
+    path: Path,
+    execute: Callable[[Step, float, Path], Outcome],
+) -> dict[str, Any]:
+    """Run the steps within ``budget`` seconds; the report is on disk after every one of them."""
+    begin = time.monotonic()
+    report: dict[str, Any] = {"environment": gpu_steps.environment(), "steps": {}}
+    report |= {"figures": [], "errors": []}
+    part = path.with_suffix(".part")
+    for step in steps:
+        left = budget - (time.monotonic() - begin)
+        part.unlink(missing_ok=True)
+        outcome = execute(step, left, part) if left > 5 else Outcome("no time left", 0.0, "")
+        if part.is_file():  # also what was measured before a step died
+            results = json.loads(part.read_text())
+            for collected in ("figures", "errors"):
+                report[collected] += results.pop(collected, [])
+            report.update(results)
+        report["steps"][step.name] = outcome._asdict()
+        print(f"{step.name:24s}{outcome.status:14s}{outcome.seconds:7.1f} s", flush=True)
+        if outcome.status != "passed":
+            print(outcome.output[-1500:], flush=True)
+        add_shares(report)
+        report["assumptions"] = assumptions(report)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    part.unlink(missing_ok=True)
+    return report
+
+
+def print_figures(report: dict[str, Any]) -> None:
+    for error in report["errors"]:
+        print(error)
+    for figure in report["figures"]:
+        share = figure.get("share_of_ceiling")
+        print(
+            f"{figure['group']:64s}{figure['name']:24s}{figure['ms']:10.4f} ms"
+            + (f"{share:7.0%} of the ceiling" if share else "")
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python bench/gpu.py")
+    names = [step.name for step in STEPS]
+    parser.add_argument("--json", type=Path, help="default: bench/results/gpu_DEVICE_torchV.json")
+    parser.add_argument("--budget", type=float, default=530, help="seconds for all steps")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
+    arguments = parser.parse_args(argv)
+    if not arguments.dry_run and not torch.cuda.is_available():
+        print("bench/gpu.py needs a CUDA device and torch sees none; try --dry-run.")
+        return 2
+    device = "dry-run" if arguments.dry_run else torch.cuda.get_device_name().replace(" ", "-")
+    path = arguments.json or HERE / f"results/gpu_{device}_torch{torch.__version__}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps = [step for step in STEPS if step.name in arguments.only]
+    report = run(steps, arguments.budget, path, rehearse_step if arguments.dry_run else run_step)
+    print_figures(report)
+    print(f"written: {path}")
+    return 0 if all(s["status"] == "passed" for s in report["steps"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

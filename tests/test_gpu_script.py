@@ -1,0 +1,109 @@
+"""bench/gpu.py without a GPU: its refusal, its rehearsal, and what it does with steps that fail."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("gpu")
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_it_says_so_and_stops(gpu, capsys):
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().out == (
+        "bench/gpu.py needs a CUDA device and torch sees none; try --dry-run.\n"
+    )
+
+
+def test_rehearsal_walks_through_every_step(gpu, tmp_path):
+    path = tmp_path / "report.json"
+    assert gpu.main(["--dry-run", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert {name: step["status"] for name, step in report["steps"].items()} == {
+        step.name: "passed" for step in gpu.STEPS
+    }
+    assert report["errors"] == []
+    groups = {figure["group"].split()[0] for figure in report["figures"]}
+    ops = {"mix_prompts", "prompted_patch_embed", "prompt_attention"}
+    assert groups == {"gemm", "sdpa", "VPT", *ops}
+    assert all(figure["ms"] > 0 for figure in report["figures"])
+    assert set(report["assumptions"]) == {
+        *gpu.gpu_steps.ASSUMED_SHARES,
+        *gpu.gpu_steps.ASSUMED_RATES,
+    }
+    assert not path.with_suffix(".part").exists()
+
+
+@pytest.mark.parametrize(
+    "command, status, output",
+    [
+        (python("print('fine')"), "passed", "fine\n"),
+        (python("raise SystemExit('broken')"), "failed", "broken\n"),
+        (python("import time; print('begun', flush=True); time.sleep(60)"), "timed out", "begun\n"),
+        (["no-such-program"], "failed", "[Errno 2] No such file or directory: 'no-such-program'"),
+    ],
+)
+def test_command_outcomes(gpu, command, status, output):
+    outcome = gpu.run_command(command, seconds=2)
+    assert (outcome.status, outcome.output) == (status, output)
+    assert outcome.seconds < 20
+
+
+def test_a_failing_step_costs_only_itself(gpu, tmp_path):
+    path = tmp_path / "report.json"
+    half_done = "open({!r}, 'w').write('{}'); raise SystemExit(3)"
+    part = json.dumps({"figures": [figure(gpu)], "flops_per_second": 2e12})
+    steps = [
+        gpu.Step("dies", 5, lambda p: [python(half_done.format(str(p), part))]),
+        gpu.Step("hangs", 1, lambda p: [python("import time; time.sleep(60)")]),
+        gpu.Step("works", 5, lambda p: [python("pass")]),
+    ]
+    gpu.run(steps, 60, path, gpu.run_step)
+    report = json.loads(path.read_text())
+    statuses = {name: step["status"] for name, step in report["steps"].items()}
+    assert statuses == {"dies": "failed", "hangs": "timed out", "works": "passed"}
+    assert report["figures"][0]["group"] == "a gemm" and report["flops_per_second"] == 2e12
+
+
+def test_steps_without_time_are_named_as_such(gpu, tmp_path):
+    step = gpu.Step("late", 5, lambda p: [python("pass")])
+    report = gpu.run([step], 1, tmp_path / "report.json", gpu.run_step)
+    assert report["steps"]["late"]["status"] == "no time left"
+
+
+def figure(gpu, **changes):
+    known = {"group": "a gemm", "name": "torch", "ms": 2.0, "flops": 1e9, "bytes": 1e9}
+    return known | {"informs": "gemm"} | changes
+
+
+def test_shares_are_of_the_ceiling_that_binds(gpu):
+    report = {
+        "bytes_per_second": 1e12,
+        "flops_per_second": 1e15,
+        "figures": [figure(gpu), figure(gpu, flops=1.8e12, ms=3.6)],
+    }
+    gpu.add_shares(report)
+    by_bytes, by_flops = report["figures"]
+    assert by_bytes["share_of_ceiling"] == pytest.approx(0.5)
+    assert by_flops["share_of_ceiling"] == pytest.approx(0.5)
+    assert by_bytes["bytes_per_second"] == pytest.approx(5e11)
+    found = gpu.assumptions(report)
+    assert found["gemm"] == {"assumed": 0.82, "measured": pytest.approx(0.5)}
+    assert found["elementwise"]["measured"] is None
+    assert found["bytes_per_second"] == {"assumed": 4.3e12, "measured": 1e12}
