@@ -24,6 +24,7 @@ examples:
   pgn-fast train photos --model vit_base_patch16_224 --method vpt-deep --amp
   pgn-fast train --dataset torch/cifar100 --data-dir data --dataset-download --method pgn
   pgn-fast train photos --recipe vpt-official --lr 0.5 -b 128 --epochs 50
+  pgn-fast train --deploy rgb --output runs/rgb           prompts as pixels: pgn-fast invert
   pgn-fast train --resume runs/photos                     continue after a kill, to the bit
   torchrun --nproc-per-node 8 -m pgn_fast.cli train photos --amp
 
@@ -55,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(model, "activation", str, "PGN's mixture", choices=("softmax", "sigmoid"))
     _add(model, "prompt_dropout", float, "VPT")
     model.add_argument("--project-dim", type=int, metavar="D", help="VPT: stored prompt width")
+    model.add_argument(
+        "--deploy",
+        choices=("rgb",),
+        help="rgb: train PGN's prompts to be sent as pixels to an image API (pgn-fast invert)",
+    )
+    _add(model, "layout", str, "of the canvas with --deploy rgb", choices=("border",))
     model.add_argument(
         "--no-fast", dest="fast", action="store_false", default=None, help="timm's own blocks"
     )

@@ -53,14 +53,36 @@ class CanvasLayout:
 
     @classmethod
     def border(
-        cls, grid: tuple[int, int] = (7, 7), image: tuple[int, int] = (5, 5), prompts: int = 16
+        cls,
+        grid: tuple[int, int] = (7, 7),
+        image: tuple[int, int] | None = None,
+        prompts: int = 16,
     ) -> CanvasLayout:
         """A canvas of the usual size: the image shrunk to the middle, prompts around it.
 
         Works with every image API and costs the server nothing. The model must be trained in it,
         because the image is smaller and the cells that are left over are tokens too.
+
+        Args:
+            grid: rows and columns of the backbone's own patches.
+            image: patches of the image; None: the largest of the grid's proportions that leaves
+                cells for the prompts, 5x5 in 7x7 for 16 prompts.
+            prompts: how many; the first cells around the image, row by row.
         """
-        (rows, columns), (image_rows, image_columns) = grid, image
+        (rows, columns) = grid
+        if image is None:
+            fitting = [
+                (rows - k, columns - k)
+                for k in range(min(rows, columns))
+                if rows * columns - (rows - k) * (columns - k) >= prompts
+            ]
+            if not fitting:
+                raise LayoutError(
+                    f"{prompts} prompts leave no room for an image in a {rows}x{columns} grid. Use "
+                    "fewer prompts, or CanvasLayout.enlarged on a server for images of any size."
+                )
+            image = fitting[0]
+        image_rows, image_columns = image
         if image_rows > rows or image_columns > columns:
             raise LayoutError(
                 f"an image of {image_rows}x{image_columns} patches does not fit a {rows}x{columns} "

@@ -70,8 +70,7 @@ class PatchMap:
         Args:
             model: the backbone, or a PromptedViT (its ``.backbone`` is read).
             server: None takes ``ServerSpec.from_backbone``.
-            layout: None takes the border layout of the backbone's grid: the image in its middle,
-                a ring of cells free around it, 16 prompts or as many as the ring has.
+            layout: None takes the border layout of the backbone's grid with 16 prompts.
 
         Raises:
             UnsupportedPatchEmbedError: the patch embedding is no single affine map per patch.
@@ -83,7 +82,7 @@ class PatchMap:
         p = projection.kernel_size[0]
         rows, columns = backbone.patch_embed.grid_size
         native = (int(rows), int(columns))
-        layout = default_layout(native) if layout is None else layout
+        layout = CanvasLayout.border(native) if layout is None else layout
         server.check_canvas(layout.grid[0] * p, layout.grid[1] * p)
         # the server's arithmetic: weights as its dtype holds them
         weight = projection.weight.detach().to(DTYPES[server.dtype]).double().flatten(1)  # (D, n)
@@ -168,18 +167,6 @@ class PatchMap:
         """|tokens - wanted| / |wanted| over the last dimension, modulo what never matters."""
         difference = self.centre(tokens.double() - wanted.double()).norm(dim=-1)
         return difference / self.centre(wanted.double()).norm(dim=-1).clamp_min(1e-30)
-
-
-def default_layout(native: tuple[int, ...]) -> CanvasLayout:
-    """The border layout of a backbone's own grid: one ring of cells, at most 16 prompts."""
-    rows, columns = native
-    if min(rows, columns) < 3:
-        raise LayoutError(
-            f"a grid of {rows}x{columns} patches has no room for a border. Give a layout, e.g. "
-            "CanvasLayout.enlarged(...) for a server that takes images of any size."
-        )
-    ring = rows * columns - (rows - 2) * (columns - 2)
-    return CanvasLayout.border((rows, columns), (rows - 2, columns - 2), min(16, ring))
 
 
 def _projection(backbone: Any) -> nn.Conv2d:

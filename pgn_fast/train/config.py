@@ -44,6 +44,8 @@ class TrainConfig:
     activation: str = "softmax"
     prompt_dropout: float = 0.0
     project_dim: int | None = None
+    deploy: str | None = None  # "rgb": PGN's prompts as pixels, see pgn_fast.inversion
+    layout: str = "border"  # of the canvas that is deployed
     fast: bool = True
     backend: str | None = None
 
@@ -110,6 +112,7 @@ class TrainConfig:
             **DATA_DEFAULTS.get(given.get("data", cls.data), {}),
             **METHOD_DEFAULTS[method],
             **RECIPES.get(recipe or "", {}),
+            **_deploy_defaults(given.get("deploy"), given.get("model", cls.model)),
             **given,
         }
         # tuples, whether the values come from the command line, JSON or Python
@@ -127,6 +130,13 @@ class TrainConfig:
     def _check(self) -> None:
         _check_choice("sched", self.sched, SCHEDULES)
         _check_choice("amp-dtype", self.amp_dtype, ("bfloat16", "float16"))
+        _check_choice("deploy", self.deploy, (None, "rgb"))
+        _check_choice("layout", self.layout, ("border",))
+        if self.deploy and (self.method != "pgn" or self.activation != "softmax"):
+            raise UserError(
+                f"--deploy rgb trains --method pgn with --activation softmax, got {self.method} "
+                f"and {self.activation}. VPT-Shallow needs no training of its own: pgn-fast invert."
+            )
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and not value >= low:
@@ -146,9 +156,14 @@ class TrainConfig:
             )
 
 
-def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+def _deploy_defaults(deploy: str | None, model: str) -> dict[str, Any]:
+    """The packaged backbone's 4 x 4 patches have 7 cells around an image of 3 x 3."""
+    return {"num_prompts": 7} if deploy == "rgb" and model == "pgn_demo_vit" else {}
+
+
+def _check_choice(name: str, value: object, known: tuple[str | None, ...]) -> None:
     if value not in known:
-        raise UserError(f"--{name} is {value!r}; known: {', '.join(known)}.")
+        raise UserError(f"--{name} is {value!r}; known: {', '.join(filter(None, known))}.")
 
 
 _AT_LEAST = {

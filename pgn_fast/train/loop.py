@@ -26,7 +26,7 @@ from .data import Split, Splits, load_splits
 from .distributed import Processes
 from .evaluation import Autocast, Score, check_labels, evaluate
 from .loader import eval_transform, make_loader, preprocessing, set_position, train_transform
-from .methods import build_model, load_backbone_for
+from .methods import build_model, deployment_library, load_backbone_for
 from .recipe import make_optimizer, make_schedule, set_learning_rate
 from .reports import (
     ProgressReport,
@@ -145,7 +145,12 @@ class Run:
         self.splits: Splits = load_splits(config)
         backbone = load_backbone_for(config)
         self.pixels = preprocessing(backbone, config)
-        self.model: Any = build_model(config, backbone, self.splits.num_classes)
+        self.model: Any = build_model(
+            config,
+            backbone,
+            self.splits.num_classes,
+            token_library=deployment_library(config, backbone, self.pixels),
+        )
         self.model.to(self.device).train()
         self.autocast = Autocast(self.device, config.amp, config.amp_dtype)
         self.optimizer = make_optimizer(self.model, config)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ..adapters.baselines import FineTuned, LinearProbe
-from ..errors import as_user_error
+from ..errors import UserError, as_user_error
 from ..frozen.load import load_backbone
+from ..inversion import CanvasLayout, GamutLibrary, PatchMap, ServerSpec
 from ..models import PGN, VPT
 from .config import TrainConfig
 
@@ -21,6 +23,37 @@ def load_backbone_for(config: TrainConfig) -> Any:
     """
     with as_user_error(TypeError, RuntimeError):
         return load_backbone(config.model, **config.model_kwargs)
+
+
+def deployment_library(
+    config: TrainConfig, backbone: Any, pixels: Mapping[str, Any]
+) -> GamutLibrary | None:
+    """The token library of a PGN that is deployed as pixels; None where it is not.
+
+    Args:
+        backbone: from ``load_backbone``.
+        pixels: the preprocessing of the training images, by timm's names.
+
+    Raises:
+        UserError: no room for the prompts, no such patch embedding, or a normalisation that is
+            not the one of the backbone's server.
+    """
+    if config.deploy is None:
+        return None
+    with as_user_error():
+        server = ServerSpec.from_backbone(backbone)
+        for name in ("mean", "std"):
+            given, own = tuple(pixels[name]), getattr(server, name)
+            if given != own:
+                raise UserError(
+                    f"--{name} {' '.join(map(str, given))}: with --deploy rgb images are "
+                    f"normalised as the server does, by {' '.join(map(str, own))}. Leave it out."
+                )
+        layout = CanvasLayout.border(
+            tuple(backbone.patch_embed.grid_size), prompts=config.num_prompts
+        )
+        patch_map = PatchMap.from_backbone(backbone, server, layout)
+        return GamutLibrary(config.library_size, patch_map)
 
 
 def build_model(

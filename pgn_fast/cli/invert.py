@@ -1,0 +1,181 @@
+"""``pgn-fast invert``: an adapter as 8-bit pixels for an image API, with a report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ._options import KeyValues, load_adapter
+
+HELP = "turn an adapter into pixels for an image API, or say whether a backbone allows it"
+EPILOG = """\
+examples:
+  pgn-fast invert runs/rgb/best --out inverted              canvases of eight test digits
+  pgn-fast invert runs/rgb/best --out inverted --images cat.jpg dog.png
+  pgn-fast invert --analyse vit_base_patch16_224            a verdict before anybody trains
+
+what comes out, in --out: canvas_*.png (what the server is sent), library.png (the token library as
+patches), overview.png, errors.png, report.json, and library.safetensors (the inverted library,
+for pgn_fast.inversion.InvertedLibrary.load).
+Train for it with: pgn-fast train --deploy rgb --output runs/rgb
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "adapter", metavar="ADAPTER", nargs="?", help="a folder such as runs/rgb/best"
+    )
+    parser.add_argument("--out", metavar="DIR", help="for pictures, report and library")
+    parser.add_argument(
+        "--images",
+        metavar="IMAGE",
+        nargs="+",
+        help="files or folders (default: scikit-learn's test digits)",
+    )
+    parser.add_argument("-n", "--count", type=int, default=8, metavar="N", help="images (8)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="the backbone (default: the one that the adapter names)"
+    )
+    parser.add_argument(
+        "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("fixed", "auto"),
+        help="of latent prompts (default: auto where a norm follows, as in CLIP)",
+    )
+    parser.add_argument(
+        "--on-unreachable",
+        choices=("error", "project"),
+        default="error",
+        help="library tokens outside the gamut: refuse (default), or deploy the nearest",
+    )
+    parser.add_argument(
+        "--analyse",
+        metavar="NAME",
+        nargs="+",
+        help="print the verdict for these timm backbones instead; no adapter is needed",
+    )
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="with --analyse: do not load pretrained weights (shapes and limits only)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..errors import as_user_error
+
+    if args.analyse:
+        if args.adapter:
+            raise UserError(f"--analyse needs no adapter, got {args.adapter}: give one of them.")
+        with as_user_error(TypeError, RuntimeError):
+            return _analyse(args)
+    if not args.adapter or not args.out:
+        raise UserError("give an ADAPTER and --out DIR, or --analyse NAME.")
+    if args.count < 1:
+        raise UserError(f"--count is {args.count}; give 1 or more.")
+    with as_user_error(TypeError):
+        return _invert(args)
+
+
+def _analyse(args: argparse.Namespace) -> int:
+    from ..frozen.load import load_backbone
+    from ..inversion import PatchMap, analyse
+
+    for name in args.analyse:
+        kwargs = {"pretrained": False} if args.random_weights else {}
+        backbone = load_backbone(name, **kwargs, **(args.model_kwargs or {}))
+        print(analyse(PatchMap.from_backbone(backbone)))
+        if args.random_weights:
+            print("  (random weights: the spectrum of trained ones is another)")
+    return 0
+
+
+def _invert(args: argparse.Namespace) -> int:
+    from ..inversion import analyse, invert, verify
+    from ..inversion.pictures import (
+        contact_sheet,
+        library_patches,
+        save_error_histogram,
+        save_overview,
+    )
+    from ..train.reports import write_json
+
+    model = load_adapter(args)
+    settings = {} if args.scale is None else {"scale": args.scale}
+    prompter = invert(model, on_unreachable=args.on_unreachable, **settings)
+    images, names = _images(args, model)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    checked = verify(prompter, model, images)
+    canvases, size = prompter(images), prompter.inverted.patch_size
+    for i, canvas in enumerate(canvases):
+        extension = "jpg" if prompter.server.codec == "jpeg" else "png"
+        (out / f"canvas_{i:03d}.{extension}").write_bytes(prompter.server.encode(canvas))
+    contact_sheet(library_patches(prompter), size).save(out / "library.png")
+    save_error_histogram([prompter.report, checked], out / "errors.png")
+    layout, border = prompter.layout, prompter.server.border
+    height, width = layout.grid[0] * size, layout.grid[1] * size
+    inner = canvases[:, :, border : border + height, border : border + width]
+    levels = prompter.server.levels(images).byte()
+    save_overview(levels[:4], inner[:4], layout, size, out / "overview.png", names[:4])
+    prompter.inverted.save(out / "library.safetensors")
+
+    tokens = _contents(prompter)
+    content: dict[str, Any] = {
+        "adapter": str(args.adapter),
+        "backbone": prompter.patch_map.name,
+        "prompt_pos": prompter.inverted.prompt_pos,
+        "scale": prompter.inverted.scale,
+        "margin": prompter.inverted.margin,
+        "layout": layout.to_dict(),
+        "server": prompter.server.to_dict(),
+        "reachability": analyse(prompter.patch_map, tokens).to_dict(),
+        "library": prompter.report.to_dict(),
+        "canvases": {"images": names, **checked.to_dict()},
+    }
+    write_json(out / "report.json", content)
+    print(f"library:  {prompter.report}")
+    print(f"canvases: {checked}")
+    print(f"written to {out}")
+    return 0
+
+
+def _contents(prompter: Any) -> Any:
+    """The inverted library as contents (K, D): what its patches add to mid grey."""
+    return prompter.inverted.patches.double().cpu() @ prompter.patch_map.A.T
+
+
+def _images(args: argparse.Namespace, model: Any) -> tuple[Any, list[str]]:
+    """Normalised images (N, 3, H, W) as the model takes them, and their names."""
+    import torch
+
+    from ..train.config import TrainConfig
+    from ..train.data import Split, image_files, load_split
+    from ..train.loader import eval_transform, make_loader
+
+    if args.images:
+        files = image_files(args.images)
+        split = Split("all", "the given files", files, range(len(files)))
+        names = [str(name) for name in args.images]
+    else:
+        split = load_split(TrainConfig.make(data="digits"), "test")
+        names = []
+    batches, count = [], 0
+    for pixels, _, indices, _ in make_loader(
+        split, eval_transform(model.preprocessing), args.count
+    ):
+        if len(indices):
+            batches.append(pixels)
+            count += len(pixels)
+        if count >= args.count:
+            break
+    if not batches:
+        raise UserError("--images: none of the files could be read.")
+    images = torch.cat(batches)[: args.count]
+    named = len(names) == len(images)
+    return images, names if named else [f"{split.origin}, {i}" for i in range(len(images))]
