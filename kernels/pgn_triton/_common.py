@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -41,7 +42,18 @@ def cast(x, dtype: tl.constexpr):
 
 def dot_precision() -> str:
     """How kernels multiply float32: exactly, unless the user allowed torch itself TF32."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def on_their_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the tensors: Triton by itself takes the current one."""
+
+    @functools.wraps(launcher)
+    def launch(*args: Any) -> Any:
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return launcher(*args)
+
+    return launch
 
 
 def unit_columns(x: Tensor) -> Tensor:

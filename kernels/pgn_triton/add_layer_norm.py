@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import bucket, cast
+from ._common import bucket, cast, on_their_device
 
 # a row never crosses programs, so there is nothing to tune but the number of threads
 ROW_WARPS = 4
@@ -71,6 +71,7 @@ def _backward_kernel(
     tl.store(grad_ptr + r * D + d, cast(grad, grad_ptr.dtype.element_ty), mask=d < D)
 
 
+@on_their_device
 def add_layer_norm(x: Tensor, y: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Launch. x and y (..., D) are contiguous and of one shape, dtype and device; D <= 16384.
 
@@ -88,6 +89,7 @@ def add_layer_norm(x: Tensor, y: Tensor | None, eps: float) -> tuple[Tensor, Ten
     return total, normed, rstd
 
 
+@on_their_device
 def add_layer_norm_backward(
     grad_total: Tensor | None, grad_normed: Tensor, normed: Tensor, rstd: Tensor
 ) -> Tensor:

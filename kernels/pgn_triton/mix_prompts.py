@@ -24,6 +24,7 @@ from ._common import (
     dot,
     dot_precision,
     launch_tuned,
+    on_their_device,
     split_rows,
     sum_splits,
     tile,
@@ -308,6 +309,7 @@ def _grad_library_kernel(
     )
 
 
+@on_their_device
 def mix_prompts(logits: Tensor, token_library: Tensor, activation: str) -> Tensor:
     """Launch. The inputs are checked: see pgn_fast.ops.mix_prompts."""
     B, P, _ = logits.shape
@@ -347,6 +349,7 @@ def mix_prompts_into(
     launch_tuned(FORWARD_CONFIGS[_kind(logits)], key, logits.device, launch)
 
 
+@on_their_device
 def mix_prompts_backward(
     grad_prompts: Tensor, logits: Tensor, token_library: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:

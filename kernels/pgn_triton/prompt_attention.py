@@ -31,6 +31,7 @@ from ._common import (
     dot,
     dot_precision,
     launch_tuned,
+    on_their_device,
     split_rows,
     sum_splits,
     tile,
@@ -318,6 +319,7 @@ def _grad_key_kernel(
     tl.store(grad_v_ptr + offset, cast(grad_v, grad_v_ptr.dtype.element_ty), mask=inside)
 
 
+@on_their_device
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -347,6 +349,7 @@ def prompt_attention(
     return out, lse
 
 
+@on_their_device
 def prompt_attention_backward(
     grad_out: Tensor,
     q: Tensor,

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import bucket, cast, dot, dot_precision, launch_tuned, tile
+from ._common import bucket, cast, dot, dot_precision, launch_tuned, on_their_device, tile
 from .mix_prompts import mix_prompts_into
 
 PATCH_CONFIGS = {
@@ -166,6 +166,7 @@ def _rows_kernel(
     tl.store(out_ptr + (b * L + row) * D + d, tl.load(source + d, mask=d < D), mask=d < D)
 
 
+@on_their_device
 def prompted_patch_embed(
     images: Tensor,
     weight: Tensor,
