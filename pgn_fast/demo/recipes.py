@@ -38,10 +38,10 @@ class Recipe:
 RECIPES = {
     "linear": Recipe("Linear probe", lr=1e-2, weight_decay=1e-2, epochs=200, cached_views=10),
     "vpt-shallow": Recipe(
-        "VPT-Shallow", lr=4e-2, weight_decay=1e-4, epochs=20, options={"num_prompts": 8}
+        "VPT-Shallow", lr=1.5e-2, weight_decay=1e-4, epochs=20, options={"num_prompts": 8}
     ),
     "vpt-deep": Recipe(
-        "VPT-Deep", lr=4e-2, weight_decay=1e-4, epochs=20, options={"num_prompts": 8}
+        "VPT-Deep", lr=1.5e-2, weight_decay=1e-4, epochs=20, options={"num_prompts": 32}
     ),
     "pgn": Recipe(
         "PGN",
