@@ -12,9 +12,9 @@
 namespace pgn_fast {
 namespace {
 
-constexpr int64_t kOwnProductRows = 64;  // up to here our product beats the library's GEMM
-constexpr int64_t kColumns = 64;         // of a task
-constexpr int64_t kGrain = 16384;        // coefficients of a task
+constexpr int64_t kOwnProductRows = 256;  // up to here our product beats the library's GEMM
+constexpr int64_t kColumns = 64;          // of a task
+constexpr int64_t kGrain = 16384;         // coefficients of a task
 
 }  // namespace
 

@@ -131,8 +131,8 @@ void tile(const float* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, i
 }
 
 template <int COLUMNS, typename T>
-void strip(const float* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t M,
-           int64_t K, float* c, int64_t ldc, bool add) {
+void rows_of_tiles(const float* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t M,
+                   int64_t K, float* c, int64_t ldc, bool add) {
   for (; M >= kRows; M -= kRows, a += kRows * a_row, c += kRows * ldc) {
     tile<kRows, COLUMNS>(a, a_row, a_k, b, ldb, K, c, ldc, add);
   }
@@ -148,6 +148,21 @@ void strip(const float* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, 
     case 1:
       return tile<1, COLUMNS>(a, a_row, a_k, b, ldb, K, c, ldc, add);
   }
+}
+
+// All rows read one panel of b, so it is kept no deeper than fits the second-level cache well.
+constexpr int64_t kDepth = 512;
+
+template <int COLUMNS, typename T>
+void strip(const float* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, int64_t M,
+           int64_t K, float* c, int64_t ldc, bool add) {
+  int64_t k = 0;
+  do {  // once for K = 0 too, which sets c to zero
+    const int64_t depth = K - k < kDepth ? K - k : kDepth;
+    rows_of_tiles<COLUMNS>(a + k * a_k, a_row, a_k, b + k * ldb, ldb, M, depth, c, ldc,
+                           add || k > 0);
+    k += depth;
+  } while (k < K);
 }
 
 // c[m, n] (+)= sum_k a[m * a_row + k * a_k] * b[k * ldb + n], m < M, n < N, a multiple of kLanes

@@ -1,0 +1,172 @@
+"""prompt_attention: every backend, dtype and shape, forward and five gradients, against float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_matches, leaves64
+from torch.nn.functional import scaled_dot_product_attention
+
+from pgn_fast import reference
+from pgn_fast.ops import prompt_attention
+from pgn_fast.ops.backends import refusal
+
+BACKENDS = ["reference", "cpu", "triton", "cuda"]
+NAMES = ("q", "k", "v", "prompt_k", "prompt_v")
+
+
+def inputs(B, h, Q, T, P, d, shared=True, dtype=torch.float32, device="cpu"):
+    """q, k, v as views of one fused buffer, as a transformer block makes them."""
+    qkv = torch.randn(B, max(Q, T), 3, h, d, dtype=dtype, device=device)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    prompts = torch.randn(P, 2, h, d, dtype=dtype, device=device).permute(1, 2, 0, 3)
+    if not shared:
+        prompts = prompts.unsqueeze(1).expand(2, B, h, P, d)
+    tensors = (q[:, :, :Q], k[:, :, :T], v[:, :, :T], *prompts.unbind(0))
+    return tuple(t.detach().requires_grad_() for t in tensors)
+
+
+def check_against_float64(tensors, backend, scale=None):
+    """Forward and all gradients; skips with the dispatcher's own sentence."""
+    if reason := refusal(backend, "prompt_attention", *tensors):
+        pytest.skip(reason)
+    out = prompt_attention(*tensors, scale, backend=backend)
+    grad_out = torch.randn_like(out)
+
+    tensors64 = leaves64(*tensors)
+    scale64 = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    out64 = reference.prompt_attention(*tensors64, scale64)[0]
+    grads64 = torch.autograd.grad(out64, tensors64, grad_out.double().cpu())
+    assert_matches("out", out.detach(), out64.detach())
+    if reason := refusal(backend, "prompt_attention_backward", *tensors):
+        pytest.skip(reason)
+    grads = torch.autograd.grad(out, tensors, grad_out)
+    for name, grad, grad64, x in zip(NAMES, grads, grads64, tensors64, strict=True):
+        # a score's gradient is a difference of terms as large as grad_out . v; where they cancel
+        # (one key: its weight is always 1) nothing but their rounding is left
+        cancelled = (grad64.numel() > 0) and grad64.abs().max() < 1e-3 * x.detach().abs().max()
+        if cancelled and name in ("q", "k", "prompt_k"):
+            assert grad.double().abs().max() < 2e-2 * x.detach().abs().max()
+        else:
+            assert_matches(f"grad_{name}", grad, grad64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each-its-own"])
+@pytest.mark.parametrize(
+    "B, h, Q, T, P, d",
+    [
+        pytest.param(2, 2, 50, 50, 16, 64, id="paper-sizes"),
+        pytest.param(3, 2, 21, 21, 7, 40, id="nothing-divides-a-block"),
+        pytest.param(2, 2, 1, 50, 10, 64, id="class-token-alone"),
+        pytest.param(1, 1, 1, 1, 0, 32, id="smallest"),
+        pytest.param(0, 2, 4, 4, 3, 32, id="no-image"),
+        pytest.param(2, 1, 17, 17, 0, 32, id="no-prompt"),
+        pytest.param(1, 1, 9, 9, 3, 128, id="wide-head"),
+    ],
+)
+def test_matches_float64(B, h, Q, T, P, d, shared, dtype, backend, device):
+    check_against_float64(inputs(B, h, Q, T, P, d, shared, dtype, device), backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
+def test_more_images_than_ranges_and_more_queries_than_a_block(backend, device):
+    check_against_float64(inputs(19, 1, 3, 5, 2, 32, device=device), backend)
+    check_against_float64(inputs(1, 1, 101, 130, 9, 32, device=device), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scale_and_odd_strides(backend, device):
+    q, _, _, prompt_k, prompt_v = inputs(2, 2, 6, 6, 3, 32, device=device)
+    crooked = torch.randn(2, 2, 32, 6, device=device).mT.requires_grad_()  # last stride is not 1
+    expanded = torch.randn(1, 2, 6, 32, device=device).expand(2, -1, -1, -1)
+    tensors = (q, crooked, expanded.detach().requires_grad_(), prompt_k, prompt_v)
+    check_against_float64(tensors, backend, scale=0.3)
+
+
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_only_wanted_gradients(backend):
+    tensors = inputs(2, 2, 7, 9, 4, 32)
+    if reason := refusal(backend, "prompt_attention_backward", *tensors):
+        pytest.skip(reason)
+    grad_out = torch.randn(2, 2, 7, 32)
+    every = torch.autograd.grad(prompt_attention(*tensors, backend=backend), tensors, grad_out)
+    for wanted in itertools.product([False, True], repeat=5):
+        if not any(wanted):
+            continue
+        some = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+        prompt_attention(*some, backend=backend).backward(grad_out)
+        for tensor, expected, want in zip(some, every, wanted, strict=True):
+            assert (tensor.grad is not None) == want
+            if want:
+                torch.testing.assert_close(tensor.grad, expected, rtol=0, atol=2e-6)
+
+
+def test_heads_join_without_a_copy():
+    tensors = inputs(2, 3, 5, 5, 2, 32)
+    for backend in (None, "cpu"):
+        out = prompt_attention(*tensors, backend=backend)
+        assert out.transpose(1, 2).is_contiguous()
+
+
+def test_equals_torch_attention_over_all_keys():
+    q, k, v, prompt_k, prompt_v = inputs(2, 3, 11, 11, 4, 32)
+    keys = torch.cat([prompt_k.expand(2, -1, -1, -1), k], dim=2)
+    values = torch.cat([prompt_v.expand(2, -1, -1, -1), v], dim=2)
+    expected = scaled_dot_product_attention(q.double(), keys.double(), values.double())
+    assert_matches("out", prompt_attention(q, k, v, prompt_k, prompt_v).detach(), expected.detach())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    B=st.integers(0, 3),
+    h=st.integers(1, 3),
+    Q=st.integers(0, 60),
+    T=st.integers(1, 60),
+    P=st.integers(0, 20),
+    d=st.integers(1, 70),
+    shared=st.booleans(),
+)
+def test_random_shapes_on_cpu(B, h, Q, T, P, d, shared):
+    check_against_float64(inputs(B, h, Q, T, P, d, shared), "cpu")
+
+
+def test_gradients_of_the_reference():
+    for shared in (True, False):
+        tensors = inputs(2, 2, 3, 4, 2, 3, shared, torch.float64)
+        leaves = [t.detach().contiguous().requires_grad_() for t in tensors]
+        torch.autograd.gradcheck(prompt_attention, leaves)
+
+
+def test_op_is_registered_correctly():
+    tensors = inputs(2, 2, 5, 5, 3, 16)
+    torch.library.opcheck(torch.ops.pgn_fast.prompt_attention.default, (*tensors, 0.25, "auto"))
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        ([(2, 3, 5), (2, 3, 5), (2, 3, 5), (3, 4, 8), (3, 4, 8)], "From a fused projection"),
+        ([(2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 6, 8), (3, 4, 8), (3, 4, 8)], "From a fused"),
+        ([(2, 3, 5, 8)] * 3 + [(4, 3, 8), (4, 3, 8)], r"shared by the batch"),
+        ([(2, 3, 5, 8)] * 3 + [(1, 3, 4, 8), (1, 3, 4, 8)], r"\(2, 3, P, 8\)"),
+        ([(2, 3, 0, 8)] * 3 + [(3, 4, 8), (3, 4, 8)], "at least one token"),
+        ([(2, 3, 5, 300)] * 3 + [(3, 4, 300), (3, 4, 300)], "1 to 256"),
+    ],
+)
+def test_bad_shape_is_named(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_attention(*(torch.zeros(s) for s in shapes))
+
+
+def test_bad_dtype_is_named():
+    q, k, v, prompt_k, prompt_v = inputs(1, 1, 2, 2, 1, 4)
+    with pytest.raises(ValueError, match=r"prompt_k is torch.float16.*prompt_k\.to\(q\)"):
+        prompt_attention(q, k, v, prompt_k.half(), prompt_v.half())
+    with pytest.raises(ValueError, match="floating-point"):
+        prompt_attention(*(t.int() for t in (q, k, v, prompt_k, prompt_v)))
