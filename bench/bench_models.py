@@ -1,0 +1,132 @@
+"""Training steps and inference of PGN and VPT against their peers, in one alternating run a case.
+
+Peers: "timm" (timm's blocks with scaled_dot_product_attention, as forward_reference runs them),
+"timm compiled" (its blocks under torch.compile), "official" (unfused attention), and as the user's
+yardsticks "full fine-tuning" and "linear probe" of the same backbone. Each result's extra_info has
+every median in seconds and our speed-up over each peer; ``pytest-benchmark`` itself times ours.
+
+    pytest bench/bench_models.py                              the short set, about ten minutes
+    pytest bench/bench_models.py -k "deep and P50"            one case
+    PGN_FAST_BENCH=all pytest bench/bench_models.py           every case of the issue's tables
+    PGN_FAST_BENCH_ROUNDS=9, PGN_FAST_BENCH_COMPILE=whole|blocks|none, PGN_FAST_BENCH_DTYPE=bfloat16
+
+Peak memory is measured by bench/bench_memory.py, which gives every figure a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from models_common import (
+    NUM_CLASSES,
+    Case,
+    Step,
+    alternate,
+    count_flops,
+    gemm_peak,
+    inference_step,
+    make_backbone,
+    make_batch,
+    medians,
+    set_fused_attention,
+    training_step,
+    where_time_goes,
+)
+from torch import nn
+
+B16, B32, L14 = "vit_base_patch16_224", "vit_base_patch32_224", "vit_large_patch14_clip_224"
+SHORT = [Case("deep", B16, 4, P) for P in (1, 10, 50, 100, 200)]
+SHORT += [Case("pgn", B32, 16, 16), Case("shallow", B16, 4, 50)]
+ALL = [*SHORT, Case("pgn", B16, 4, 16), *(Case("deep", L14, 2, P) for P in (10, 50, 100, 200))]
+
+CASES = ALL if os.environ.get("PGN_FAST_BENCH") == "all" else SHORT
+ROUNDS = int(os.environ.get("PGN_FAST_BENCH_ROUNDS", "5"))
+COMPILE = os.environ.get("PGN_FAST_BENCH_COMPILE", "blocks")
+DTYPE = getattr(torch, os.environ.get("PGN_FAST_BENCH_DTYPE", "float32"))
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def bench_model(benchmark, case: Case, mode: str) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    images, labels = make_batch(case, DEVICE, DTYPE)
+
+    def step(model: nn.Module, forward) -> Step:
+        if mode == "infer":
+            return inference_step(forward, images)
+        return training_step(forward, model.trainable_parameters(), images, labels)
+
+    vit = make_backbone(case.arch, DEVICE, DTYPE)
+    ours = case.model(vit).train(mode == "train")
+    steps = {"ours": step(ours, ours), "timm": step(ours, ours.forward_reference)}
+    if mode == "train" and case.num_prompts == 50:
+        for memory in ("balanced", "min"):
+            model = case.model(vit, memory)
+            steps[f"ours, {memory}"] = step(model, model)
+    if COMPILE != "none" and case.num_prompts > 1:
+        steps["timm compiled"] = step(*_compiled(case))
+    if case.num_prompts in (16, 50, 100):
+        official = case.model(make_backbone(case.arch, DEVICE, DTYPE), fast=False)
+        set_fused_attention(official.backbone, False)
+        steps["official"] = step(official.train(mode == "train"), official.forward_reference)
+    if case.method == "deep" and case.num_prompts == 50:
+        steps |= _yardsticks(case, mode, images, labels)
+
+    seconds = medians(alternate(steps, ROUNDS))
+    flops = count_flops(steps["ours"])
+    benchmark.group = f"{case} {mode}"
+    benchmark.extra_info.update(
+        case=str(case),
+        mode=mode,
+        device=str(DEVICE),
+        dtype=str(DTYPE),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        compile=COMPILE,
+        rounds=ROUNDS,
+        medians=seconds,
+        speedup={name: t / seconds["ours"] for name, t in seconds.items() if name != "ours"},
+        gflop_ours=flops / 1e9,
+        gflop_timm=count_flops(steps["timm"]) / 1e9,
+        share_of_gemm_peak=flops / seconds["ours"] / gemm_peak(DEVICE, DTYPE),
+    )
+    if case.num_prompts == 50 and case.method == "deep":
+        shares = {name: where_time_goes(steps[name]) for name in ("ours", "timm")}
+        benchmark.extra_info["where_time_goes"] = shares
+    _print(str(case), mode, seconds, benchmark.extra_info["share_of_gemm_peak"])
+    benchmark.pedantic(steps["ours"], rounds=1, iterations=1)
+
+
+def _compiled(case: Case) -> tuple[nn.Module, nn.Module]:
+    """The reference under torch.compile: whole, or block by block (12 blocks share one graph)."""
+    model = case.model(make_backbone(case.arch, DEVICE, DTYPE), fast=False)
+    if COMPILE == "whole":
+        return model, torch.compile(model)  # type: ignore[return-value]
+    for block in model.backbone.blocks:
+        block.compile()
+    return model, model
+
+
+def _yardsticks(case: Case, mode: str, images: torch.Tensor, labels: torch.Tensor):
+    full = make_backbone(case.arch, DEVICE, DTYPE)
+    full.reset_classifier(NUM_CLASSES)
+    full.to(DEVICE, DTYPE)
+    if mode == "infer":
+        return {"plain backbone": inference_step(full.eval(), images)}
+    probe = make_backbone(case.arch, DEVICE, DTYPE).eval().requires_grad_(False)
+    head = nn.Linear(probe.embed_dim, NUM_CLASSES).to(DEVICE, DTYPE)
+    frozen = lambda x: head(probe(x))
+    return {
+        "full fine-tuning": training_step(full, list(full.parameters()), images, labels),
+        "linear probe": training_step(frozen, list(head.parameters()), images, labels),
+    }
+
+
+def _print(case: str, mode: str, seconds: dict[str, float], share: float) -> None:
+    print(f"\n{case}, {mode}: {share:.0%} of the measured GEMM peak")
+    for name, t in sorted(seconds.items(), key=lambda item: item[1]):
+        print(f"  {name:18s} {t * 1e3:9.1f} ms   ours is {t / seconds['ours']:.2f}x as fast")

@@ -1,0 +1,154 @@
+"""What the model benchmarks share: cases, peers, alternated timing, counted flops."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import pgn_fast
+from pgn_fast.ops import prompt_attention  # registers the op whose flops are counted below
+
+NUM_CLASSES = 100
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the tables: what is trained, on which backbone, how large."""
+
+    method: str  # "deep", "shallow" or "pgn"
+    arch: str
+    batch: int
+    num_prompts: int
+
+    def __str__(self) -> str:
+        short = self.arch.removeprefix("vit_").replace("_patch", "/").replace("_224", "")
+        return f"{self.method}-{short}-P{self.num_prompts}-B{self.batch}"
+
+    def model(self, backbone: nn.Module, fast: Any = True) -> nn.Module:
+        options = {"num_prompts": self.num_prompts, "fast": fast}
+        if self.method == "pgn":
+            return pgn_fast.PGN(backbone, NUM_CLASSES, **options)
+        return pgn_fast.VPT(backbone, NUM_CLASSES, deep=self.method == "deep", **options)
+
+
+def make_backbone(arch: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Random weights do: no time and no byte here depends on their values."""
+    return timm.create_model(arch, num_classes=0).to(device, dtype)
+
+
+def make_batch(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size = timm.get_pretrained_cfg(case.arch).input_size
+    images = torch.randn(case.batch, *size).to(device, dtype)
+    return images, torch.randint(NUM_CLASSES, (case.batch,), device=device)
+
+
+def training_step(
+    forward: Callable[[Tensor], Tensor],
+    parameters: list[nn.Parameter],
+    images: Tensor,
+    labels: Tensor,
+) -> Step:
+    optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(forward(images).float(), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def inference_step(forward: Callable[[Tensor], Tensor], images: Tensor) -> Step:
+    def step() -> Tensor:
+        with torch.inference_mode():
+            return forward(images)
+
+    return step
+
+
+def set_fused_attention(backbone: nn.Module, fused: bool) -> None:
+    """timm's switch between scaled_dot_product_attention and the official codes' three steps."""
+    for module in backbone.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+
+
+def alternate(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round; forward, backward and so on through the list, so that
+    whatever slows the machine down meets all of them alike."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()  # warm-up: compiles, folds, fills caches
+    for round_ in range(rounds):
+        names = list(steps) if round_ % 2 == 0 else list(steps)[::-1]
+        for name in names:
+            synchronize()
+            start = time.perf_counter()
+            steps[name]()
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def count_flops(step: Step) -> float:
+    """Floating-point operations of a step's matrix products, attention and convolutions."""
+    ops = torch.ops.pgn_fast
+
+    def attention(q: Any, k: Any, v: Any, prompt_k: Any, *rest: Any, **kwargs: Any) -> int:
+        B, h, Q, d = q
+        return 4 * B * h * Q * (k[2] + prompt_k[-2]) * d
+
+    def attention_backward(grad: Any, *tensors: Any, **kwargs: Any) -> int:
+        return 5 * attention(*tensors) // 2
+
+    mapping = {
+        ops.prompt_attention.default: attention,
+        ops.prompt_attention_backward.default: attention_backward,
+    }
+    assert prompt_attention is not None
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Measured flop/s of one large square matrix product, the best of several."""
+    a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
+    seconds = alternate({"gemm": lambda: a @ b}, rounds=7)["gemm"]
+    return 2 * size**3 / min(seconds)
+
+
+def where_time_goes(step: Step) -> dict[str, float]:
+    """Shares of a step's operator time: matrix products, attention, everything else."""
+    cuda = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity
+    activities = [activity.CPU, activity.CUDA] if cuda else [activity.CPU]
+    step()
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    shares = {"matrix products": 0.0, "attention": 0.0, "everything else": 0.0}
+    for event in profile.key_averages():
+        if not event.key.startswith(("aten::", "pgn_fast", "mkldnn::", "mkl::")):
+            continue
+        kind = "everything else"
+        if event.key.endswith(("::mm", "::addmm", "::bmm", "::baddbmm", "::_mkl_linear")):
+            kind = "matrix products"
+        elif "attention" in event.key:
+            kind = "attention"
+        shares[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total
+    total = sum(shares.values())
+    return {kind: share / total for kind, share in shares.items()}
