@@ -150,14 +150,20 @@ def feedback_round(levels: Tensor, feedback: Tensor, order: Tensor) -> Tensor:
     w[:, j] = levels[:, order[j]] - sum_{i<j} feedback[j, i] * (w[:, i] - q[:, i]),
     q = round(w) clipped to [0, 255]; levels (R, n), feedback (n, n), order (n,) -> uint8 (R, n).
     """
+    return feedback_integers(levels, feedback, order, 0, 255).to(torch.uint8)
+
+
+def feedback_integers(
+    levels: Tensor, feedback: Tensor, order: Tensor, low: float, high: float
+) -> Tensor:
+    """As feedback_round, for integers from ``low`` to ``high``, in the dtype of ``levels``."""
     w, errors = levels[:, order], torch.zeros_like(levels)
-    rounded = torch.empty_like(levels, dtype=torch.uint8)
+    rounded = torch.empty_like(levels)
     for start in range(0, order.numel(), 64):
         stop = start + 64
         block = w[:, start:stop] - errors[:, :start] @ feedback[start:stop, :start].mT
         for j, pixel in enumerate(order[start:stop].tolist(), start):
             w_j = block[:, j - start] - errors[:, start:j] @ feedback[j, start:j]
-            q_j = w_j.round().clamp(0, 255)
-            errors[:, j] = w_j - q_j
-            rounded[:, pixel] = q_j.to(torch.uint8)
+            rounded[:, pixel] = w_j.round().clamp(low, high)
+            errors[:, j] = w_j - rounded[:, pixel]
     return rounded

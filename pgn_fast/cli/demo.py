@@ -14,6 +14,7 @@ is frozen and adapted to scikit-learn's handwritten digits: 1,000 images to trai
 examples:
   pgn-fast demo                          the table, and plots under outputs/demo
   pgn-fast demo --quick                  seconds: does it run here?
+  pgn-fast demo --rgb                    prompts as pixels, with a picture of them
   pgn-fast demo --split validation       what the recipes were chosen by
   python -m pgn_fast.demo.pretrain --output outputs/pretrain        make the backbone again
 """
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="test",
         help="score on the 797 test images, or on 200 kept back from the 1,000 (default: test)",
     )
+    parser.add_argument(
+        "--rgb",
+        action="store_true",
+        help="prompts as pixels instead: train in gamut, deploy as 8-bit canvases, one picture",
+    )
     parser.add_argument("--quick", action="store_true", help="one short run of each, for tests")
 
 
@@ -56,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
     from ..demo.recipes import RECIPES
 
     console = Console(highlight=False)
+    if args.rgb:
+        from ..demo import rgb
+
+        recipe = report.quick_recipes()["pgn"] if args.quick else None
+        console.print(str(rgb.run(args.output, recipe=recipe)))
+        return 0
     recipes = report.quick_recipes() if args.quick else RECIPES
     made = report.run_all(
         recipes, 1 if args.quick else args.seeds, split=args.split, say=console.print

@@ -116,7 +116,7 @@ def run(method: str, seed: int, *, split: str = "test", recipe: Recipe | None = 
     model = build_model(method, recipe.options).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     start = time.perf_counter()
-    losses = _train(model, trained, data, recipe, seed)
+    losses = train(model, trained, data, recipe, seed)
     seconds = time.perf_counter() - start
     correct = _count_correct(model.eval(), data)
     peak = _peak_bytes()
@@ -133,13 +133,14 @@ def run(method: str, seed: int, *, split: str = "test", recipe: Recipe | None = 
     )
 
 
-def _train(
+def train(
     model: nn.Module,
     trained: list[nn.Parameter],
     data: Digits,
     recipe: Recipe,
     seed: int,
 ) -> list[float]:
+    """Train ``trained``, parameters of ``model``, by ``recipe``; the mean loss of each epoch."""
     generator = torch.Generator().manual_seed(seed)
     cache = _cached_features(model, data, recipe.cached_views, generator)
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)

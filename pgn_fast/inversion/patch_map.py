@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LayoutError, UnsupportedPatchEmbedError
+from .jpeg import JpegRounding
 from .layout import MID_LEVEL, CanvasLayout
 from .rounding import FeedbackRounding
 from .server_spec import DTYPES, ServerSpec
@@ -145,7 +146,10 @@ class PatchMap:
 
     @cached_property
     def rounding(self) -> FeedbackRounding:
-        """How patches are rounded to 8 bits."""
+        """How patches are rounded to 8 bits, or to what a JPEG file keeps of them."""
+        if self.server.codec == "jpeg":
+            self.server.check_codec(self.patch_size)
+            return JpegRounding.from_patch_map(self.A, self.patch_size, self.server.quality)
         return FeedbackRounding.from_map(self.A)
 
     @cached_property

@@ -17,16 +17,19 @@ from .report import InversionReport
 _GREY = 235
 
 
-def contact_sheet(patches: Tensor, patch_size: int, *, columns: int = 16, zoom: int = 2) -> Image:
+def contact_sheet(
+    patches: Tensor, patch_size: int, *, columns: int = 16, zoom: int | None = None
+) -> Image.Image:
     """Patches side by side with a gap of grey, row by row.
 
     Args:
         patches: uint8 (K, 3 * p * p).
         patch_size: p, in pixels.
         columns: patches a row.
-        zoom: screen pixels a pixel.
+        zoom: screen pixels a pixel; None: as many as make a patch about 48 wide.
     """
-    p, gap = patch_size, 2
+    p, gap = patch_size, 1
+    zoom = max(1, round(48 / p)) if zoom is None else zoom
     columns = min(columns, len(patches))
     rows = math.ceil(len(patches) / columns)
     sheet = np.full((rows * (p + gap) + gap, columns * (p + gap) + gap, 3), _GREY, np.uint8)
@@ -69,7 +72,7 @@ def save_error_histogram(reports: list[InversionReport], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("relative token error of the 8-bit patch (dashed: predicted for rounding)")
     axes.set_ylabel("share")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
@@ -100,7 +103,7 @@ def save_overview(
     grid = figure.subplots(count, 3, squeeze=False, gridspec_kw={"width_ratios": [1, wide, 1.1]})
     for row, image, canvas, patches in zip(grid, images, canvases, prompts, strict=True):
         columns = math.ceil(math.sqrt(layout.num_prompts))
-        sheet = contact_sheet(patches, patch_size, columns=columns, zoom=4)
+        sheet = contact_sheet(patches, patch_size, columns=columns)
         pictures = [_picture(image), _picture(canvas), np.asarray(sheet)]
         for axes, picture in zip(row, pictures, strict=True):
             axes.imshow(picture, interpolation="nearest")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,14 @@ class FeedbackRounding:
             A.norm().item() / math.sqrt(12),
             feedback.square().sum(dim=1).max().div(12).sqrt().item(),
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What is not a tensor, as plain JSON values."""
+        return {
+            "token_error": self.token_error,
+            "nearest_token_error": self.nearest_token_error,
+            "swing": self.swing,
+        }
 
     @property
     def gain(self) -> float:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .jpeg import JpegRounding
 from .rounding import FeedbackRounding
 
 FORMAT = 1
@@ -25,13 +26,10 @@ def save_stored(
     """
     n = rounding.order.numel()
     rows, columns = torch.tril_indices(n, n, -1)
-    numbers = {
-        name: getattr(rounding, name) for name in ("token_error", "nearest_token_error", "swing")
-    }
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     stored["feedback"] = rounding.feedback[rows, columns].cpu()
     stored["order"] = rounding.order.cpu()
-    metadata = {"settings": json.dumps(settings), "rounding": json.dumps(numbers)}
+    metadata = {"settings": json.dumps(settings), "rounding": json.dumps(rounding.settings())}
     temporary = path.with_name(path.name + ".tmp")
     save_file(stored, temporary, {"format": str(FORMAT), **metadata})
     temporary.replace(path)
@@ -56,5 +54,7 @@ def load_stored(path: Path) -> tuple[dict[str, Tensor], FeedbackRounding, dict[s
     feedback = torch.zeros(n, n)
     rows, columns = torch.tril_indices(n, n, -1)
     feedback[rows, columns] = packed
-    rounding = FeedbackRounding(feedback, order, **json.loads(metadata["rounding"]))
+    numbers = json.loads(metadata["rounding"])
+    kind = JpegRounding if "quality" in numbers else FeedbackRounding
+    rounding = kind(feedback, order, **numbers)
     return tensors, rounding, json.loads(metadata["settings"])

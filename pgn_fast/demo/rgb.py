@@ -1,0 +1,114 @@
+"""Prompts as pixels, on the packaged backbone: trained in gamut, sent as 8-bit canvases.
+
+A PGN learns digits in the canvas layout of its deployment: the image shrunk to 3 x 3 of the 4 x 4
+patches, seven prompts around it. Then the test images go to the bare backbone twice over: by the
+latent path of training, and as uint8 canvases that carry their prompts as pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..inversion import CanvasLayout, GamutLibrary, PatchMap, ServerSpec, invert, verify
+from ..inversion.pictures import save_overview
+from ..models import PGN
+from . import backbone
+from .experiment import NUM_CLASSES, load, train
+from .recipes import RECIPES, Recipe
+
+PROMPTS = 7
+
+
+@dataclass(frozen=True)
+class RgbResult:
+    """What came of one run, in percent of the test images.
+
+    Attributes:
+        latent: accuracy by the latent path, as in training.
+        canvases: accuracy from uint8 canvases through the untouched backbone.
+        plain: accuracy of the same head on the same images without prompts, as they are.
+        agreement: images of which both paths say the same class.
+        token_error: mean relative error of a prompt's token behind 8-bit rounding.
+        picture: image, canvas and prompt patches of four test images.
+    """
+
+    latent: float
+    canvases: float
+    plain: float
+    agreement: float
+    token_error: float
+    picture: Path
+
+    def __str__(self) -> str:
+        return (
+            f"prompts as pixels: {self.canvases:.1f} % from uint8 canvases through the untouched "
+            f"backbone, {self.latent:.1f} % by the latent path ({self.agreement:.1f} % of the "
+            f"images agree), {self.plain:.1f} % without prompts; token error of 8 bits "
+            f"{self.token_error:.2g}. Picture: {self.picture}"
+        )
+
+
+def run(output: Path, seed: int = 0, *, recipe: Recipe | None = None) -> RgbResult:
+    """Train in gamut, deploy as canvases, compare, and draw the picture ``output``/rgb.png.
+
+    Args:
+        output: a folder; it is made where it is missing.
+        seed: of initial values, order and augmentation.
+        recipe: in place of PGN's own.
+    """
+    recipe = recipe or RECIPES["pgn"]
+    torch.manual_seed(seed)
+    frozen = backbone()
+    layout = CanvasLayout.border((4, 4), (3, 3), PROMPTS)
+    patch_map = PatchMap.from_backbone(frozen, ServerSpec.from_backbone(frozen), layout)
+    options = {**recipe.options, "num_prompts": PROMPTS}
+    model = PGN(
+        frozen,
+        NUM_CLASSES,
+        **options,
+        token_library=GamutLibrary(options["library_size"], patch_map),
+        head=nn.Linear(frozen.num_features, NUM_CLASSES),
+    )
+    data = load()
+    train(model.train(), model.trainable_parameters(), data, recipe, seed)
+    model.eval()
+
+    prompter = invert(model)
+    images, labels = data.test_images, data.test_labels
+    with torch.no_grad():
+        latent = torch.cat([model(part).argmax(dim=1) for part in images.split(256)])
+        served = _classes(model, prompter(images))
+        plain = _classes(model, prompter.server.levels(images))
+    right = lambda classes: 100 * (classes == labels).double().mean().item()
+
+    output.mkdir(parents=True, exist_ok=True)
+    picture = output / "rgb.png"
+    shown = [int((labels == digit).nonzero()[0]) for digit in (0, 3, 5, 8)]
+    save_overview(
+        prompter.server.levels(images[shown]).byte(),
+        prompter(images[shown]),
+        layout,
+        patch_map.patch_size,
+        picture,
+        [f"canvas read as {served[i]}, without prompts {plain[i]}" for i in shown],
+    )
+    return RgbResult(
+        latent=right(latent),
+        canvases=right(served),
+        plain=right(plain),
+        agreement=100 * (latent == served).double().mean().item(),
+        token_error=verify(prompter, model, images[:64]).mean,
+        picture=picture,
+    )
+
+
+def _classes(model: PGN, pixels: Tensor) -> Tensor:
+    """What the untouched backbone, and the head behind it, make of pixels (n, 3, 32, 32)."""
+    server = ServerSpec.from_backbone(model.backbone)
+    return torch.cat(
+        [model.head(model.backbone(server.normalise(p))).argmax(dim=1) for p in pixels.split(256)]
+    )

@@ -1,0 +1,106 @@
+"""Rounding for JPEG (experimental): to the coefficients that the file stores, not to pixels.
+
+A JPEG keeps k = round(DCT(YCbCr(pixels)) / table). Feedback rounding in the basis of those k gives
+a patch that the encoder finds already quantised, and leaves alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..reference import feedback_integers
+from .rounding import FeedbackRounding
+
+# ITU-T T.81, tables K.1 (luminance) and K.2 (chrominance)
+_LUMINANCE = """
+    16 11 10 16  24  40  51  61   12 12 14 19  26  58  60  55
+    14 13 16 24  40  57  69  56   14 17 22 29  51  87  80  62
+    18 22 37 56  68 109 103  77   24 35 55 64  81 104 113  92
+    49 64 78 87 103 121 120 101   72 92 95 98 112 100 103  99"""
+_CHROMINANCE = (
+    """
+    17 18 24 47 99 99 99 99   18 21 26 66 99 99 99 99
+    24 26 56 99 99 99 99 99   47 66 99 99 99 99 99 99"""
+    + 32 * " 99"
+)
+# JFIF: Y, Cb - 128 and Cr - 128 of red, green and blue
+_YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+MARGIN = 24.0  # levels: a coefficient moves a whole block
+
+
+def quantisation_tables(quality: int) -> Tensor:
+    """libjpeg's tables for a quality from 1 to 100: luminance and twice chrominance, (3, 8, 8)."""
+    scale = 5000 // quality if quality < 50 else 200 - 2 * quality
+    base = [np.array(text.split(), int).reshape(8, 8) for text in (_LUMINANCE, _CHROMINANCE)]
+    tables = [np.clip((table * scale + 50) // 100, 1, 255) for table in (base[0], base[1], base[1])]
+    return torch.from_numpy(np.stack(tables)).double()
+
+
+def coefficient_basis(patch_size: int, quality: int) -> Tensor:
+    """Levels of a patch that each coefficient contributes, (n, n): levels = 128 + basis @ k."""
+    p, blocks = patch_size, patch_size // 8
+    x, f = torch.arange(8).double(), torch.arange(8).double()[:, None]
+    cosines = torch.cos(torch.pi * (2 * x + 1) * f / 16) / 2  # orthonormal, but for f = 0
+    cosines[0] /= 2**0.5
+    to_rgb = torch.linalg.inv(torch.tensor(_YCBCR, dtype=torch.float64))
+    atoms = torch.einsum(
+        "ckl,ky,lx,rc->cklryx", quantisation_tables(quality), cosines, cosines, to_rgb
+    )
+    basis = torch.zeros(3, blocks, blocks, 8, 8, 3, p, p, dtype=torch.float64)
+    for i in range(blocks):
+        for j in range(blocks):
+            basis[:, i, j, :, :, :, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8] = atoms
+    return basis.reshape(3 * p * p, -1).T.contiguous()
+
+
+@dataclass(frozen=True)
+class JpegRounding(FeedbackRounding):
+    """Feedback rounding of JPEG coefficients; 4:4:4, patches on the 8-pixel grid.
+
+    ``feedback`` and ``order`` are those of the coefficients. float64 in plain torch: about a
+    second for n = 3072, whatever the number of prompts.
+    """
+
+    patch_size: int = 0
+    quality: int = 95
+
+    @classmethod
+    def from_patch_map(cls, A: Tensor, patch_size: int, quality: int) -> JpegRounding:
+        """For a token map A (D, n) of levels; see ``FeedbackRounding.from_map``."""
+        plain = FeedbackRounding.from_map(A.double() @ coefficient_basis(patch_size, quality))
+        return cls(
+            plain.feedback, plain.order, **plain.settings(), patch_size=patch_size, quality=quality
+        )
+
+    @cached_property
+    def basis(self) -> Tensor:
+        return coefficient_basis(self.patch_size, self.quality)
+
+    @cached_property
+    def to_coefficients(self) -> Tensor:
+        """The inverse of ``basis``: its atoms are orthogonal up to the colour transform."""
+        return torch.linalg.inv(self.basis)
+
+    @property
+    def margin(self) -> float:
+        return MARGIN
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "patch_size": self.patch_size, "quality": self.quality}
+
+    def __call__(self, levels: Tensor, *, backend: str | None = None) -> Tensor:
+        """Levels (..., n) -> uint8 pixels of the same shape, as a decoder will show them."""
+        rows = levels.reshape(-1, levels.shape[-1]).double().cpu()
+        coefficients = (rows - 128) @ self.to_coefficients.T
+        # no bound: the gamut is kept by the margin, and clipped below where it is not
+        stored = feedback_integers(
+            coefficients, self.feedback.double(), self.order, -torch.inf, torch.inf
+        )
+        pixels = (128 + stored @ self.basis.T).round().clamp(0, 255).to(torch.uint8)
+        return pixels.reshape(levels.shape).to(levels.device)
