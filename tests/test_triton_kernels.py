@@ -201,7 +201,7 @@ def tuner(monkeypatch):
 
     def launch(key=("op", 1)):
         launched.clear()
-        record = lambda config: launched.append(config.kwargs["BLOCK"])
+        record = lambda config: launched.append(config.blocks["BLOCK"])
         _common.launch_tuned(configs, key, torch.device("cpu"), record)
         return list(launched)
 

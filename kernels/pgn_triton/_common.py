@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -78,19 +78,31 @@ def sum_splits(partial: Tensor) -> Tensor:
     return partial[0] if len(partial) == 1 else partial.sum(0)
 
 
-def tile(*, warps: int, stages: int, **blocks: int) -> triton.Config:
-    """One choice of tile sizes for ``launch_tuned``."""
-    return triton.Config(blocks, num_warps=warps, num_stages=stages)
+class Tile(NamedTuple):
+    """One choice of tile sizes and of the program that works on a tile."""
+
+    blocks: dict[str, int]
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a launch; Triton's own default for fusion changes with 3.10."""
+        launch = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return {**self.blocks, **launch}
 
 
-_fastest: dict[Hashable, triton.Config] = {}
+def tile(*, warps: int, stages: int, **blocks: int) -> Tile:
+    return Tile(blocks, warps, stages)
+
+
+_fastest: dict[Hashable, Tile] = {}
 
 
 def launch_tuned(
-    configs: Sequence[triton.Config],
+    configs: Sequence[Tile],
     key: tuple[Hashable, ...],
     device: torch.device,
-    launch: Callable[[triton.Config], None],
+    launch: Callable[[Tile], None],
 ) -> None:
     """Launch with the fastest of ``configs``, measured once for every key and device.
 

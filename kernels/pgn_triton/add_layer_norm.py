@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import bucket, cast, on_their_device
+from ._common import bucket, cast, on_their_device, tile
 
 # a row never crosses programs, so there is nothing to tune but the number of threads
-ROW_WARPS = 4
+ROW_CONFIG = tile(warps=4, stages=1)
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def add_layer_norm(x: Tensor, y: Tensor | None, eps: float) -> tuple[Tensor, Ten
     normed, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     if rstd.numel():
         _forward_kernel[(rstd.numel(),)](
-            *(x, y, total, normed, rstd, D, eps), BLOCK_D=bucket(D), num_warps=ROW_WARPS
+            *(x, y, total, normed, rstd, D, eps), BLOCK_D=bucket(D), **ROW_CONFIG.options()
         )
     return total, normed, rstd
 
@@ -102,6 +102,6 @@ def add_layer_norm_backward(
         _backward_kernel[(rstd.numel(),)](
             *(grad_normed, grad_total, normed, rstd, grad, D),
             BLOCK_D=bucket(D),
-            num_warps=ROW_WARPS,
+            **ROW_CONFIG.options(),
         )
     return grad

@@ -175,11 +175,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, int]:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in arguments.items() if k not in signature}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={**options, "enable_fp_fusion": True},
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    Tile,
     bucket,
     cast,
     dot,
@@ -327,8 +328,8 @@ def mix_prompts_into(
         return
     logits, library, R = unit_columns(logits), token_library.contiguous(), B * P
 
-    def launch(config: triton.Config) -> None:
-        blocks = config.kwargs
+    def launch(config: Tile) -> None:
+        blocks = config.blocks
         grid = (triton.cdiv(R, blocks["BLOCK_R"]), triton.cdiv(D, blocks["BLOCK_D"]))
         _forward_kernel[grid](
             logits,
@@ -342,7 +343,7 @@ def mix_prompts_into(
             *prompts.stride()[:2],
             SOFTMAX=activation == "softmax",
             PRECISION=dot_precision(),
-            **config.all_kwargs(),
+            **config.options(),
         )
 
     key = ("mix_prompts", logits.dtype, bucket(R), bucket(K), D)
@@ -368,18 +369,18 @@ def mix_prompts_backward(
 
     # the first walk's tile is not tuned: `inner` has one share for each of its column blocks
     terms = FORWARD_CONFIGS[_kind(logits)][0]
-    inners = triton.cdiv(D, terms.kwargs["BLOCK_D"])
+    inners = triton.cdiv(D, terms.blocks["BLOCK_D"])
     lse = logits.new_empty(R, dtype=torch.float32)
     inner = logits.new_empty(inners, R, dtype=torch.float32)
     if flags["SOFTMAX"]:
-        _row_terms_kernel[(triton.cdiv(R, terms.kwargs["BLOCK_R"]), inners)](
-            logits, library, grad, lse, inner, R, P, K, D, *strides, **flags, **terms.all_kwargs()
+        _row_terms_kernel[(triton.cdiv(R, terms.blocks["BLOCK_R"]), inners)](
+            logits, library, grad, lse, inner, R, P, K, D, *strides, **flags, **terms.options()
         )
 
     grad_logits = logits.new_empty(B, P, K)
 
-    def launch_logits(config: triton.Config) -> None:
-        blocks = config.kwargs
+    def launch_logits(config: Tile) -> None:
+        blocks = config.blocks
         grid = (triton.cdiv(R, blocks["BLOCK_R"]), triton.cdiv(K, blocks["BLOCK_K"]))
         _grad_logits_kernel[grid](
             logits,
@@ -395,18 +396,18 @@ def mix_prompts_backward(
             inners,
             *strides,
             **flags,
-            **config.all_kwargs(),
+            **config.options(),
         )
 
     launch_tuned(LOGITS_CONFIGS[_kind(logits)], ("grad_logits", *key), logits.device, launch_logits)
 
-    blocks = LIBRARY_CONFIGS[_kind(logits)][0].kwargs
+    blocks = LIBRARY_CONFIGS[_kind(logits)][0].blocks
     tiles = triton.cdiv(K, blocks["BLOCK_K"]) * triton.cdiv(D, blocks["BLOCK_D"])
     splits, rows_per_split = split_rows(R, blocks["BLOCK_R"], tiles)
     partial = library.new_empty(splits, K, D, dtype=torch.float32)
 
-    def launch_library(config: triton.Config) -> None:
-        blocks = config.kwargs
+    def launch_library(config: Tile) -> None:
+        blocks = config.blocks
         grid = (triton.cdiv(K, blocks["BLOCK_K"]), triton.cdiv(D, blocks["BLOCK_D"]), splits)
         _grad_library_kernel[grid](
             logits,
@@ -420,7 +421,7 @@ def mix_prompts_backward(
             rows_per_split,
             *strides,
             **flags,
-            **config.all_kwargs(),
+            **config.options(),
         )
 
     launch_tuned(

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    Tile,
     bucket,
     cast,
     dot,
@@ -332,8 +333,8 @@ def prompt_attention(
     kind, sizes = _kind(q), _sizes(q)
     prompt_strides = (*_batch_strides(prompt_k), *_batch_strides(prompt_v))
 
-    def launch(config: triton.Config) -> None:
-        grid = (B * H * triton.cdiv(Q, config.kwargs["BLOCK_Q"]),)
+    def launch(config: Tile) -> None:
+        grid = (B * H * triton.cdiv(Q, config.blocks["BLOCK_Q"]),)
         _forward_kernel[grid](
             *(q, k, v, prompt_k, prompt_v, out, lse, H, Q, T, P, scale),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
@@ -341,7 +342,7 @@ def prompt_attention(
             *out.stride()[:3],
             ALIGNED=_aligned(k, v, prompt_k, prompt_v),
             **sizes,
-            **config.all_kwargs(),
+            **config.options(),
         )
 
     key = ("prompt_attention", q.dtype, bucket(B * H), bucket(Q), bucket(T + P), HEAD)
@@ -381,8 +382,8 @@ def prompt_attention_backward(
     key = (q.dtype, bucket(B * H), bucket(Q), bucket(T + P), HEAD)
     delta = torch.empty_like(lse)
 
-    def launch_query(config: triton.Config) -> None:
-        grid = (B * H * triton.cdiv(Q, config.kwargs["BLOCK_Q"]),)
+    def launch_query(config: Tile) -> None:
+        grid = (B * H * triton.cdiv(Q, config.blocks["BLOCK_Q"]),)
         _grad_query_kernel[grid](
             *(q, k, v, prompt_k, prompt_v, out, grad_out, lse, delta, dq, H, Q, T, P, scale),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
@@ -391,13 +392,13 @@ def prompt_attention_backward(
             GRAD_Q=grad_q,
             ALIGNED=_aligned(k, v, prompt_k, prompt_v),
             **sizes,
-            **config.all_kwargs(),
+            **config.options(),
         )
 
     launch_tuned(QUERY_CONFIGS[kind], ("grad_q", grad_q, *key), q.device, launch_query)
 
     def launch_key(
-        config: triton.Config,
+        config: Tile,
         parts: int,
         per_part: int,
         k: Tensor,
@@ -405,13 +406,13 @@ def prompt_attention_backward(
         dk: Tensor,
         dv: Tensor,
     ) -> None:
-        t_blocks = triton.cdiv(k.shape[-2], config.kwargs["BLOCK_T"])
+        t_blocks = triton.cdiv(k.shape[-2], config.blocks["BLOCK_T"])
         _grad_key_kernel[(parts * H * t_blocks,)](
             *(q, k, v, grad_out, lse, delta, dk, dv, H, Q, k.shape[-2], B * Q, per_part, scale),
             *(*q.stride()[:3], *_batch_strides(k), *_batch_strides(v)),
             *(*grad_out.stride()[:3], *dk.stride()[:3]),
             **sizes,
-            **config.all_kwargs(),
+            **config.options(),
         )
 
     if grad_kv:
@@ -425,13 +426,13 @@ def prompt_attention_backward(
         return dq, dk, dv, q.new_zeros(prompt_shape), q.new_zeros(prompt_shape)
     # a block of keys no wider than the prompts
     config = KEY_CONFIGS[kind][0]
-    block = min(config.kwargs["BLOCK_T"], max(16, bucket(P)))
-    config = tile(**{**config.kwargs, "BLOCK_T": block}, warps=config.num_warps, stages=2)
+    block = min(config.blocks["BLOCK_T"], max(16, bucket(P)))
+    config = config._replace(blocks={**config.blocks, "BLOCK_T": block})
     if prompt_k.ndim == 4:
         parts, per_part, dtype = B, Q, q.dtype
     else:
         programs = H * triton.cdiv(P, block)
-        parts, per_part = split_rows(B * Q, config.kwargs["BLOCK_Q"], programs)
+        parts, per_part = split_rows(B * Q, config.blocks["BLOCK_Q"], programs)
         dtype = torch.float32
     dpk, dpv = q.new_empty(2, parts, H, P, HEAD, dtype=dtype).unbind(0)
     launch_key(config, parts, per_part, prompt_k, prompt_v, dpk, dpv)

@@ -24,7 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import bucket, cast, dot, dot_precision, launch_tuned, on_their_device, tile
+from ._common import (
+    Tile,
+    bucket,
+    cast,
+    dot,
+    dot_precision,
+    launch_tuned,
+    on_their_device,
+    tile,
+)
 from .mix_prompts import mix_prompts_into
 
 PATCH_CONFIGS = {
@@ -196,12 +205,12 @@ def prompted_patch_embed(
         mix_prompts_into(rows, logits, token_library, activation)
     copied = P if prompts is not None else 0
     if S + copied:
-        grid = (B * (S + copied), triton.cdiv(D, ROW_CONFIG.kwargs["BLOCK_D"]))
+        grid = (B * (S + copied), triton.cdiv(D, ROW_CONFIG.blocks["BLOCK_D"]))
         _rows_kernel[grid](
             *(prefix, prompts if copied else prefix, tokens),
             *(S, copied, D, S + N + P, first_prompt),
             P * D if copied and prompts.ndim == 3 else 0,
-            **ROW_CONFIG.all_kwargs(),
+            **ROW_CONFIG.options(),
         )
     return tokens
 
@@ -233,11 +242,11 @@ def _embed_patches(
             FACTORS=tuple(a / factor for a in scale),
             SHIFTS=tuple(a * zero + s for a, s in zip(scale, shift, strict=True)),
             CHANNELS_LAST=channels_last,
-            **FOLD_CONFIG.all_kwargs(),
+            **FOLD_CONFIG.options(),
         )
 
-    def launch(config: triton.Config) -> None:
-        blocks = config.kwargs
+    def launch(config: Tile) -> None:
+        blocks = config.blocks
         tiles = triton.cdiv(B * N, blocks["BLOCK_M"]) * triton.cdiv(D, blocks["BLOCK_N"])
         _patch_kernel[(tiles,)](
             *(images, folded, offset, pos_embed, tokens, B * N, N, D, tokens.shape[1]),
@@ -247,7 +256,7 @@ def _embed_patches(
             PATCH_W=patch_w,
             CHANNELS_LAST=channels_last,
             PRECISION=dot_precision(),
-            **config.all_kwargs(),
+            **config.options(),
         )
 
     kind = "float" if weight.dtype == torch.float32 else "half"
