@@ -164,8 +164,10 @@ def server(*flags: str) -> Iterator[tuple[int, int]]:
         process.wait(30)
 
 
-def direct_rate(model: torch.nn.Module, callers: int, threads: int, seconds: float) -> float:
-    """Images a second of the model called in batches by ``callers`` threads."""
+def direct_rate(
+    model: torch.nn.Module, callers: int, threads: int, seconds: float
+) -> tuple[float, float]:
+    """Images a second, and CPU seconds an image, of the model called by ``callers`` threads."""
     torch.set_num_threads(threads)
     batch = torch.randn(IMAGES, 3, 32, 32)
     counts = [0] * callers
@@ -177,14 +179,15 @@ def direct_rate(model: torch.nn.Module, callers: int, threads: int, seconds: flo
                 model(batch)
                 counts[caller] += IMAGES
 
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     end = began + seconds
     workers = [threading.Thread(target=call, args=(i,)) for i in range(callers)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return sum(counts) / (time.perf_counter() - began)
+    images = sum(counts)
+    return images / (time.perf_counter() - began), (time.process_time() - cpu) / images
 
 
 def resident_mb(pid: int) -> float:
@@ -217,7 +220,7 @@ def measure(seconds: float, rounds: int = 3) -> dict[str, object]:
         f"torch with {cores} threads": (1, cores),
         f"{workers} callers": (workers, max(1, cores // workers)),
     }
-    direct: dict[str, list[float]] = {way: [] for way in ways}
+    direct: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     saturated, single_rates = [], []
     with server() as (port, pid):
         connections = 2 * workers + 2
@@ -238,8 +241,13 @@ def measure(seconds: float, rounds: int = 3) -> dict[str, object]:
         after = resident_mb(pid)
         storm2, _ = asyncio.run(open_load(port, call, 10 * capacity, seconds))
         again = resident_mb(pid)
-    best = max(statistics.median(rates) for rates in direct.values())
     served = capacity * IMAGES
+    # (images a second, CPU seconds an image) of each way, and of the fastest
+    medians = {
+        way: tuple(map(statistics.median, zip(*r, strict=True))) for way, r in direct.items()
+    }
+    best, best_cpu = max(medians.values())
+    served_cpu = statistics.median(cpu for _, cpu in saturated)
     return {
         "benchmark": "server",
         "model": demo.NAME,
@@ -251,10 +259,12 @@ def measure(seconds: float, rounds: int = 3) -> dict[str, object]:
             "seconds_a_round": seconds,
             "rounds": rounds,
         },
-        "direct_images_per_second": {w: round(statistics.median(r), 1) for w, r in direct.items()},
+        "direct_images_per_second": {way: round(rate, 1) for way, (rate, _) in medians.items()},
+        "direct_cpu_us_per_image": round(best_cpu * 1e6, 1),
         "server_images_per_second": round(served, 1),
         "server_over_best_direct": round(served / best, 3),
-        "server_cpu_us_per_image": round(statistics.median(c for _, c in saturated) * 1e6, 1),
+        "server_cpu_us_per_image": round(served_cpu * 1e6, 1),
+        "direct_cpu_over_server_cpu": round(best_cpu / served_cpu, 3),
         "single_image_calls_per_second": round(single_rates[0], 1),
         "stage_ms_per_call_of_32_at_saturation": {s: round(t * 1e3, 2) for s, t in stages.items()},
         "at_0.7_of_saturation": {

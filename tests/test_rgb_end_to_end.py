@@ -47,8 +47,8 @@ def model(digits) -> pgn_fast.PGN:
     parameters = [p for p in model.parameters() if p.requires_grad]
     count, size = len(digits.train_labels), 64
     steps = EPOCHS * (count // size)
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(EPOCHS):
