@@ -21,9 +21,10 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
     Args:
         kinds: the exceptions to translate beside ValueError.
     """
+    translated: tuple[type[Exception], ...] = (ValueError, *kinds)
     try:
         yield
     except UserError:
         raise
-    except (ValueError, *kinds) as error:
+    except translated as error:
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from error

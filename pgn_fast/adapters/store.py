@@ -331,10 +331,10 @@ def _check_shape(folder: Path, config: Mapping[str, Any], backbone: Any) -> None
                 f"{folder}: this backbone does not fit: its {name} is {found}, the adapter was "
                 f"trained on {config.get('base_model_name_or_path') or 'one'} with {name} {wanted}."
             )
-    trained_on, name = config.get("base_model_name_or_path"), _backbone_name(backbone)
-    if trained_on and name and trained_on != name:
+    trained_on, given = config.get("base_model_name_or_path"), _backbone_name(backbone)
+    if trained_on and given and trained_on != given:
         warnings.warn(
-            f"{folder}: the adapter was trained on {trained_on}, this backbone is {name}: of the "
+            f"{folder}: the adapter was trained on {trained_on}, this backbone is {given}: of the "
             "same shape, but hardly with the same weights.",
             stacklevel=3,
         )

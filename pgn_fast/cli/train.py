@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(model, "num_prompts", int, "P; vpt-*: 50")
     _add(model, "library_size", int, "K, tokens in PGN's library")
     _add(model, "generator", str, "PGN's network: resnet10, or a timm name such as resnet18")
+    model.add_argument(
+        "--generator-kwargs",
+        nargs="*",
+        action=KeyValues,
+        metavar="NAME=VALUE",
+        help="of that network, such as max_pool=False for small images (digits: so)",
+    )
     model.add_argument("--resolution", type=int, metavar="R", help="of PGN's network, in pixels")
     _add(model, "activation", str, "PGN's mixture", choices=("softmax", "sigmoid"))
     _add(model, "prompt_dropout", float, "VPT")
@@ -159,7 +167,8 @@ def run(args: argparse.Namespace) -> int:
     from ..train.loop import train
 
     summary = train(config, output, device=pick_device(args.device), resume=args.resume is not None)
-    _print_results(summary, output)
+    if os.environ.get("RANK", "0") == "0":
+        _print_results(summary, output)
     return 0
 
 

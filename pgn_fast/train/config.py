@@ -40,6 +40,7 @@ class TrainConfig:
     num_prompts: int = 16
     library_size: int = 256
     generator: str = "resnet10"
+    generator_kwargs: dict[str, Any] = field(default_factory=dict)
     resolution: int | None = None  # pixels, of the generator's input; None: the backbone's own
     activation: str = "softmax"
     prompt_dropout: float = 0.0
@@ -182,9 +183,16 @@ _AT_LEAST = {
     "log_interval": 1,
 }
 
-# Digits are not mirrored or cropped, a "6" would be no "6" any more.
+# Digits are not mirrored or cropped, a "6" would be no "6" any more; and 8 pixels leave nothing
+# to pool away in PGN's network.
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "hflip": 0.0, "crop_pct": 1.0},
+    "digits": {
+        "scale": (1.0, 1.0),
+        "ratio": (1.0, 1.0),
+        "hflip": 0.0,
+        "crop_pct": 1.0,
+        "generator_kwargs": {"max_pool": False},
+    },
 }
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {

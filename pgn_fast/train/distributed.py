@@ -41,3 +41,11 @@ class Processes:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, words: list[str]) -> list[str]:
+        """The words of all processes, each once, sorted; nobody goes on before all are here."""
+        if self.world == 1:
+            return sorted(set(words))
+        parts: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(parts, words)
+        return sorted({word for part in parts for word in part})

@@ -366,12 +366,11 @@ class Run:
         )
         return evaluate(self.model, loader, self.splits.num_classes, self.autocast, self.processes)
 
-    def _note_unreadable(self, names: Iterable[str], report: ProgressReport | None) -> None:
+    def _note_unreadable(self, names: Iterable[str], report: ProgressReport) -> None:
         for name in names:
             if name not in self.record.unreadable:
                 self.record.unreadable.append(name)
-                if report is not None:
-                    report.say(f"warning: unreadable image, left out: {name}")
+                report.say(f"warning: unreadable image, left out: {name}")
 
     def _save_adapter(self, name: str) -> None:
         save_pretrained(
@@ -411,16 +410,22 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.position, self.record = Position(**state["position"]), Record(**state["record"])
-        checkpoints.set_random_state(state["random"], self.device)
+        if self.processes.first:
+            checkpoints.set_random_state(state["random"], self.device)
+        else:
+            # the checkpoint is the first process's; the others only must differ from it
+            torch.manual_seed(self.config.seed + self.processes.rank + self.position.updates)
 
     def finish(self) -> dict[str, Any]:
         """Touch the test split, once, with the best adapter; write the summary and the plot."""
         record, splits = self.record, self.splits
+        # best/ is there only once the first process has come here
+        record.unreadable = self.processes.gather(record.unreadable)
         self.model.load_adapter_state_dict(read_adapter(self.output / "best")[1])
         test = None
         if splits.test is not None:
             test = self._evaluate(splits.test)
-            self._note_unreadable(test.unreadable, None)
+            record.unreadable = self.processes.gather(record.unreadable + test.unreadable)
         best_row = record.history[record.best_epoch - 1]
         summary = {
             "method": self.config.method,

@@ -85,6 +85,7 @@ def build_model(
                 num_prompts=config.num_prompts,
                 library_size=config.library_size,
                 generator=config.generator,
+                generator_kwargs=config.generator_kwargs,
                 resolution=config.resolution or min(height, width),
                 activation=config.activation,
                 token_library=token_library,
