@@ -54,7 +54,11 @@ def _short_way(
     """
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not _unobserved(arguments):
+        if torch.compiler.is_compiling():
+            return op(*arguments)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, arguments)
+        if not _unobserved(arguments):
             return op(*arguments)
         if torch.is_grad_enabled() and any(
             isinstance(a, Tensor) and a.requires_grad for a in arguments
@@ -65,12 +69,21 @@ def _short_way(
     return call
 
 
+def _refuse_tangents(op: Any, arguments: tuple[Any, ...]) -> None:
+    """torch would drop the tangents of an op without a forward-mode rule, and say nothing."""
+    tensors = (a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{op.name().replace('::', '.')} has no forward-mode derivative (torch.func.jvp, "
+            "jacfwd, hessian). Run it with backend='reference'."
+        )
+
+
 def _unobserved(arguments: tuple[Any, ...]) -> bool:
-    """Only plain tensors; no functorch transform, forward-mode level or dispatch mode is active."""
+    """Only plain tensors; no functorch transform and no dispatch mode is active."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
         and all(type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor))
     )
 

@@ -57,8 +57,8 @@ def mix_prompts(
     """
     logits, token_library = follow_autocast(logits, token_library)  # type: ignore[assignment]
     check(logits, token_library, activation)
-    if torch.compiler.is_exporting():
-        # an exported program, and ONNX after it, has to run where this package is not
+    # an exported program, and ONNX after it, has to run where this package is not
+    if backend == "reference" or torch.compiler.is_exporting():
         return reference.mix_prompts(logits, token_library, activation)
     return _op(logits, token_library, activation, backend or "auto")
 

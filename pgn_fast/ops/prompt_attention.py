@@ -75,7 +75,8 @@ def prompt_attention(
     q, k, v, prompt_k, prompt_v = follow_autocast(q, k, v, prompt_k, prompt_v)  # type: ignore[assignment]
     _check(q, k, v, prompt_k, prompt_v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if backend == "reference":
+    # an exported program, and ONNX after it, has to run where this package is not
+    if backend == "reference" or torch.compiler.is_exporting():
         return reference.prompt_attention(q, k, v, prompt_k, prompt_v, scale)[0]
     return _op(q, k, v, prompt_k, prompt_v, scale, backend or "auto")[0]
 

@@ -114,7 +114,8 @@ def prompted_patch_embed(
         prefix, pos_embed = prefix + pos_embed[:S], pos_embed[S:]
     arguments = (images, weight, bias, pos_embed, prefix, logits, token_library, prompts)
     options = (scale, shift, activation, position)
-    if backend == "reference":
+    # an exported program, and ONNX after it, has to run where this package is not
+    if backend == "reference" or torch.compiler.is_exporting():
         return reference.prompted_patch_embed(*arguments, *options)
     return _op(*arguments, *options, backend or "auto")
 
