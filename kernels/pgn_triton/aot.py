@@ -43,10 +43,11 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
@@ -90,6 +91,11 @@ def _add_layer_norm(module: Any, dtype: torch.dtype, ones: bool) -> None:
         module.add_layer_norm_backward(other, x, normed, rstd)
 
 
+def _feedback_round(module: Any, dtype: torch.dtype, ones: bool) -> None:
+    R, n = (1, 1) if ones else (16, 3072)  # always float32
+    module.feedback_round(_empty(R, n), _empty(n, n), _empty(n, dtype=torch.int64))
+
+
 # each runs an op forward and backward: at the sizes that its resources are held at, or with every
 # size one, which the compiler turns into constants
 CASES: dict[str, Callable[[Any, torch.dtype, bool], None]] = {
@@ -97,6 +103,7 @@ CASES: dict[str, Callable[[Any, torch.dtype, bool], None]] = {
     "prompted_patch_embed": _prompted_patch_embed,
     "prompt_attention": _prompt_attention,
     "add_layer_norm": _add_layer_norm,
+    "feedback_round": _feedback_round,
 }
 
 

@@ -59,7 +59,7 @@ def _feedback_round_kernel(
         w -= passed
 
         panel = tl.zeros([BLOCK_R, BLOCK_J], tl.float32)  # errors of this panel's pixels
-        for step in range(0, BLOCK_J):
+        for step in range(BLOCK_J):
             now = here[None, :] == step
             value = tl.sum(tl.where(now, w, 0.0), axis=1)  # [BLOCK_R]
             level = tl.floor(tl.minimum(tl.maximum(value, 0.0), 255.0) + 0.5)
