@@ -71,7 +71,8 @@ class PatchMap:
         Args:
             model: the backbone, or a PromptedViT (its ``.backbone`` is read).
             server: None takes ``ServerSpec.from_backbone``.
-            layout: None takes the border layout of the backbone's grid with 16 prompts.
+            layout: None takes the border layout of the backbone's grid with 16 prompts, fewer
+                where that has less than 7 x 7 patches.
 
         Raises:
             UnsupportedPatchEmbedError: the patch embedding is no single affine map per patch.
@@ -83,7 +84,10 @@ class PatchMap:
         p = projection.kernel_size[0]
         rows, columns = backbone.patch_embed.grid_size
         native = (int(rows), int(columns))
-        layout = CanvasLayout.border(native) if layout is None else layout
+        if layout is None:
+            # a small grid has room for one row and one column of prompts
+            prompts = 16 if min(native) >= 7 else min(16, sum(native) - 1)
+            layout = CanvasLayout.border(native, prompts=prompts)
         server.check_canvas(layout.grid[0] * p, layout.grid[1] * p)
         # the server's arithmetic: weights as its dtype holds them
         weight = projection.weight.detach().to(DTYPES[server.dtype]).double().flatten(1)  # (D, n)
