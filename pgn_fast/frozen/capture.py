@@ -39,9 +39,9 @@ class CapturedStep:
     def __call__(self, *inputs: Tensor) -> Any:
         for i, t in enumerate(inputs):
             if not isinstance(t, Tensor) or t.device.type != "cuda":
-                given = f"a tensor on {t.device}" if isinstance(t, Tensor) else repr(t)
+                what = f"a tensor on {t.device}" if isinstance(t, Tensor) else repr(t)
                 raise ValueError(
-                    f"a captured step takes CUDA tensors, argument {i} is {given}; move it there "
+                    f"a captured step takes CUDA tensors, argument {i} is {what}; move it there "
                     "first, and bind what is no tensor into the step"
                 )
         key = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)

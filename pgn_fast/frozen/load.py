@@ -84,6 +84,8 @@ def _create(name: str, *, pretrained: bool = True, **kwargs: Any) -> Any:
     _refuse(name, defined_in)
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"backbone: {name} does not take {kwargs} ({error})") from error
     except Exception as error:
         if not pretrained:
             raise

@@ -121,10 +121,9 @@ class FastTrunk:
         """
         backbone, random = self.backbone, torch.Generator().manual_seed(0)
         size = backbone.in_chans, *backbone.patch_embed.img_size
-        like = {"device": self.device, "dtype": self.dtype}
-        images = torch.randn(1, *size, generator=random).to(**like)
+        images = torch.randn(1, *size, generator=random).to(self.device, self.dtype)
         layers = {
-            i: torch.randn(2, backbone.embed_dim, generator=random).to(**like)
+            i: torch.randn(2, backbone.embed_dim, generator=random).to(self.device, self.dtype)
             for i in range(min(2, len(backbone.blocks)))
         }
         schedule = PromptSchedule("append", layers)
