@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -42,6 +43,7 @@ class PromptedViT(nn.Module):
         head: a module from pooled features (B, D) to logits.
         config: the constructor's values, by their names; the class embeddings are in the head.
         backend: which backend the ops run on; None is the fastest.
+        class_names: of the logits, in their order, where a loaded adapter knew them; else None.
         trunk: the engine with exact savings that runs the backbone; None: timm's own blocks run it.
     """
 
@@ -63,6 +65,7 @@ class PromptedViT(nn.Module):
         like = next(backbone.parameters())
         self.prompter: Any = prompter.to(like.device, trained_dtype(like.dtype))
         self.head = head
+        self.class_names: Sequence[str] | None = None  # in label order, where an adapter knew them
         self.config = {**config, "num_classes": count_classes(head, config["num_classes"])}
         if backend not in (None, *BACKENDS):
             raise ValueError(f"backend={backend!r}; known: {', '.join(BACKENDS)}, or None")
@@ -156,6 +159,7 @@ class PromptedViT(nn.Module):
             )
         self.head = linear_head(self.backbone, num_classes, self._head_init)
         self.config |= {"num_classes": num_classes, "head": "linear"}
+        self.class_names = None
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that timm's optimizers must not decay: the frozen backbone's.
@@ -520,7 +524,12 @@ class VPT(PromptedViT):
 def _constructor_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """A constructor's own arguments out of its ``locals()``; class embeddings live in the head."""
     own = ("self", "__class__", "backbone", "class_embeddings")
-    return {name: value for name, value in values.items() if name not in own}
+    # NumPy's whole numbers become Python's, which JSON can hold
+    return {
+        name: int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+        for name, value in values.items()
+        if name not in own
+    }
 
 
 def _ready_generator(

@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   T* values = keys + kKeys * kStride;                   // [kKeys, kD]
   T* scratch = values + kKeys * kStride;
 
-  const int b = blockIdx.y / a.h, h = blockIdx.y % a.h;
-  const int first = blockIdx.x * Block::kRows, rows = a.Q - first;
+  const int b = blockIdx.x / a.h, h = blockIdx.x % a.h;
+  const int first = blockIdx.y * Block::kRows, rows = a.Q - first;
   const KeyTiles tiles(a);
   load_tile<T, Block::kRows, kD, Block::kThreads>(queries, row_of<T>(a.q, b, h, first), a.q.token,
                                                   rows, a.d, aligned);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       if (d < a.d) to[d] = from_float<T>(out.block[0][n][i] / sum[i / 2]);
     }
     if (i % 2 == 0 && lane_id() % 4 == 0) {
-      a.lse[int64_t{blockIdx.y} * a.Q + first + row] = (largest[i / 2] + log2f(sum[i / 2])) * kLn2;
+      a.lse[int64_t{blockIdx.x} * a.Q + first + row] = (largest[i / 2] + log2f(sum[i / 2])) * kLn2;
     }
   }
 }
@@ -174,9 +174,9 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   float* row_delta = reinterpret_cast<float*>(values + kKeys * kStride);  // [kRows]
   T* scratch = reinterpret_cast<T*>(row_delta + Block::kRows);
 
-  const int b = blockIdx.y / a.h, h = blockIdx.y % a.h;
-  const int first = blockIdx.x * Block::kRows, rows = a.Q - first;
-  const int64_t statistics = int64_t{blockIdx.y} * a.Q + first;
+  const int b = blockIdx.x / a.h, h = blockIdx.x % a.h;
+  const int first = blockIdx.y * Block::kRows, rows = a.Q - first;
+  const int64_t statistics = int64_t{blockIdx.x} * a.Q + first;
   const int r = threadIdx.x / kLanes;
   float delta = 0.0f;
   if (r < rows) {
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   }
 }
 
-// d_k and d_v of 64 keys. blockIdx.y is (image, head), or the head alone where kShared: then
+// d_k and d_v of 64 keys. blockIdx.x is (image, head), or the head alone where kShared: then
 // blockIdx.z is the range of the batch's rows, and the sums go to `partial`.
 template <typename T, int kD, bool kShared>
 __global__ void __launch_bounds__(128, 2)
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(128, 2)
   T* scratch =
       reinterpret_cast<T*>(row_delta + kRows) + warp_id() * kRowsPerWarp * tile_stride<T>(kRows);
 
-  const int b = kShared ? 0 : blockIdx.y / a.h, h = blockIdx.y % a.h;
-  const int first_key = blockIdx.x * kKeys, count = keys_count - first_key;
+  const int b = kShared ? 0 : blockIdx.x / a.h, h = blockIdx.x % a.h;
+  const int first_key = blockIdx.y * kKeys, count = keys_count - first_key;
   const int64_t all = int64_t{a.B} * a.Q, per_split = ceil_div(all, g.splits);
   const int64_t begin = kShared ? blockIdx.z * per_split : int64_t{b} * a.Q;
   const int64_t end = kShared ? (begin + per_split < all ? begin + per_split : all) : begin + a.Q;
@@ -367,7 +367,7 @@ bool all_aligned(const PromptAttention& a) {
 template <typename T, int kD, int kWarps>
 cudaError_t launch_forward(const PromptAttention& a, cudaStream_t stream) {
   using Block = QueryBlock<T, kD, kWarps>;
-  const dim3 grid(ceil_div(a.Q, Block::kRows), a.B * a.h);
+  const dim3 grid(a.B * a.h, ceil_div(a.Q, Block::kRows));
   const size_t bytes = ((Block::kRows + 2 * kKeys) * Block::kStride + Block::kScratch) * sizeof(T);
   return launch(attention_kernel<T, kD, kWarps>, grid, Block::kThreads, bytes, stream, a,
                 all_aligned<T>(a));
@@ -377,7 +377,7 @@ template <typename T, int kD, int kWarps>
 cudaError_t launch_grad_query(const PromptAttentionBackward& g, bool aligned, cudaStream_t stream) {
   using Block = QueryBlock<T, kD, kWarps>;
   const PromptAttention& a = g.forward;
-  const dim3 grid(ceil_div(a.Q, Block::kRows), a.B * a.h);
+  const dim3 grid(a.B * a.h, ceil_div(a.Q, Block::kRows));
   const size_t bytes = (2 * (Block::kRows + kKeys) * Block::kStride + Block::kScratch) * sizeof(T) +
                        Block::kRows * sizeof(float);
   return launch(grad_query_kernel<T, kD, kWarps>, grid, Block::kThreads, bytes, stream, g, aligned);
@@ -395,10 +395,10 @@ cudaError_t launch_backward(const PromptAttentionBackward& g, cudaStream_t strea
   auto keys = [&](auto kernel, const Heads& k, const Heads& v, const Heads& grad_k,
                   const Heads& grad_v, int count, dim3 grid) {
     if (error != cudaSuccess || count == 0 || !(grad_k.data || grad_v.data)) return;
-    grid.x = static_cast<unsigned>(ceil_div(count, kKeys));
+    grid.y = static_cast<unsigned>(ceil_div(count, kKeys));
     error = launch(kernel, grid, 128, bytes, stream, g, k, v, grad_k, grad_v, count, aligned);
   };
-  const dim3 each_image(1, a.B * a.h);
+  const dim3 each_image(a.B * a.h);
   keys(grad_keys_kernel<T, kD, false>, a.k, a.v, g.grad_k, g.grad_v, a.T, each_image);
   if (!g.shared) {
     keys(grad_keys_kernel<T, kD, false>, a.prompt_k, a.prompt_v, g.grad_prompt_k, g.grad_prompt_v,
@@ -406,7 +406,7 @@ cudaError_t launch_backward(const PromptAttentionBackward& g, cudaStream_t strea
     return error;
   }
   keys(grad_keys_kernel<T, kD, true>, a.prompt_k, a.prompt_v, g.grad_prompt_k, g.grad_prompt_v, a.P,
-       dim3(1, a.h, g.splits));
+       dim3(a.h, 1, g.splits));
   const int64_t size = int64_t{a.h} * a.P * a.d;
   if (error == cudaSuccess && g.grad_prompt_k.data) {
     error = add_splits<T>(g.partial, g.grad_prompt_k.data, g.splits, size, stream);

@@ -18,11 +18,12 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Which backends to try first, by op and device; the first that accepts the inputs runs, and the
 # reference stands behind every list. An order here is data: bench/results holds the runs behind
-# it, and an op is listed only where it beats plain torch there.
+# it, and an op is listed only where it beats plain torch there. CUDA devices have no entry yet: no
+# kernel has been measured on one.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "mix_prompts": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
-    "prompted_patch_embed": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
-    "prompt_attention": {"cpu": ("cpu",), "cuda": ("triton", "cuda")},
+    "mix_prompts": {"cpu": ("cpu",)},
+    "prompted_patch_embed": {"cpu": ("cpu",)},
+    "prompt_attention": {"cpu": ("cpu",)},
     "feedback_round": {"cpu": ("cpu",)},
 }
 
@@ -42,12 +43,33 @@ def _missing(backend: str) -> str | None:
     if backend == "cpu":
         return _native.cpu_missing
     if backend == "cuda":
-        if _native.cuda_missing is None and not torch.cuda.is_available():
-            return "no CUDA device is visible to torch"
-        return _native.cuda_missing
+        return _native.cuda_missing or _cuda_device_missing()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None
+
+
+def _cuda_device_missing() -> str | None:
+    """Why the CUDA kernels of this build run on no device here; None where they run."""
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    major, minor = torch.cuda.get_device_capability()
+    archs = (_native.build_info().get("cuda_arch") or "").split()
+    for arch in archs:
+        number, _, real = arch.partition("-")
+        built_major, built_minor = int(number.rstrip("a")[:-1]), int(number.rstrip("a")[-1])
+        if number.endswith("a"):  # runs on this one architecture
+            fits = (major, minor) == (built_major, built_minor)
+        elif real:  # machine code runs on later devices of its own major version
+            fits = major == built_major and minor >= built_minor
+        else:  # PTX is compiled for any later device
+            fits = (major, minor) >= (built_major, built_minor)
+        if fits:
+            return None
+    return (
+        f"the CUDA kernels were built for {', '.join(archs)}, this device is sm_{major}{minor}; "
+        f"rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
 
 
 def _interpreted() -> bool:
