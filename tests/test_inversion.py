@@ -123,6 +123,20 @@ def test_gradients_reach_library_and_generator_and_tokens_stay_in_gamut():
     assert pixels.min() >= 6 and pixels.max() <= 249
 
 
+def test_pixels_do_not_depend_on_the_backbones_dtype():
+    """bfloat16 has no room for half a level at 127.5; autocast would compute in it."""
+    library = GamutLibrary(8, PatchMap.from_backbone(small_vit()))
+    with torch.no_grad():
+        library.theta.mul_(100).copy_(library.theta.bfloat16())
+        expected = library.pixels()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(library.pixels(), expected)
+            assert library().dtype == torch.float32
+        half = library.to(torch.bfloat16)
+        assert torch.equal(half.pixels(), expected)
+        assert half().dtype == torch.bfloat16
+
+
 def test_library_starts_as_a_plain_one_would():
     """Near zero the tokens are theta, up to the direction that no norm lets through."""
     patch_map = PatchMap.from_backbone(small_vit())

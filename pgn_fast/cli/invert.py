@@ -125,16 +125,19 @@ def _invert(args: argparse.Namespace) -> int:
     save_overview(levels[:4], inner[:4], layout, size, out / "overview.png", names[:4])
     prompter.inverted.save(out / "library.safetensors")
 
-    tokens = _contents(prompter)
+    patch_map = prompter.patch_map
+    assert patch_map is not None  # invert() gives one
+    # the inverted library as contents: what its patches add to mid grey
+    tokens = prompter.inverted.patches.double().cpu() @ patch_map.A.T
     content: dict[str, Any] = {
         "adapter": str(args.adapter),
-        "backbone": prompter.patch_map.name,
+        "backbone": patch_map.name,
         "prompt_pos": prompter.inverted.prompt_pos,
         "scale": prompter.inverted.scale,
         "margin": prompter.inverted.margin,
         "layout": layout.to_dict(),
         "server": prompter.server.to_dict(),
-        "reachability": analyse(prompter.patch_map, tokens).to_dict(),
+        "reachability": analyse(patch_map, tokens).to_dict(),
         "library": prompter.report.to_dict(),
         "canvases": {"images": names, **checked.to_dict()},
     }
@@ -143,11 +146,6 @@ def _invert(args: argparse.Namespace) -> int:
     print(f"canvases: {checked}")
     print(f"written to {out}")
     return 0
-
-
-def _contents(prompter: Any) -> Any:
-    """The inverted library as contents (K, D): what its patches add to mid grey."""
-    return prompter.inverted.patches.double().cpu() @ prompter.patch_map.A.T
 
 
 def _images(args: argparse.Namespace, model: Any) -> tuple[Any, list[str]]:

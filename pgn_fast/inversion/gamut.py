@@ -54,15 +54,27 @@ class GamutLibrary(nn.Module):
         self.margin = margin
         self.theta = nn.Parameter(torch.empty(n_tokens, patch_map.embed_dim))
         nn.init.normal_(self.theta, std=0.02)
-        cells = list(patch_map.layout.prompt_cells)
-        constants = {
-            "A": patch_map.A,
-            "pseudo_inverse": patch_map.solver.pseudo_inverse,
-            "offset": patch_map.constant + patch_map.positions[cells],  # (P, D)
-        }
-        for name, value in constants.items():
+        for name, value in self._constants().items():
             # not saved: they belong to the backbone, and an adapter is made for one backbone
-            self.register_buffer(name, value.float().contiguous(), persistent=False)
+            self.register_buffer(name, value, persistent=False)
+
+    def _constants(self) -> dict[str, Tensor]:
+        cells = list(self.patch_map.layout.prompt_cells)
+        constants = {
+            "A": self.patch_map.A,
+            "pseudo_inverse": self.patch_map.solver.pseudo_inverse,
+            "offset": self.patch_map.constant + self.patch_map.positions[cells],  # (P, D)
+        }
+        return {name: value.float().contiguous() for name, value in constants.items()}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GamutLibrary:
+        """Move to a device or dtype; the constants stay float32, whatever the backbone's dtype:
+        bfloat16 has no room for half a level at 127.5."""
+        super()._apply(fn, recurse)
+        if self.A.dtype != torch.float32:
+            for name, value in self._constants().items():
+                setattr(self, name, value.to(self.A.device))
+        return self
 
     @classmethod
     def from_latent(
@@ -128,13 +140,15 @@ class GamutLibrary(nn.Module):
         return cls(config["n_tokens"], patch_map, config["margin"])
 
     def pixels(self) -> Tensor:
-        """The library as patches (K, n) in levels, within [margin, 255 - margin]."""
+        """The library as patches (K, n) in levels, within [margin, 255 - margin], float32."""
         h = MID_LEVEL - self.margin
-        return MID_LEVEL + h * torch.tanh((self.theta @ self.pseudo_inverse.T) / h)
+        with torch.autocast(self.A.device.type, enabled=False):
+            return MID_LEVEL + h * torch.tanh((self.theta.float() @ self.pseudo_inverse.T) / h)
 
     def forward(self) -> Tensor:
         """The token library (K, D). Costs 2 K n D multiply-adds, whatever the batch."""
-        return (self.pixels() - MID_LEVEL) @ self.A.T
+        with torch.autocast(self.A.device.type, enabled=False):
+            return ((self.pixels() - MID_LEVEL) @ self.A.T).to(self.theta.dtype)
 
     def place(self, images: Tensor, prompts: Tensor) -> tuple[Tensor, PromptSchedule]:
         """What the backbone gets in training: the canvas, and what its prompt cells hold.

@@ -165,7 +165,9 @@ class CanvasLayout:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CanvasLayout:
         """The layout that ``to_dict`` described."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
         return cls(**values)
 
     def compose(

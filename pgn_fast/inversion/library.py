@@ -178,9 +178,10 @@ class InvertedLibrary(nn.Module):
             StaleInversionError, LayoutMismatchError: it does not.
         """
         tensors, rounding, settings = load_stored(Path(path))
+        settings |= tensors
         settings["layout"] = CanvasLayout.from_dict(settings["layout"])
         settings["server"] = ServerSpec(**settings["server"])
-        library = cls(**tensors, rounding=rounding, **settings)
+        library = cls(rounding=rounding, **settings)
         if patch_map is not None:
             library.check(patch_map)
         return library
@@ -279,15 +280,15 @@ def _in_gamut(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Patches (K, n), baseline (1 or P, n) and errors (K,), every mixture inside the gamut."""
     mid = torch.full((1, patch_map.patch_values), MID_LEVEL, dtype=torch.float64)
-    low, high, baseline = margin, 255 - margin, mid
-    wanted = tokens
+    low: Tensor | float = margin
+    high: Tensor | float = 255 - margin
+    baseline, wanted = mid, tokens
     if prompt_pos == "none":
         # one patch a cell cancels its position; the library's patches are shared by all cells, in
         # a box that leaves room for every one of them
         cancel = _position_patches(patch_map, margin)  # (P, n)
         low, high = margin - cancel.amin(dim=0), 255 - margin - cancel.amax(dim=0)
-        worst = (low - high).max().item()
-        if worst > 0:
+        if bool((low > high).any()):
             cell = patch_map.layout.prompt_cells[int(cancel.abs().amax(dim=1).argmax())]
             raise _position_error(cell, cancel.abs().max().item())
         baseline = mid + cancel

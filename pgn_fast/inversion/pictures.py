@@ -56,7 +56,8 @@ def save_error_histogram(reports: list[InversionReport], path: Path) -> None:
     errors = [np.asarray(report.token_rel_err) for report in reports]
     every = np.concatenate(errors)
     low, high = every.min() * 0.8, every.max() * 1.25
-    bins = np.geomspace(low, high, 41) if low > 0 else np.linspace(low, high, 41)
+    edges = np.geomspace(low, high, 41) if low > 0 else np.linspace(low, high, 41)
+    bins = edges.tolist()
     for report, values, colour in zip(reports, errors, ("#8a8a8a", "#1f6fb4"), strict=False):
         what = {"library": "library tokens", "canvases": "prompts of the images"}[report.source]
         axes.hist(
