@@ -232,7 +232,8 @@ def _grad_query_kernel(
             v = _load_rows(v_ptr, prompt_v_ptr, j, T, P, v_t, prompt_v_t, d, HEAD, ALIGNED)
             scores = dot(q, tl.trans(k), zeros, PRECISION)
             weights = tl.exp2(scores * (scale * LOG2_E) - lse[:, None])
-            # keys past the last are zero rows of k: what grad_s holds there is lost in the product
+            # keys past the last have score 0, whose weight overflows where all true scores are low
+            weights = tl.where(j[None, :] < T + P, weights, 0.0)
             grad_s = weights * (dot(grad_out, tl.trans(v), zeros, PRECISION) - delta[:, None])
             grad_q = dot(cast(grad_s, k.dtype), k, grad_q, PRECISION)
         grad_q = cast(grad_q * scale, grad_q_ptr.dtype.element_ty)
