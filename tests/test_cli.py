@@ -137,6 +137,19 @@ def test_bench_prints_a_table(world, capsys):
     ]
 
 
+def test_a_newcomers_first_round(tmp_path, monkeypatch, capsys):
+    """No model, no data and no folder named: the packaged backbone, the digits, runs/METHOD."""
+    monkeypatch.chdir(tmp_path)
+    options = "--method linear --epochs 2 --warmup-epochs 0 --lr 0.02"
+    assert main(["train", *options.split()]) == 0
+    assert "written to runs/linear" in capsys.readouterr().out
+    assert main(["eval", "runs/linear/best"]) == 0
+    score = capsys.readouterr().out.splitlines()[-1]
+    assert score.startswith("test: top-1 ") and "797 of 797 images" in score
+    # ten classes: chance is 10 %
+    assert float(score.split()[2]) > 60
+
+
 def complaint(capsys, arguments):
     """The one line that a command answers with; it must be the only one."""
     assert main([str(a) for a in arguments]) == 2
@@ -159,6 +172,7 @@ def complaint(capsys, arguments):
         ("train --model vit_tyni_patch16_224", "no model named 'vit_tyni_patch16_224'; near it"),
         ("train --model swin_tiny_patch4_window7_224", "Swin attends inside windows"),
         ("train --num-prompts 0", "--num-prompts is 0"),
+        ("train --backend cuda --device cpu", "backend='cuda' cannot run"),
         ("train --device tpu", "--device tpu: no such device"),
         ("train --resume nowhere", "--resume: no folder nowhere"),
         ("train --model-kwargs depth", "takes NAME=VALUE, got 'depth'"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..adapters import read_adapter, save_pretrained
-from ..errors import TrainingStopped, UserError
+from ..errors import TrainingStopped, UserError, as_user_error
 from . import checkpoints
 from .config import TrainConfig
 from .data import Split, Splits, load_splits
@@ -153,6 +153,7 @@ class Run:
         )
         self.model.to(self.device).train()
         self.autocast = Autocast(self.device, config.amp, config.amp_dtype)
+        self._try_out()
         self.optimizer = make_optimizer(self.model, config)
         self.schedule = make_schedule(config)
         self.scaler = torch.amp.GradScaler(
@@ -176,6 +177,17 @@ class Run:
         if state is not None:
             self._restore(state)
         self.forward = self._wrap()
+
+    def _try_out(self) -> None:
+        """One blank image forward, which leaves no trace: what cannot run is said before training.
+
+        Raises:
+            UserError: a named backend that cannot run here, images that the backbone cannot take.
+        """
+        blank = torch.zeros(1, *self.pixels["input_size"], device=self.device)
+        with torch.no_grad(), self.autocast(), as_user_error(RuntimeError):
+            self.model.eval()(blank)
+        self.model.train()
 
     def _wrap(self) -> nn.Module:
         """The model as it is called in training: compiled, and with gradients that are averaged."""

@@ -70,9 +70,9 @@ def build_model(
         token_library: a module that yields PGN's library (K, D); None: a plain parameter.
 
     Raises:
-        UserError: values that the model refuses.
+        UserError: values that the model refuses, or a named backend that cannot run here.
     """
-    with as_user_error(TypeError):
+    with as_user_error(TypeError, RuntimeError):
         if config.method == "linear":
             return LinearProbe(backbone, num_classes)
         if config.method == "full":
