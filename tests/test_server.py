@@ -89,6 +89,14 @@ def test_images_of_the_models_size_skip_only_a_geometry_that_does_nothing():
     assert Preprocessing(config | {"crop_pct": 1.0}).describe()["canvas_is_unchanged"]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"std": (0.5, 0.0, 0.5)}, {"input_size": (1, 32, 32)}, {"mean": (0.5,)}], ids=str
+)
+def test_normalisations_that_are_none_are_refused(changed):
+    with pytest.raises(ValueError, match="three channels, means and positive stds are needed"):
+        Preprocessing({k: v for k, v in CONFIG.items() if k != "architecture"} | changed)
+
+
 # exactness of the whole way
 
 
@@ -133,6 +141,19 @@ def test_jpeg_and_webp_are_decoded_as_pillow_does(client):
             client.post("/v1/predict", files=as_files([data])).json() for data in (lossy, again)
         ]
         assert answers[0]["values"] == answers[1]["values"]
+
+
+def test_one_batch_of_many_calls_is_cut_where_they_end(served):
+    geometry = served.preprocessing.geometry
+    levels = [geometry(picture) for picture in images(6)]
+    calls = [(levels[:1], "features"), (levels[1:4], "logits"), (levels[4:], "features")]
+    batch = served.preprocessing.normalise(levels)
+    with torch.inference_mode():
+        logits = served.model(batch)
+        features = served.model.forward_head(served.model.forward_features(batch), pre_logits=True)
+    results = served.run(calls)
+    for result, expected in zip(results, (features[:1], logits[1:4], features[4:]), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_concurrent_calls_get_their_own_answers(client):

@@ -26,15 +26,24 @@ class Preprocessing:
     Args:
         data_config: what ``timm.data.resolve_data_config`` returns: ``input_size`` (C, H, W),
             ``interpolation``, ``crop_pct``, ``crop_mode``, ``mean``, ``std``.
+
+    Raises:
+        ValueError: not three channels, or a standard deviation that is not positive.
     """
 
     def __init__(self, data_config: dict[str, Any]) -> None:
         self.data_config = data_config
-        _, self.height, self.width = data_config["input_size"]
+        channels, self.height, self.width = data_config["input_size"]
+        mean, std = data_config["mean"], data_config["std"]
+        if channels != 3 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                f"images are RGB: three channels, means and positive stds are needed, got "
+                f"{channels} channels, mean {tuple(mean)}, std {tuple(std)}."
+            )
         # with use_prefetcher timm stops behind the geometry, at uint8
         self._geometry = create_transform(**data_config, is_training=False, use_prefetcher=True)
-        self._mean = torch.tensor(data_config["mean"], dtype=torch.float32).view(-1, 1, 1)
-        self._std = torch.tensor(data_config["std"], dtype=torch.float32).view(-1, 1, 1)
+        self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self._std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self._identity_at_size = self._is_identity_at_size()
 
     def geometry(self, image: Image.Image) -> Levels:
