@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,10 +13,11 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import pgn_fast
-from pgn_fast.ops import prompt_attention  # registers the op whose flops are counted below
+import pgn_fast.ops  # registers the ops that are counted below
 
 NUM_CLASSES = 100
 Step = Callable[[], Any]
@@ -40,9 +43,14 @@ class Case:
         return pgn_fast.VPT(backbone, NUM_CLASSES, deep=self.method == "deep", **options)
 
 
+@functools.cache
+def _original(arch: str) -> nn.Module:
+    return timm.create_model(arch, num_classes=0)
+
+
 def make_backbone(arch: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Random weights do: no time and no byte here depends on their values."""
-    return timm.create_model(arch, num_classes=0).to(device, dtype)
+    return copy.deepcopy(_original(arch)).to(device, dtype)
 
 
 def make_batch(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,7 +77,7 @@ def training_step(
 
 def inference_step(forward: Callable[[Tensor], Tensor], images: Tensor) -> Step:
     def step() -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():
             return forward(images)
 
     return step
@@ -104,25 +112,42 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+class _FlopCounter(TorchDispatchMode):
+    """Sums the flops of every operator that torch, or the table below, has a formula for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in _ATTENTION:
+            first_query, passes = _ATTENTION[packet]
+            q, k, _, *prompts = args[first_query:]
+            extra = prompts[0].shape[-2] if packet.__name__.startswith("prompt") else 0
+            B, h, Q, d = q.shape
+            self.total += passes * 2 * B * h * Q * (k.shape[2] + extra) * d
+        elif packet in flop_registry:
+            self.total += flop_registry[packet](*args, **kwargs, out_val=out)
+        return out
+
+
+# operator -> position of its queries, and how many matrix products of scores' size it does
+_ATTENTION = {
+    torch.ops.pgn_fast.prompt_attention: (0, 2),
+    torch.ops.pgn_fast.prompt_attention_backward: (1, 5),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (0, 2),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 5),
+}
+
+
 def count_flops(step: Step) -> float:
     """Floating-point operations of a step's matrix products, attention and convolutions."""
-    ops = torch.ops.pgn_fast
-
-    def attention(q: Any, k: Any, v: Any, prompt_k: Any, *rest: Any, **kwargs: Any) -> int:
-        B, h, Q, d = q
-        return 4 * B * h * Q * (k[2] + prompt_k[-2]) * d
-
-    def attention_backward(grad: Any, *tensors: Any, **kwargs: Any) -> int:
-        return 5 * attention(*tensors) // 2
-
-    mapping = {
-        ops.prompt_attention.default: attention,
-        ops.prompt_attention_backward.default: attention_backward,
-    }
-    assert prompt_attention is not None
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with _FlopCounter() as counter:
         step()
-    return float(counter.get_total_flops())
+    return float(counter.total)
 
 
 def gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
