@@ -414,6 +414,12 @@ def test_500_odd_images_neither_break_nor_grow_the_server(client):
         assert answer.status_code in allowed, (kind, answer.text)
         if answer.status_code != 200:
             error_of(answer)
+        if index % 5 == 0:
+            text = base64.b64encode(data).decode()
+            damaged = {"images": [text[: rng.randint(0, len(text))] + rng.choice("!é%\0")]}
+            assert client.post("/v1/predict", json=damaged).status_code == 400
+            kind = {"content-type": rng.choice(["image/png", "text/html", "", "multipart/mixed"])}
+            assert client.post("/v1/predict", content=data, headers=kind).status_code == 415
         if index % 10 == 0:
             assert client.post("/v1/predict", json=good).json() == expected
     assert resident_bytes() - warmed_up < 30e6
