@@ -6,11 +6,20 @@ import dataclasses
 import io
 
 import pytest
+import timm
 import torch
-from inversion_fixtures import published, synthetic_map
+from inversion_fixtures import photo_crops, published, synthetic_map
 from PIL import Image
 
-from pgn_fast.inversion import InvertedLibrary, invert_library
+import pgn_fast
+from pgn_fast.inversion import (
+    GamutLibrary,
+    InvertedLibrary,
+    PatchMap,
+    ServerSpec,
+    invert_library,
+    verify,
+)
 from pgn_fast.inversion.jpeg import coefficient_basis, quantisation_tables
 from pgn_fast.inversion.layout import from_patches, to_patches
 
@@ -66,3 +75,40 @@ def test_jpeg_aware_rounding_at_b32(tmp_path):
     aware.save(tmp_path / "library.safetensors")
     loaded = InvertedLibrary.load(tmp_path / "library.safetensors", jpeg)
     assert torch.equal(loaded.to_uint8(levels), patches)
+
+
+def test_a_model_behind_a_jpeg_server():
+    """Trained with the margin that JPEG needs; through files, less than half the naive error."""
+    backbone = timm.create_model("test_vit", num_classes=0, dynamic_img_size=False).eval()
+    halves = (0.5, 0.5, 0.5)
+    png = ServerSpec(resize=160, crop=160, mean=halves, std=halves)
+    errors = {}
+    for server in (png, dataclasses.replace(png, codec="jpeg")):
+        library = GamutLibrary(8, PatchMap.from_backbone(backbone, server))
+        with torch.no_grad():
+            torch.nn.init.normal_(library.theta, generator=torch.Generator().manual_seed(0))
+        assert library.margin == (6 if server is png else 24)
+        torch.manual_seed(0)
+        model = pgn_fast.PGN(
+            backbone,
+            num_classes=3,
+            library_size=8,
+            generator_kwargs={"channels": 4, "groups": 2},
+            resolution=32,
+            token_library=library,
+        )
+        prompter = pgn_fast.invert(model)
+        images = photo_crops(1, 160)
+        assert prompter.encode(images)[0][:2] == (b"\x89P" if server is png else b"\xff\xd8")
+        if server is png:  # the same canvas, sent as JPEG
+            sent = dataclasses.replace(server, codec="jpeg")
+            canvas = prompter(images)[0]
+            prompts = to_patches(sent.preprocess(sent.encode(canvas))[None], 16)
+            prompts = prompts[0, list(prompter.layout.prompt_cells)]
+            wanted = prompter.levels(server.normalise(images))[0].double() - 127.5
+            patch_map = prompter.patch_map
+            seen = (prompts.double() - 127.5) @ patch_map.A.T
+            errors["png"] = patch_map.relative_error(seen, wanted @ patch_map.A.T).mean().item()
+        else:
+            errors["jpeg"] = verify(prompter, model, images).mean
+    assert errors["jpeg"] < 0.5 * errors["png"], errors

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..frozen.schedule import PromptSchedule
 from .errors import LayoutMismatchError, StaleInversionError
+from .jpeg import MARGIN as JPEG_MARGIN
 from .layout import MID_LEVEL, CanvasLayout, shrink, to_patches
 from .patch_map import PatchMap
 from .server_spec import ServerSpec
@@ -34,7 +35,7 @@ class GamutLibrary(nn.Module):
     Args:
         n_tokens: K.
         patch_map: of the backbone, for the server and layout of the deployment.
-        margin: levels kept free at both ends.
+        margin: levels kept free at both ends; None: 6, for a JPEG server 24.
 
     Attributes:
         theta: Parameter (K, D), normal with standard deviation 0.02, as a plain token library.
@@ -44,8 +45,10 @@ class GamutLibrary(nn.Module):
     pseudo_inverse: Tensor
     offset: Tensor
 
-    def __init__(self, n_tokens: int, patch_map: PatchMap, margin: float = MARGIN) -> None:
+    def __init__(self, n_tokens: int, patch_map: PatchMap, margin: float | None = None) -> None:
         super().__init__()
+        if margin is None:
+            margin = JPEG_MARGIN if patch_map.server.codec == "jpeg" else MARGIN
         if n_tokens < 1:
             raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
         if not 0 <= margin < MID_LEVEL:
@@ -81,7 +84,7 @@ class GamutLibrary(nn.Module):
         cls,
         tokens: Tensor,
         patch_map: PatchMap,
-        margin: float = MARGIN,
+        margin: float | None = None,
         *,
         prompt_pos: str = "none",
         iters: int = 300,
@@ -101,7 +104,8 @@ class GamutLibrary(nn.Module):
             contents = contents - patch_map.constant
         elif prompt_pos != "canvas":
             raise ValueError(f"prompt_pos={prompt_pos!r}; known: canvas, none")
-        solver, h = patch_map.solver, MID_LEVEL - margin
+        solver, margin = patch_map.solver, library.margin
+        h = MID_LEVEL - margin
         mid = torch.full((patch_map.patch_values,), MID_LEVEL, dtype=torch.float64)
         y = patch_map.centre(contents) + mid @ solver.A.T
         levels = solver.in_box(y.float(), margin, 255 - margin, mid, iterations=iters).double()

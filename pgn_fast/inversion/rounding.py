@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,6 +96,12 @@ class FeedbackRounding:
 
     def __call__(self, levels: Tensor, *, backend: str | None = None) -> Tensor:
         """Levels (..., n), floating point -> uint8 of the same shape."""
-        rows = levels.reshape(-1, levels.shape[-1])
-        feedback, order = self.feedback.to(levels.device), self.order.to(levels.device)
-        return feedback_round(rows, feedback, order, backend=backend).reshape(levels.shape)
+        rows, device = levels.reshape(-1, levels.shape[-1]), levels.device
+        if device not in self._on_device:
+            self._on_device[device] = (self.feedback.to(device), self.order.to(device))
+        return feedback_round(rows, *self._on_device[device], backend=backend).reshape(levels.shape)
+
+    @cached_property
+    def _on_device(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        """Feedback and order where they were needed: 38 MB are not copied for every image."""
+        return {}
