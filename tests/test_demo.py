@@ -57,12 +57,13 @@ def test_masks_are_cut_as_the_backbone_cuts_images():
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
-    settings = pretrain.Settings(steps=40, warmup_steps=10, cosine_steps=60, cooldown_steps=8)
-    rates = [settings.rate(step) for step in range(41)]
-    assert rates[9] == pytest.approx(settings.lr) and max(rates) == pytest.approx(settings.lr)
-    assert rates[40] == 0.0
-    # straight down from where the cosine stands at step 32
-    assert rates[36] / rates[32] == pytest.approx(0.5, abs=0.06)
+    straight = pretrain.Settings(steps=40, warmup_steps=10, cosine_steps=10**9, cooldown_steps=8)
+    rates = [straight.rate(step) / straight.lr for step in range(41)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:33] == pytest.approx([1.0] * 24)
+    assert rates[36] == pytest.approx(0.5) and rates[40] == 0.0
+    curved = pretrain.Settings(steps=60, warmup_steps=10, cosine_steps=110, cooldown_steps=0)
+    # half way to the cosine's own end, then not cooled
+    assert curved.rate(60 - 1) / curved.lr == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_killed_pretraining_continues_to_the_bit(tmp_path, monkeypatch):
