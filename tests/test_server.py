@@ -483,7 +483,7 @@ def test_bodies_in_progress_are_bounded_in_bytes(served):
 
 def test_a_call_that_takes_too_long_gets_503(served):
     gated = Gated(served)
-    with TestClient(create_app(gated, ServerSettings(timeout_s=0.3))) as client:
+    with TestClient(create_app(gated, ServerSettings(timeout_s=1.0))) as client:
         call = as_json([encode(images(1)[0])])
         assert error_of(client.post("/v1/predict", json=call)) == (503, "timeout")
         gated.gate.set()
@@ -497,7 +497,9 @@ def test_a_failing_model_answers_500_and_the_server_goes_on(served, monkeypatch)
         for head in (lambda *args, **kwargs: 1 / 0, lambda *args, **kwargs: nan):
             with monkeypatch.context() as patch:
                 patch.setattr(served.model, "forward_head", head)
-                assert error_of(client.post("/v1/predict", json=call)) == (500, "internal")
+                for encoding in ("json", "base64"):
+                    answer = client.post("/v1/predict", json={**call, "encoding": encoding})
+                    assert error_of(answer) == (500, "internal")
         assert client.post("/v1/predict", json=call).status_code == 200
 
 

@@ -217,6 +217,9 @@ class _Service:
         return call, [served.preprocessing.geometry(image) for image in images]
 
     def _answer(self, call: PredictCall, values: Tensor) -> bytes:
+        # no JSON number, and no answer: reported as the model's failure
+        if not values.isfinite().all():
+            raise ValueError(f"{self._served.name} computed {call.output} that are not finite")
         encoded: str | list[list[float]]
         if call.encoding == "base64":
             encoded = base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
@@ -230,8 +233,7 @@ class _Service:
             "encoding": call.encoding,
             "values": encoded,
         }
-        # NaN is no JSON: a model that computes it is a failure to report, not a value to send
-        return json.dumps(answer, allow_nan=False).encode()
+        return json.dumps(answer).encode()
 
     async def _in_pool(self, function: Callable[..., _T], *args: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
