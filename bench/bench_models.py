@@ -37,12 +37,12 @@ from models_common import (
 from torch import nn
 
 B16, B32, L14 = "vit_base_patch16_224", "vit_base_patch32_224", "vit_large_patch14_clip_224"
-SHORT = [Case("deep", B16, 4, P) for P in (1, 10, 50, 100, 200)]
-SHORT += [Case("pgn", B32, 16, 16), Case("shallow", B16, 4, 50)]
+SHORT = [Case("deep", B16, 8, P) for P in (1, 10, 50, 100, 200)]
+SHORT += [Case("pgn", B32, 16, 16), Case("shallow", B16, 8, 50)]
 ALL = [*SHORT, Case("pgn", B16, 4, 16), *(Case("deep", L14, 2, P) for P in (10, 50, 100, 200))]
 
 CASES = ALL if os.environ.get("PGN_FAST_BENCH") == "all" else SHORT
-ROUNDS = int(os.environ.get("PGN_FAST_BENCH_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("PGN_FAST_BENCH_ROUNDS", "3"))
 COMPILE = os.environ.get("PGN_FAST_BENCH_COMPILE", "blocks")
 DTYPE = getattr(torch, os.environ.get("PGN_FAST_BENCH_DTYPE", "float32"))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
