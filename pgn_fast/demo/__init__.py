@@ -50,7 +50,9 @@ def build() -> VisionTransformer:
         num_classes=0,
         weight_init="jax",
     )
-    model.pretrained_cfg = model.default_cfg = dict(PRETRAINED_CFG)
+    # timm's own way to hang its facts on a model, which nn.Module's annotations do not foresee
+    facts: Any = model
+    facts.pretrained_cfg = facts.default_cfg = dict(PRETRAINED_CFG)
     return model
 
 

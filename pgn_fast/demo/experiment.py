@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from ..adapters.baselines import LinearProbe
 from ..errors import TrainingStopped
-from ..models import PGN, VPT
+from ..models import PGN, VPT, PromptedViT
 from . import PRETRAINED_CFG, backbone
 from .recipes import RECIPES, Recipe, Result
 
@@ -84,7 +84,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def build_model(method: str, options: dict[str, Any]) -> nn.Module:
+def build_model(method: str, options: dict[str, Any]) -> PromptedViT | LinearProbe:
     """A model of ``RECIPES`` on the packaged backbone: images (B, 3, 32, 32) → logits (B, 10)."""
     frozen = backbone()
     if method == "linear":
@@ -134,7 +134,7 @@ def run(method: str, seed: int, *, split: str = "test", recipe: Recipe | None = 
 
 
 def train(
-    model: nn.Module,
+    model: PromptedViT | LinearProbe,
     trained: list[nn.Parameter],
     data: Digits,
     recipe: Recipe,
@@ -180,7 +180,7 @@ def train(
 
 @torch.no_grad()
 def _cached_features(
-    model: nn.Module, data: Digits, views: int, generator: torch.Generator
+    model: PromptedViT | LinearProbe, data: Digits, views: int, generator: torch.Generator
 ) -> list[Tensor]:
     """Features (n, D) of ``views`` augmented copies of the training images."""
     return [
