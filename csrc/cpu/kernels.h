@@ -15,11 +15,11 @@ PGN_DECLARE_ISA(void mix_columns(const float* coefficients, const void* library,
                                  int64_t K, int64_t D, int64_t rows, int64_t column, int64_t width,
                                  float* sums, void* prompts))
 
-// From logits and the gradient `grads` of their coefficients: grad_logits, and the coefficients
-// themselves in `weights`; all [rows, K] of one number type. `scratch` is for K floats.
-PGN_DECLARE_ISA(void mix_logit_rows(const void* logits, const void* grads, Number number,
-                                    bool softmax, int64_t K, int64_t rows, float* scratch,
-                                    void* weights, void* grad_logits))
+// From logits and the gradient `grads` of their coefficients: the gradient of the logits, in place,
+// and the coefficients themselves in `weights`; all [rows, K] of one number type. `scratch` is for
+// K + 16 floats, zero behind the first K.
+PGN_DECLARE_ISA(void mix_logit_rows(const void* logits, void* grads, Number number, bool softmax,
+                                    int64_t K, int64_t rows, float* scratch, void* weights))
 
 struct Patches {
   const void* images;  // [B, C, H, W] by the four strides, in elements

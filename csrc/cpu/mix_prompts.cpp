@@ -64,20 +64,19 @@ std::tuple<Tensor, Tensor> mix_prompts_backward_cpu(const Tensor& grad_prompts, 
   const bool softmax = activation == "softmax";
   const Number number = number_of(logits);
   const Tensor grad_rows = view(grad_prompts, {R, D});
-  const Tensor grad_weights = matmul(grad_rows, transpose(token_library, 0, 1));  // [R, K]
+  // the gradient of the coefficients, which becomes that of the logits in place
+  const Tensor grad_logits = matmul(grad_rows, transpose(token_library, 0, 1));  // [R, K]
   const Tensor weights = empty<2>(logits, logits.scalar_type(), {R, K});
-  Tensor grad_logits = empty<3>(logits, logits.scalar_type(), {B, P, K});
-  const char *z = static_cast<const char*>(logits.const_data_ptr()),
-             *grads = static_cast<const char*>(grad_weights.const_data_ptr());
-  char *coefficients = static_cast<char*>(weights.mutable_data_ptr()),
-       *out = static_cast<char*>(grad_logits.mutable_data_ptr());
+  const char* z = static_cast<const char*>(logits.const_data_ptr());
+  char *grads = static_cast<char*>(grad_logits.mutable_data_ptr()),
+       *coefficients = static_cast<char*>(weights.mutable_data_ptr());
   torch::stable::parallel_for(0, R, ceil_div(kGrain, K), [=](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[K]);
+    const std::unique_ptr<float[]> scratch(new float[K + 16]());
     const int64_t at = begin * K * size_of(number);
     PGN_ISA_CALL(mix_logit_rows)(z + at, grads + at, number, softmax, K, end - begin, scratch.get(),
-                                 coefficients + at, out + at);
+                                 coefficients + at);
   });
-  return {grad_logits, matmul(transpose(weights, 0, 1), grad_rows)};
+  return {view(grad_logits, {B, P, K}), matmul(transpose(weights, 0, 1), grad_rows)};
 }
 
 }  // namespace pgn_fast

@@ -93,9 +93,10 @@ inline void for_row(const T* z, int64_t K, float filler, F visit) {
   }
 }
 
-inline void store_part(Lanes lanes, int count, float* out) {
+template <typename T>
+inline void store_part(Lanes lanes, int count, T* out) {
   if (count == kLanes) return store(lanes, out);
-  for (int i = 0; i < count; ++i) out[i] = lanes[i];
+  for (int i = 0; i < count; ++i) from_float(lanes[i], out + i);
 }
 
 // c[r, :] (+)= sum_k a[r * a_row + k * a_k] * b[k * ldb + :] for ROWS rows and COLUMNS registers
