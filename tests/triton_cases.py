@@ -43,8 +43,9 @@ def check_prompt_attention(
     dtype: torch.dtype = torch.float32,
     queries: int | None = None,
     shared: bool = True,
+    d: int = 40,
 ) -> None:
-    B, H, T, P, d = 2, 3, 70, 37, 40
+    B, H, T, P = 2, 3, 70, 37
     scale = d**-0.5
     qkv = inside_nan(torch.randn(B, T, 3, H, d, dtype=dtype, device=device))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)

@@ -246,8 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if _common.INTERPRETED.value:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
-    measured = {}
-    for op in [arguments.op] if arguments.op else CASES:
+    measured, ops = {}, [arguments.op] if arguments.op else list(CASES)
+    for op in ops:
         for name, (launch, arch) in wanted(op, arguments.all).items():
             measured[name] = compile_launch(launch, arch)
             print(name, measured[name], flush=True)
@@ -255,8 +255,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.table.exists():
         table = json.loads(arguments.table.read_text())
     if arguments.update:
-        kernels = measured if arguments.all and not arguments.op else table["kernels"] | measured
-        table = {"triton": triton.__version__, "kernels": dict(sorted(kernels.items()))}
+        # a complete run of an op replaces what the table knew of it
+        stale = tuple(f"{op} " for op in ops) if arguments.all else ()
+        kept = {k: v for k, v in table["kernels"].items() if not k.startswith(stale)}
+        table = {"triton": triton.__version__, "kernels": dict(sorted((kept | measured).items()))}
         arguments.table.parent.mkdir(exist_ok=True)
         arguments.table.write_text(json.dumps(table, indent=1) + "\n")
     found = complaints(measured, table)

@@ -47,19 +47,27 @@ FORWARD_CONFIGS = {
         tile(BLOCK_Q=128, BLOCK_T=64, warps=8, stages=2),
         tile(BLOCK_Q=64, BLOCK_T=32, warps=4, stages=3),
     ],
+    "wide": [
+        tile(BLOCK_Q=64, BLOCK_T=64, warps=4, stages=2),
+        tile(BLOCK_Q=128, BLOCK_T=64, warps=8, stages=2),
+    ],
     "one-query": [
         tile(BLOCK_Q=16, BLOCK_T=64, warps=2, stages=2),
         tile(BLOCK_Q=16, BLOCK_T=128, warps=4, stages=2),
     ],
-    "float": [tile(BLOCK_Q=32, BLOCK_T=32, warps=4, stages=2)],
+    "float": [tile(BLOCK_Q=32, BLOCK_T=32, warps=8, stages=2)],
 }
 QUERY_CONFIGS = {
     "half": [
         tile(BLOCK_Q=64, BLOCK_T=64, warps=4, stages=2),
         tile(BLOCK_Q=128, BLOCK_T=64, warps=8, stages=2),
     ],
+    "wide": [
+        tile(BLOCK_Q=64, BLOCK_T=64, warps=8, stages=2),
+        tile(BLOCK_Q=64, BLOCK_T=32, warps=4, stages=2),
+    ],
     "one-query": [tile(BLOCK_Q=16, BLOCK_T=64, warps=4, stages=2)],
-    "float": [tile(BLOCK_Q=32, BLOCK_T=32, warps=4, stages=2)],
+    "float": [tile(BLOCK_Q=32, BLOCK_T=32, warps=8, stages=2)],
 }
 # BLOCK_Q cuts the sum over queries: one value a kind, so that tuning does not change its order
 KEY_CONFIGS = {
@@ -67,8 +75,9 @@ KEY_CONFIGS = {
         tile(BLOCK_Q=64, BLOCK_T=64, warps=4, stages=2),
         tile(BLOCK_Q=64, BLOCK_T=128, warps=8, stages=2),
     ],
+    "wide": [tile(BLOCK_Q=64, BLOCK_T=64, warps=8, stages=2)],
     "one-query": [tile(BLOCK_Q=16, BLOCK_T=64, warps=4, stages=2)],
-    "float": [tile(BLOCK_Q=16, BLOCK_T=32, warps=8, stages=2)],
+    "float": [tile(BLOCK_Q=16, BLOCK_T=16, warps=8, stages=2)],
 }
 
 
@@ -443,10 +452,13 @@ def prompt_attention_backward(
 
 
 def _kind(q: Tensor) -> str:
-    """Which tile sizes suit: float32 needs small ones, and a single query no more than 16 rows."""
+    """Which tiles suit: small ones for float32, 16 rows for one query, fewer registers a thread
+    where a head is wider than 64."""
     if q.dtype == torch.float32 or q.shape[-1] > 128:
         return "float"
-    return "one-query" if q.shape[2] <= 16 else "half"
+    if q.shape[2] <= 16:
+        return "one-query"
+    return "half" if q.shape[-1] <= 64 else "wide"
 
 
 def _sizes(q: Tensor) -> dict[str, int | str]:

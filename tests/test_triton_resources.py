@@ -1,0 +1,70 @@
+"""Registers, spills and shared memory of the Triton kernels, held to tests/resources/triton.json.
+
+Compiled for sm_90 without a GPU, in one process that does not interpret. Every dtype, architecture
+and tile: ``python -m pgn_fast.kernels.aot --all``; ``--update`` rewrites the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need Triton")
+
+from pgn_fast.kernels import aot
+
+ROOT = Path(__file__).parents[1]
+TABLE = json.loads(aot.TABLE.read_text())
+
+
+@pytest.mark.slow
+def test_compiled_kernels_cost_what_the_table_says():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pgn_fast.kernels.aot"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_table_has_no_spill_where_it_counts():
+    """Half precision on Hopper is what the library is fast with: no tile of it may spill."""
+    spilling = [
+        name
+        for name, figures in TABLE["kernels"].items()
+        if " sm_90 " in name and "16" in name.split()[2] and figures["spills"]
+    ]
+    assert not spilling
+
+
+def figures(**changes: int) -> dict[str, int]:
+    known = {"registers": 100, "stack": 0, "spills": 0, "shared": 1000}
+    return known | {"tensor_cores": 8, "wgmma": 8} | changes
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"registers": 109, "shared": 1099}, None),
+        ({"registers": 90, "shared": 500, "wgmma": 4}, None),
+        ({"registers": 120}, "registers 100 -> 120"),
+        ({"stack": 8}, "stack 0 -> 8"),
+        ({"spills": 1}, "spills 0 -> 1"),
+        ({"shared": 1200}, "shared 1000 -> 1200"),
+        ({"wgmma": 0}, "lost its wgmma instructions"),
+    ],
+)
+def test_growth_is_named(changes, complaint):
+    table = {"triton": aot.triton.__version__, "kernels": {"kernel": figures()}}
+    found = aot.complaints({"kernel": figures(**changes)}, table)
+    assert found == ([f"kernel: {complaint}"] if complaint else [])
+
+
+def test_other_compilers_are_held_to_spills_only():
+    table = {"triton": "0.0", "kernels": {"kernel": figures()}}
+    assert aot.complaints({"kernel": figures(registers=200, shared=9999)}, table) == []
+    assert aot.complaints({"kernel": figures(spills=2)}, table) == ["kernel: spills 0 -> 2"]
+    assert "not in the table" in aot.complaints({"other": figures()}, table)[0]
