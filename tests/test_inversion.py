@@ -481,3 +481,17 @@ def test_verdicts(shape, kind, free, verdict):
     assert report.verdict == verdict
     assert json.loads(json.dumps(report.to_dict()))["verdict"] == verdict
     assert f": {verdict} (" in str(report)
+
+
+def test_a_half_precision_generator_still_mixes_exact_patches():
+    """A bfloat16 model chooses with less care, but what it chooses is inverted in float32."""
+    backbone = small_vit().to(torch.bfloat16)
+    library = GamutLibrary(8, PatchMap.from_backbone(backbone))
+    with torch.no_grad():
+        library.theta.mul_(150)
+    model = small_pgn(backbone, library)
+    prompter = pgn_fast.invert(model)
+    assert prompter.inverted.patches.dtype == torch.float32
+    report = verify(prompter, model, IMAGES)
+    # the latent prompts of the comparison are themselves rounded to 8 bits of mantissa
+    assert report.mean < 0.02 and max(report.reach_err) < 0.01

@@ -67,6 +67,7 @@ class RgbPrompter(nn.Module):
                     "before block 1, or post-mix clipping."
                 )
             generator = copy.deepcopy(generator).eval().requires_grad_(False)
+            inverted = inverted.to(next(generator.parameters()).device)
         self.generator: Any = generator
         self.inverted = inverted
         self.patch_map = patch_map
@@ -123,7 +124,8 @@ class RgbPrompter(nn.Module):
         """The mixed patches as offsets from the baseline, (B, P, n)."""
         if self.generator is None:
             return self.inverted.patches.expand(len(normalised), -1, -1)
-        logits = self.generator.mixture_logits(normalised).float()
+        own = next(self.generator.parameters())
+        logits = self.generator.mixture_logits(normalised.to(own.device, own.dtype)).float()
         # pixel mixing is token mixing with 3 p^2 values a token
         return mix_prompts(logits, self.inverted.patches, self.generator.activation)
 
@@ -262,7 +264,8 @@ def _latent_prompts(prompter: RgbPrompter, model: Any, normalised: Tensor) -> Te
         return None
     if prompter.generator is None:
         return model.prompts(normalised)
-    return prompter.generator(normalised)
+    own = next(prompter.generator.parameters())
+    return prompter.generator(normalised.to(own.device, own.dtype))
 
 
 def _output_errors(
