@@ -221,11 +221,22 @@ class PromptedViT(nn.Module):
             raise RuntimeError(f"adapter state does not fit: {'; '.join(sorted(problems))}")
         self.load_state_dict(state, strict=False)
 
-    def save_pretrained(self, directory: str | PathLike[str]) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into the directory."""
+    def save_pretrained(
+        self,
+        directory: str | PathLike[str],
+        *,
+        class_names: Sequence[str] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into the directory.
+
+        The arguments are those of ``pgn_fast.adapters.save_pretrained``.
+        """
         from . import adapters
 
-        adapters.save_pretrained(self, directory)
+        adapters.save_pretrained(
+            self, directory, class_names=class_names, preprocessing=preprocessing
+        )
 
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         """Check the images; the images that the backbone gets, and which prompts enter where."""

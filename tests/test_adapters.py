@@ -15,7 +15,7 @@ from small_world import MODEL, tiny_vit
 from torch import nn
 
 import pgn_fast
-from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, atomic
+from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, atomic, save_pretrained
 from pgn_fast.adapters.baselines import FineTuned, LinearProbe
 from pgn_fast.errors import UserError
 
@@ -291,3 +291,58 @@ def test_backbone_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(pgn_fast.adapters.store, "load_backbone", load_backbone)
     pgn_fast.from_pretrained(tmp_path)
     assert asked == [f"{MODEL}.augreg_in21k_ft_in1k"]
+
+
+@pytest.mark.parametrize("name", ["linear", "full", "vpt-deep", "pgn"])
+def test_a_head_that_was_exchanged_is_the_one_that_is_saved(name, tmp_path):
+    model = MODELS[name](tiny_vit()).eval()
+    model.head = nn.Linear(32, 7)
+    save_pretrained(model, tmp_path)
+    loaded = pgn_fast.from_pretrained(tmp_path, tiny_vit())
+    assert loaded.num_classes == 7
+    assert torch.equal(loaded(IMAGES), model(IMAGES).detach())
+
+
+def test_heads_that_no_configuration_describes(tmp_path):
+    probe = LinearProbe(tiny_vit(), 5)
+    probe.head = nn.Sequential(nn.Linear(32, 5))
+    with pytest.raises(ValueError, match=r"LinearProbe is a Sequential.*nn\.Linear\(32, C\)"):
+        save_pretrained(probe, tmp_path)
+    model = vpt(tiny_vit()).eval()
+    model.head = nn.Sequential(nn.Linear(32, 6))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"head was a torch\.nn"):
+        pgn_fast.from_pretrained(tmp_path, tiny_vit())
+    brought = pgn_fast.from_pretrained(tmp_path, tiny_vit(), head=nn.Sequential(nn.Linear(32, 6)))
+    assert brought.num_classes == 6
+    assert torch.equal(brought(IMAGES), model(IMAGES).detach())
+    # taken off altogether: pooled features
+    model = vpt(tiny_vit())
+    model.head = nn.Identity()
+    model.save_pretrained(tmp_path)
+    assert pgn_fast.from_pretrained(tmp_path, tiny_vit())(IMAGES).shape == (3, 32)
+
+
+def test_names_and_pixels_are_kept_and_must_fit(tmp_path):
+    model, names = vpt(tiny_vit()), [f"class {c}" for c in range(5)]
+    pixels = {"input_size": (3, 16, 16), "mean": (0.1, 0.2, 0.3)}
+    model.save_pretrained(tmp_path, class_names=names, preprocessing=pixels)
+    loaded = pgn_fast.from_pretrained(tmp_path, tiny_vit())
+    assert loaded.class_names == names
+    assert loaded.preprocessing == {"input_size": [3, 16, 16], "mean": [0.1, 0.2, 0.3]}
+    with pytest.raises(ValueError, match="class_names has 4 names, the head gives 5 classes"):
+        model.save_pretrained(tmp_path, class_names=names[1:])
+    loaded.head = nn.Linear(32, 7)
+    with pytest.raises(ValueError, match=r"5 names, the head gives 7 classes.*class_names = None"):
+        loaded.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [LinearProbe, FineTuned])
+def test_baselines_take_half_precision_backbones(kind):
+    """The head is float32 there, as everything that is trained in front of a frozen backbone."""
+    model = kind(tiny_vit().to(torch.bfloat16), 5).eval()
+    logits = model(IMAGES.to(torch.bfloat16))
+    exact = kind(tiny_vit(), 5).eval()
+    exact.head = model.head
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, exact(IMAGES), atol=0.05)

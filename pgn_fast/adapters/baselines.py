@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from ..heads import linear_head
 
 
+def _classify(head: nn.Module, pooled: Tensor) -> Tensor:
+    """Pooled features (B, D) to logits in the head's dtype: float32 on a half-precision backbone,
+    see ``linear_head``."""
+    own = next(head.parameters(), None)
+    return head(pooled if own is None else pooled.to(own.dtype))
+
+
 class LinearProbe(nn.Module):
     """A trained linear layer on the pooled features of a frozen backbone.
 
@@ -37,7 +44,7 @@ class LinearProbe(nn.Module):
         with torch.no_grad():
             features = self.backbone.forward_features(images)
             pooled = self.backbone.forward_head(features, pre_logits=True)
-        return self.head(pooled)
+        return _classify(self.head, pooled)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """The head's weights."""
@@ -72,7 +79,7 @@ class FineTuned(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, C)."""
         features = self.backbone.forward_features(images)
-        return self.head(self.backbone.forward_head(features, pre_logits=True))
+        return _classify(self.head, self.backbone.forward_head(features, pre_logits=True))
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """All weights: backbone and head."""

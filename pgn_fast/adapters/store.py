@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..errors import UserError
 from ..frozen.load import DEMO_NAME, load_backbone
+from ..heads import KeptHead, ZeroShotHead, count_classes
 from ..inversion.gamut import GamutLibrary
 from ..models import PGN, VPT, PromptedViT
 from .atomic import write_files
@@ -75,17 +76,21 @@ def save_pretrained(
 
     Raises:
         TypeError: not a model of this package.
+        ValueError: ``class_names`` are not as many as the head's classes, or a baseline has a head
+            that is no linear layer.
         OSError: the files could not be written; the old ones are whole.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in _trained(model).items()}
     backbone: Any = model.backbone
     names = class_names if class_names is not None else getattr(model, "class_names", None)
+    values = _constructor_values(model)
+    _check_names(names, values["num_classes"])
     config = {
         "pgn_fast_version": __version__,
         "method": method_of(model),
         "base_model_name_or_path": _backbone_name(backbone),
         **_shape(backbone),
-        **_constructor_values(model),
+        **values,
         "class_names": None if names is None else list(names),
         "preprocessing": _plain(
             preprocessing or getattr(model, "preprocessing", None) or backbone_pixels(backbone)
@@ -239,12 +244,39 @@ def _constructor_values(model: Any) -> dict[str, Any]:
             values["token_library"] = library.to_config()
         if values["generator"] is None:
             values["generator"] = model.prompter.generator
-    head = values.get("head")
-    if type(head) is nn.Linear and head.bias is not None:
-        values |= {"head": "linear", "num_classes": head.out_features}
-    elif head == "linear":
-        values["num_classes"] = model.num_classes
+    values |= _head_values(model, values)
     return {name: _plain(value) for name, value in values.items() if name in _parameters(model)}
+
+
+def _head_values(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the head that stands on the model now is built from; it may be no longer the first one.
+
+    Raises:
+        ValueError: a baseline with a head that no configuration can describe.
+    """
+    head, configured = model.head, values.get("head", "linear")
+    if type(head) is nn.Linear and head.bias is not None:
+        return {"head": "linear", "num_classes": head.out_features}
+    if type(head) is nn.Identity and configured == "linear":
+        return {"head": "linear", "num_classes": 0}
+    kept = configured == "keep" and isinstance(head, KeptHead)
+    if kept or head is configured or isinstance(head, ZeroShotHead):
+        return {}
+    if isinstance(model, PromptedViT):
+        return {"head": head, "num_classes": count_classes(head, None)}
+    raise ValueError(
+        f"the head of this {type(model).__name__} is a {type(head).__name__}; an adapter of it "
+        f"holds an nn.Linear({model.backbone.num_features}, C) with a bias. Put such a head on, "
+        "or use a VPT or PGN with head=..., which takes any module."
+    )
+
+
+def _check_names(names: Sequence[str] | None, num_classes: int) -> None:
+    if names is not None and num_classes and len(names) != num_classes:
+        raise ValueError(
+            f"class_names has {len(names)} names, the head gives {num_classes} classes; pass "
+            "class_names=[...] with one name a class, or set model.class_names = None."
+        )
 
 
 def _plain(value: Any) -> Any:
