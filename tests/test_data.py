@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from small_world import write_images
 
+from pgn_fast.demo import experiment
+from pgn_fast.digits import split_digits
 from pgn_fast.errors import UserError
 from pgn_fast.train import loader as loaders
 from pgn_fast.train.config import TrainConfig
@@ -40,7 +43,7 @@ def splits_of(data, **given):
 def test_digits_come_in_a_fixed_split():
     splits = splits_of("digits")
     again = splits_of("digits", seed=7)
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (901, 99, 797)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (900, 100, 797)
     assert list(splits.test.indices) == list(again.test.indices)
     assert list(splits.validation.indices) != list(again.validation.indices)
     parts = [*splits.train.indices, *splits.validation.indices, *splits.test.indices]
@@ -51,6 +54,24 @@ def test_digits_come_in_a_fixed_split():
     # levels 0 ... 16 become 0 ... 255
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 79, 207, 143, 15, 0, 0]
     assert splits.train.images.pixels.max() == 255
+
+
+def test_digits_are_split_as_in_the_demo():
+    """An adapter of one is scored by the other: no test image of either is trained on by either."""
+    splits, demo = splits_of("digits", val_fraction=0), experiment.load("test")
+    labels = splits.train.images.labels
+    train, test = split_digits(labels)
+    assert list(splits.train.indices) == sorted(train)
+    assert list(splits.test.indices) == sorted(test)
+    assert [labels[i] for i in train] == demo.train_labels.tolist()
+    assert [labels[i] for i in test] == demo.test_labels.tolist()
+    # bilinear enlargement of the 8 × 8 levels keeps their mean but for the border, in order
+    means = torch.tensor([splits.train.images.pixels[i].mean() for i in test])
+    enlarged = demo.test_images.mean(dim=(1, 2, 3))
+    assert torch.corrcoef(torch.stack([means, enlarged]))[0, 1] > 0.9
+    # the split that recorded results stand on
+    digest = hashlib.sha256(json.dumps([train, test]).encode()).hexdigest()
+    assert digest.startswith("b510a180f5b4a69a")
 
 
 def test_flat_folder_is_carved_class_by_class(tmp_path):
@@ -145,6 +166,29 @@ def test_negative_labels_are_out_of_range(tmp_path):
     images = FolderImages([tmp_path / "a.png", tmp_path / "b.png"], [0, -1])
     with pytest.raises(UserError, match=r"label -1 of .*b\.png is out of range"):
         count_classes(Split("train", "x", images, range(2), ["a", "b"]), None)
+
+
+def test_a_number_of_classes_that_the_data_contradict(tmp_path):
+    write_images(tmp_path, 2)
+    with pytest.raises(UserError, match="has 3 classes, --num-classes is 5: leave it out"):
+        splits_of(tmp_path, num_classes=5)
+    with pytest.raises(UserError, match="is out of range for 2 classes"):
+        splits_of(tmp_path, num_classes=2)
+
+
+def test_a_folder_needs_no_data_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos" / "pets", 2)
+    for data in ("photos/pets", "digits"):
+        with pytest.raises(UserError, match=f"--data-dir elsewhere: .*{data} needs none"):
+            splits_of(data, data_dir="elsewhere")
+
+
+def test_an_unknown_policy_is_named():
+    for aa in ("foo", "rand-foo9"):
+        with pytest.raises(UserError, match=f"--aa {aa}: timm cannot read .* rand-m9-mstd0.5"):
+            loaders.train_transform(TrainConfig.make(aa=aa), PIXELS)
+    assert loaders.train_transform(TrainConfig.make(aa="rand-m9-mstd0.5"), PIXELS)
 
 
 def test_timm_data_sets_have_random_access(tmp_path):

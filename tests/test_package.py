@@ -22,7 +22,7 @@ ROOMS = [
     {"ops"},
     {"reference", "kernels", "_native"},
     {"_C"},
-    {"errors", "atomic"},
+    {"errors", "atomic", "digits"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # imports inside functions that close a circle on purpose, with the reason

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..adapters.baselines import LinearProbe
+from ..digits import split_digits
 from ..errors import TrainingStopped
 from ..models import PGN, VPT, PromptedViT
 from . import PRETRAINED_CFG, backbone
 from .recipes import RECIPES, Recipe, Result
 
 NUM_CLASSES = 10
-SPLIT_SEED = 0
-TRAIN_SIZE, VALIDATION_SIZE = 1000, 200
+VALIDATION_SIZE = 200
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,7 @@ def load(split: str = "test", seed: int = 0) -> Digits:
     mean, std = (torch.tensor(PRETRAINED_CFG[key]).view(3, 1, 1) for key in ("mean", "std"))
     images, labels = (images - mean) / std, torch.from_numpy(digits.target).long()
 
-    everything = range(len(labels))
-    train, test = train_test_split(
-        everything, train_size=TRAIN_SIZE, stratify=labels, random_state=SPLIT_SEED
-    )
+    train, test = split_digits(labels.tolist())
     if split == "validation":
         train, test = train_test_split(
             train, test_size=VALIDATION_SIZE, stratify=labels[train], random_state=seed

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
+from ..digits import split_digits
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ _FOLDERS = {
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-DIGITS_TRAIN = 1000
 
 
 class Images(Protocol):
@@ -182,10 +182,15 @@ def load_split(config: TrainConfig, name: str) -> Split:
         "test": config.test_split,
     }.get(name)
     prefix = config.data.partition("/")[0].lower()
-    if config.data == "digits":
-        return _digits(wanted or name)
     if prefix in NAMED and not Path(config.data).exists():
         return _named(config, name, wanted)
+    if config.data_dir is not None:
+        raise UserError(
+            f"--data-dir {config.data_dir}: it is the folder of a data set that is named by timm, "
+            f"as torch/cifar10 is; {config.data} needs none. Give one of them."
+        )
+    if config.data == "digits":
+        return _digits(wanted or name)
     return _folder(Path(config.data), name, wanted)
 
 
@@ -270,11 +275,9 @@ def _digits(name: str) -> Split:
         raise UserError(f"digits has the splits train and test, not {name!r}.")
     data = load_digits()
     images = DigitImages((data.images * (255 / 16)).astype("uint8"), data.target.tolist())
-    # the file's order follows its writers; the split is one fixed shuffle, whatever --seed is
-    order = list(range(len(images)))
-    random.Random(0).shuffle(order)
-    chosen = order[:DIGITS_TRAIN] if name == "train" else order[DIGITS_TRAIN:]
-    origin = f"digits {name} ({len(chosen)} of {len(order)} images)"
+    train, test = split_digits(images.labels)
+    chosen = train if name == "train" else test
+    origin = f"digits {name} ({len(chosen)} of {len(images)} images)"
     return Split(name, origin, images, sorted(chosen), [str(d) for d in range(10)])
 
 
@@ -373,7 +376,7 @@ def count_classes(split: Split, given: int | None) -> int:
     """The number of classes; all labels are below it.
 
     Raises:
-        UserError: a label out of range, or fewer than two classes.
+        UserError: a label out of range, fewer than two classes, or not as many as the data name.
     """
     names, labels = split.class_names, split.images.labels
     count = given or (len(names) if names else 0)
@@ -389,6 +392,11 @@ def count_classes(split: Split, given: int | None) -> int:
                 f"data: label {labels[wrong]} of {split.images.name(wrong)} is out of range for "
                 f"{count} classes (0 ... {count - 1})."
             )
+    if names and count != len(names):
+        raise UserError(
+            f"data: {split.origin} has {len(names)} classes, --num-classes is {count}: leave it "
+            "out, the data tell."
+        )
     if count < 2:
         raise UserError(
             f"data: {split.origin} has {count} class(es); two are the least to tell apart"

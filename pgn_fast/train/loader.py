@@ -53,26 +53,44 @@ def train_transform(config: TrainConfig, pixels: dict[str, Any]) -> Transform:
 
     Args:
         pixels: what ``preprocessing`` returned.
+
+    Raises:
+        UserError: timm knows no such auto-augment policy.
     """
     from timm.data import create_transform
 
-    return create_transform(
-        pixels["input_size"],
-        is_training=True,
-        no_aug=config.no_aug,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        color_jitter_prob=config.color_jitter_prob,
-        grayscale_prob=config.grayscale_prob,
-        auto_augment=config.aa,
-        re_prob=config.reprob,
-        interpolation=pixels["interpolation"],
-        mean=pixels["mean"],
-        std=pixels["std"],
-    )
+    with _named_policy(config.aa):
+        return create_transform(
+            pixels["input_size"],
+            is_training=True,
+            no_aug=config.no_aug,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter,
+            color_jitter_prob=config.color_jitter_prob,
+            grayscale_prob=config.grayscale_prob,
+            auto_augment=config.aa,
+            re_prob=config.reprob,
+            interpolation=pixels["interpolation"],
+            mean=pixels["mean"],
+            std=pixels["std"],
+        )
+
+
+@contextmanager
+def _named_policy(aa: str | None) -> Iterator[None]:
+    """timm answers an unknown policy with any of these, none of which names the flag."""
+    try:
+        yield
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        if aa is None:
+            raise
+        raise UserError(
+            f"--aa {aa}: timm cannot read this policy ({error}); give one such as "
+            "rand-m9-mstd0.5, augmix-m5-w4, original or 3a."
+        ) from error
 
 
 def eval_transform(pixels: dict[str, Any]) -> Transform:
