@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on (a loss that is not finite): names the step. Exit code 1."""
+    """Training cannot go on: a loss that is not finite, a full device. Exit code 1."""
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
     translated: tuple[type[Exception], ...] = (ValueError, *kinds)
     try:
         yield
-    except UserError:
+    except (UserError, TrainingStopped):
         raise
     except translated as error:
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -181,6 +181,13 @@ def complaint(capsys, arguments):
         ("eval nowhere digits --split dev", "digits has the splits train and test"),
         ("predict nowhere image.png", "no file or folder named image.png"),
         ("bench --rounds 0", "give 1 or more"),
+        ("eval x -b 0", "-b/--batch-size: is 0; give 1 or more"),
+        ("predict x y -j -1", "-j/--workers: is -1; give 0 or more"),
+        ("predict x y -b many", "-b/--batch-size: invalid int value: 'many'"),
+        ("predict x y --topk 0", "--topk: is 0; give 1 or more"),
+        ("train --seed -1", "--seed is -1; give 0 or more"),
+        ("train --aa foo", "--aa foo: timm cannot read this policy"),
+        ("train --method vpt-shallow --backend cuda --device cpu", "backend='cuda' cannot run"),
     ],
 )
 def test_bad_arguments_get_one_line(capsys, tmp_path, monkeypatch, words, message):
@@ -199,6 +206,21 @@ def test_classes_that_do_not_fit_get_one_line(world, tmp_path, capsys):
     assert "yellow has no image" in complaint(capsys, ["eval", adapter, tmp_path, *model(world)])
     line = complaint(capsys, ["train", world / "data", "--num-classes", "2"])
     assert "label 2 of" in line and "out of range for 2 classes" in line
+
+
+def test_eval_hears_of_the_number_of_classes(world, capsys):
+    words = ["eval", world / "run/best", world / "data", "--device", "cpu", *model(world)]
+    assert main([*map(str, words), "--num-classes", "3"]) == 0
+    line = complaint(capsys, [*words, "--num-classes", "4"])
+    assert "has 3 classes, --num-classes is 4" in line
+    assert "out of range for 2 classes" in complaint(capsys, [*words, "--num-classes", "2"])
+
+
+def test_a_recipe_is_not_ignored_when_a_run_is_resumed(world, capsys):
+    line = complaint(capsys, ["train", "--resume", world / "run", "--recipe", "vpt-official"])
+    assert "has opt = 'adamw', now 'sgd'" in line
+    line = complaint(capsys, ["train", "--resume", world / "run", "--recipe", "pgn-official"])
+    assert "has method = 'vpt-deep', now 'pgn'" in line
 
 
 def test_wrong_backbone_gets_one_line(world, capsys):

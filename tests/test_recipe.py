@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_world import tiny_vit
 from torch import nn
 
 from pgn_fast.errors import UserError
 from pgn_fast.train import recipe
 from pgn_fast.train.config import METHODS, RECIPES, TrainConfig
+from pgn_fast.train.methods import build_model
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -108,6 +110,15 @@ def test_configuration_survives_json(method):
     assert again == config and again.mean == (0.1, 0.2, 0.3)
 
 
+def test_pgns_network_keeps_its_pixels_on_digits_alone():
+    assert TrainConfig.make().generator_kwargs == {"max_pool": False}
+    assert TrainConfig.make(data="photos").generator_kwargs == {}
+    # timm's networks do not know that switch
+    config = TrainConfig.make(generator="resnet18")
+    model = build_model(config, tiny_vit().requires_grad_(False), 10)
+    assert model.prompter.mixture_logits(torch.zeros(2, 3, 16, 16)).shape == (2, 16, 256)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -118,6 +129,17 @@ def test_configuration_survives_json(method):
         ({"num_prompts": 0}, "--num-prompts is 0; give 1"),
         ({"val_fraction": 1.0}, "--val-fraction is 1.0"),
         ({"epochs": 3, "warmup_epochs": 4}, "--warmup-epochs 4 is more than --epochs 3"),
+        ({"clip_grad": -1.0}, "--clip-grad is -1.0; give > 0"),
+        ({"clip_grad": 0.0}, "--clip-grad is 0.0; give > 0"),
+        ({"smoothing": 2.0}, r"--smoothing is 2.0; give 0 \.\.\. 1"),
+        ({"hflip": math.nan}, r"--hflip is nan; give 0 \.\.\. 1"),
+        ({"crop_pct": 0.0}, "--crop-pct is 0.0; give a share above 0"),
+        ({"interpolation": "foo"}, "--interpolation is 'foo'; known: nearest, bilinear"),
+        ({"seed": -1}, "--seed is -1; give 0 or more"),
+        ({"seed": 2**63}, "--seed is 9223372036854775808; give less"),
+        ({"scale": (0.9, 0.1)}, "--scale is 0.9 0.1; give the smallest and the largest"),
+        ({"ratio": (0.0, 1.0)}, "--ratio is 0 1; give"),
+        ({"std": (0.5, 0.0, 0.5)}, "--std is 0.5 0.0 0.5; give three above 0"),
         ({"recipe": "vit"}, "--recipe is 'vit'; known: pgn-official, vpt-official"),
     ],
     ids=lambda v: str(v)[:30],

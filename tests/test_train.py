@@ -270,6 +270,38 @@ def test_loss_that_is_not_finite_stops_at_its_step(world, tmp_path, monkeypatch)
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+def test_a_full_device_says_what_to_change(world, tmp_path, monkeypatch, capsys):
+    """At the first step of epoch 2, epoch 1 is kept; as early as trying the model out, nothing."""
+    from pgn_fast.cli import main
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has little.")
+    real, calls = loop.F.cross_entropy, iter(range(1, 100))
+
+    def cross_entropy(logits, labels, **options):
+        if torch.is_grad_enabled() and next(calls) == 4:
+            raise full
+        return real(logits, labels, **options)
+
+    monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
+    advice = r"with -b 8 \(CUDA out of memory\); {}\. .* -b 4 --grad-accum-steps 2 for 8 images"
+    # 27 images in batches of 8: three steps an epoch
+    with pytest.raises(TrainingStopped, match=advice.format("the last good checkpoint is .*")):
+        loop.train(configure(world), tmp_path / "run", device=CPU, show=False)
+    assert checkpoints.load(tmp_path / "run")["position"]["epoch"] == 1
+    read_adapter(tmp_path / "run" / "best")
+
+    def forward(model, images):
+        raise full
+
+    monkeypatch.setattr(pgn_fast.VPT, "forward", forward)
+    with pytest.raises(TrainingStopped, match=advice.format("nothing is saved yet")):
+        loop.train(configure(world), tmp_path / "early", device=CPU, show=False)
+    monkeypatch.setattr(loop.Run, "__init__", lambda *arguments: forward(*arguments[:2]))
+    assert main(["train", "--output", str(tmp_path / "third"), "-b", "1"]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "--amp or a smaller --model: -b is 1 already" in line
+
+
 def test_weights_that_are_not_finite_take_no_checkpoints_place(world, tmp_path, monkeypatch):
     real = loop.set_learning_rate
     calls = iter(range(100))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -90,6 +91,21 @@ def data_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {n: v for n, v in given.items() if v is not None}
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """The ``type`` of an argument that is a whole number, ``low`` or more."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"is {value}; give {low} or more")
+        return value
+
+    return number
+
+
 class KeyValues(argparse.Action):
     """``--flag a=1 b=x`` to {"a": 1, "b": "x"}: Python literals where they are some."""
 
@@ -138,7 +154,11 @@ def load_adapter(args: argparse.Namespace) -> Any:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Batch size, workers and precision of a command that only runs a model forward."""
-    parser.add_argument("-b", "--batch-size", type=int, default=64, metavar="N", help="(64)")
-    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="processes (0)")
+    parser.add_argument(
+        "-b", "--batch-size", type=at_least(1), default=64, metavar="N", help="(64)"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=at_least(0), default=0, metavar="N", help="processes (0)"
+    )
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16")

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import UserError
 from ..train.config import TrainConfig
-from ._options import KeyValues, add_device_argument, pick_device
+from ._options import KeyValues, add_device_argument, at_least, pick_device
 
 HELP = "measure images/s here: the fast path against timm's own blocks"
 EPILOG = """\
@@ -29,17 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="pgn_demo_vit", metavar="NAME", help="a timm ViT")
     parser.add_argument("--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE")
     parser.add_argument("--method", choices=_METHODS, help="default: all three")
-    parser.add_argument("--num-prompts", type=int, metavar="P", help="default: the method's")
-    parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="(32)")
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="of each (10)")
+    parser.add_argument(
+        "--num-prompts", type=at_least(1), metavar="P", help="default: the method's"
+    )
+    parser.add_argument(
+        "-b", "--batch-size", type=at_least(1), default=32, metavar="N", help="(32)"
+    )
+    parser.add_argument("--rounds", type=at_least(1), default=10, metavar="N", help="of each (10)")
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16")
     add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.rounds < 1 or args.batch_size < 1:
-        raise UserError(f"--rounds {args.rounds}, -b {args.batch_size}: give 1 or more.")
     device = pick_device(args.device)
 
     import timm

@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from ..train.loader import eval_transform, make_loader
     from ..train.reports import write_json
 
-    num_classes = config.num_classes or 0 if split.streamed else count_classes(split, None)
+    given = config.num_classes
+    num_classes = given or 0 if split.streamed else count_classes(split, given)
     model = load_adapter(args).to(device)
     _check_fit(args.adapter, model, split, num_classes)
     loader = make_loader(
@@ -97,7 +98,7 @@ def _check_fit(adapter: str, model: object, split: Split, num_classes: int) -> N
         )
     trained, found = model.class_names, split.class_names  # type: ignore[attr-defined]
     if trained and found and trained != found:
-        i = next(i for i, pair in enumerate(zip(trained, found, strict=True)) if len({*pair}) > 1)
+        i = next(i for i, (t, f) in enumerate(zip(trained, found, strict=True)) if t != f)
         raise UserError(
             f"class {i} is {trained[i]!r} in {adapter} and {found[i]!r} in {split.origin}: these "
             "are not the classes that it was trained on."

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ._options import (
     add_adapter_arguments,
     add_device_argument,
     add_run_arguments,
+    at_least,
     load_adapter,
     pick_device,
 )
@@ -37,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("csv", "jsonl"), help="default: as --output ends, else csv"
     )
-    parser.add_argument("--topk", type=int, default=1, metavar="K", help="classes an image (1)")
+    parser.add_argument(
+        "--topk", type=at_least(1), default=1, metavar="K", help="classes an image (1)"
+    )
     add_run_arguments(parser)
     add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.topk < 1:
-        raise UserError(f"--topk is {args.topk}; give 1 or more.")
     device = pick_device(args.device)
 
     from ..adapters.atomic import write_files

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         action=KeyValues,
         metavar="NAME=VALUE",
-        help="of that network, such as max_pool=False for small images (digits: so)",
+        help="of that network, such as max_pool=False for small images (resnet10 on digits: so)",
     )
     model.add_argument("--resolution", type=int, metavar="R", help="of PGN's network, in pixels")
     _add(model, "activation", str, "PGN's mixture", choices=("softmax", "sigmoid"))
@@ -188,8 +188,10 @@ def _output_and_config(args: argparse.Namespace, given: dict[str, Any]) -> tuple
         return output, config
     from ..train.loop import resume_config
 
-    output = Path(args.resume or args.output or f"runs/{given.get('method', TrainConfig.method)}")
-    return output, resume_config(output, given) or TrainConfig.make(args.recipe, **given)
+    # a recipe that is named again is a claim about the run, as every other flag is
+    asked = RECIPES.get(args.recipe, {}) | given
+    output = Path(args.resume or args.output or f"runs/{asked.get('method', TrainConfig.method)}")
+    return output, resume_config(output, asked) or TrainConfig.make(args.recipe, **given)
 
 
 def _print_results(summary: dict[str, Any], output: Path) -> None:

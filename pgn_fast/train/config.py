@@ -6,12 +6,14 @@ No torch here: the command line reads this module to answer ``--help``.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
 
 METHODS = ("pgn", "vpt-deep", "vpt-shallow", "linear", "full")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SCHEDULES = ("cosine", "cosine-pgn", "cosine-vpt", "constant")
 
 
@@ -111,6 +113,9 @@ class TrainConfig:
             _check_choice("recipe", recipe, tuple(RECIPES))
         values = {
             **DATA_DEFAULTS.get(given.get("data", cls.data), {}),
+            **_generator_defaults(
+                given.get("data", cls.data), given.get("generator", cls.generator)
+            ),
             **METHOD_DEFAULTS[method],
             **RECIPES.get(recipe or "", {}),
             **_deploy_defaults(given.get("deploy"), given.get("model", cls.model)),
@@ -142,9 +147,28 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; give {low} or more.")
-        for name in ("lr", "batch_size", "epochs"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; give > 0.")
+        for name in ("lr", "batch_size", "epochs", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; give > 0.")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; give 0 ... 1.")
+        for name, top in (("scale", 1.0), ("ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= top:
+                raise UserError(
+                    f"--{name} is {low:g} {high:g}; give the smallest and the largest, above 0"
+                    + (" and up to 1." if top == 1 else ".")
+                )
+        if self.seed >= 2**63:
+            raise UserError(f"--seed is {self.seed}; give less than 2**63.")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UserError(f"--crop-pct is {self.crop_pct}; give a share above 0, up to 1.")
+        if self.std is not None and not all(s > 0 for s in self.std):
+            raise UserError(f"--std is {' '.join(map(str, self.std))}; give three above 0.")
+        _check_choice("interpolation", self.interpolation, (None, *INTERPOLATIONS))
         if not 0 <= self.val_fraction < 1:
             raise UserError(
                 f"--val-fraction is {self.val_fraction}; give a share of the training images "
@@ -155,6 +179,12 @@ class TrainConfig:
                 f"--warmup-epochs {self.warmup_epochs:g} is more than --epochs {self.epochs}: "
                 "the full rate would never be reached."
             )
+
+
+def _generator_defaults(data: str, generator: str) -> dict[str, Any]:
+    """8 pixels leave nothing to pool away; only the paper's network has that switch."""
+    tiny = data == "digits" and generator == "resnet10"
+    return {"generator_kwargs": {"max_pool": False}} if tiny else {}
 
 
 def _deploy_defaults(deploy: str | None, model: str) -> dict[str, Any]:
@@ -178,20 +208,29 @@ _AT_LEAST = {
     "warmup_lr": 0,
     "grad_accum_steps": 1,
     "workers": 0,
-    "prompt_dropout": 0,
+    "color_jitter": 0,
+    "seed": 0,
     "recovery_interval": 0,
     "log_interval": 1,
 }
+_SHARES = (
+    "smoothing",
+    "momentum",
+    "prompt_dropout",
+    "hflip",
+    "vflip",
+    "color_jitter_prob",
+    "grayscale_prob",
+    "reprob",
+)
 
-# Digits are not mirrored or cropped, a "6" would be no "6" any more; and 8 pixels leave nothing
-# to pool away in PGN's network.
+# Digits are not mirrored or cropped, a "6" would be no "6" any more.
 DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {
         "scale": (1.0, 1.0),
         "ratio": (1.0, 1.0),
         "hflip": 0.0,
         "crop_pct": 1.0,
-        "generator_kwargs": {"max_pool": False},
     },
 }
 

@@ -113,16 +113,41 @@ def train(
 
     Raises:
         UserError: the arguments or the data do not work.
-        TrainingStopped: the loss or a trained weight is not finite; the checkpoint is the last
-            good one.
+        TrainingStopped: the loss or a trained weight is not finite, or the device's memory is
+            full; the checkpoint is the last good one.
         OSError: a file could not be written; the older one is whole.
     """
     with Processes(device or torch.device("cpu")) as processes:
         output.mkdir(parents=True, exist_ok=True)
         state = checkpoints.load(output) if resume else None
-        run = Run(config, output, processes, state, show)
-        run.fit()
-        return run.finish()
+        try:
+            run = Run(config, output, processes, state, show)
+            run.fit()
+            return run.finish()
+        except torch.OutOfMemoryError as error:
+            raise TrainingStopped(_out_of_memory(config, output, error)) from error
+
+
+def _what_is_kept(output: Path) -> str:
+    path = output / checkpoints.FILE
+    return f"the last good checkpoint is {path}" if path.exists() else "nothing is saved yet"
+
+
+def _out_of_memory(config: TrainConfig, output: Path, error: Exception) -> str:
+    # torch's first sentence says how much was asked for; the rest is advice on its allocator
+    reason = str(error).partition(". ")[0].rstrip(".")
+    half, steps = config.batch_size // 2, 2 * config.grad_accum_steps
+    smaller = (
+        f"a smaller batch, such as -b {half} --grad-accum-steps {steps} for {half * steps} "
+        "images a step"
+        if half
+        else "--amp or a smaller --model: -b is 1 already"
+    )
+    return (
+        f"the device's memory is full with -b {config.batch_size} ({reason}); "
+        f"{_what_is_kept(output)}. Start anew with {smaller}, or --resume once other programs "
+        "have left the device."
+    )
 
 
 class Run:
@@ -186,7 +211,10 @@ class Run:
         """
         blank = torch.zeros(1, *self.pixels["input_size"], device=self.device)
         with torch.no_grad(), self.autocast(), as_user_error(RuntimeError):
-            self.model.eval()(blank)
+            try:
+                self.model.eval()(blank)
+            except torch.OutOfMemoryError as error:
+                raise TrainingStopped(_out_of_memory(self.config, self.output, error)) from error
         self.model.train()
 
     def _wrap(self) -> nn.Module:
@@ -324,11 +352,9 @@ class Run:
                 self._stop(f"{name} is not finite after step {self.position.updates}")
 
     def _stop(self, what: str) -> None:
-        path = self.output / checkpoints.FILE
-        kept = f"the last good checkpoint is {path}" if path.exists() else "nothing is saved yet"
         raise TrainingStopped(
-            f"{what} (epoch {self.position.epoch + 1}); {kept}. A lower --lr, --clip-grad 1 or "
-            "--amp-dtype bfloat16 may help."
+            f"{what} (epoch {self.position.epoch + 1}); {_what_is_kept(self.output)}. "
+            "A lower --lr, --clip-grad 1 or --amp-dtype bfloat16 may help."
         )
 
     def _close_epoch(self, report: ProgressReport) -> dict[str, Any]:
