@@ -83,8 +83,10 @@ class Connection:
         self.writer.close()
 
 
-async def closed_load(port: int, call: bytes, connections: int, seconds: float) -> float:
-    """Calls a second when every connection sends as soon as it may; all must succeed."""
+async def closed_load(
+    port: int, call: bytes, connections: int, seconds: float
+) -> tuple[float, int]:
+    """Calls a second, and calls, when every connection sends as soon as it may; all succeed."""
     answered = 0
 
     async def work() -> None:
@@ -99,13 +101,13 @@ async def closed_load(port: int, call: bytes, connections: int, seconds: float) 
     began = time.perf_counter()
     end = began + seconds
     await asyncio.gather(*(work() for _ in range(connections)))
-    return answered / (time.perf_counter() - began)
+    return answered / (time.perf_counter() - began), answered
 
 
 async def open_load(
     port: int, call: bytes, rate: float, seconds: float
-) -> tuple[Counter[int], list[float]]:
-    """Statuses, and seconds of the answered calls, of calls that arrive at random.
+) -> tuple[Counter[int], list[float], float]:
+    """Statuses, seconds of the answered calls, and all seconds, of calls that arrive at random.
 
     A call's time begins when it should have been sent, so that a slow server, or a slow load
     generator, is not forgiven for the calls that it delayed.
@@ -135,9 +137,10 @@ async def open_load(
         calls.append(asyncio.create_task(arrive(due)))
         due += rng.expovariate(rate)
     await asyncio.gather(*calls)
+    elapsed = time.perf_counter() - began
     for connection in idle:
         connection.close()
-    return statuses, latencies
+    return statuses, latencies, elapsed
 
 
 @contextmanager
@@ -221,7 +224,7 @@ def measure(seconds: float, rounds: int = 3) -> dict[str, object]:
         f"{workers} callers": (workers, max(1, cores // workers)),
     }
     direct: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    saturated, single_rates = [], []
+    saturated = []
     with server() as (port, pid):
         connections = 2 * workers + 2
         asyncio.run(closed_load(port, call, connections, 1.0))
@@ -229,17 +232,17 @@ def measure(seconds: float, rounds: int = 3) -> dict[str, object]:
             for way, (callers, threads) in ways.items():
                 direct[way].append(direct_rate(model, callers, threads, seconds))
             cpu = cpu_seconds(pid)
-            rate = asyncio.run(closed_load(port, call, connections, seconds))
-            saturated.append((rate * IMAGES, (cpu_seconds(pid) - cpu) / (rate * seconds * IMAGES)))
+            rate, calls = asyncio.run(closed_load(port, call, connections, seconds))
+            saturated.append((rate * IMAGES, (cpu_seconds(pid) - cpu) / (calls * IMAGES)))
         stages = stage_seconds(port)
-        single_rates.append(asyncio.run(closed_load(port, single, 32, seconds)))
+        single_rate, _ = asyncio.run(closed_load(port, single, 32, seconds))
 
         capacity = statistics.median(rate for rate, _ in saturated) / IMAGES
-        statuses, latencies = asyncio.run(open_load(port, call, 0.7 * capacity, 3 * seconds))
+        statuses, latencies, _ = asyncio.run(open_load(port, call, 0.7 * capacity, 3 * seconds))
         before = resident_mb(pid)
-        storm, survivors = asyncio.run(open_load(port, call, 10 * capacity, seconds))
+        storm, survivors, lasted = asyncio.run(open_load(port, call, 10 * capacity, seconds))
         after = resident_mb(pid)
-        storm2, _ = asyncio.run(open_load(port, call, 10 * capacity, seconds))
+        storm2, _, _ = asyncio.run(open_load(port, call, 10 * capacity, seconds))
         again = resident_mb(pid)
     served = capacity * IMAGES
     # (images a second, CPU seconds an image) of each way, and of the fastest
@@ -265,7 +268,7 @@ def measure(seconds: float, rounds: int = 3) -> dict[str, object]:
         "server_over_best_direct": round(served / best, 3),
         "server_cpu_us_per_image": round(served_cpu * 1e6, 1),
         "direct_cpu_over_server_cpu": round(best_cpu / served_cpu, 3),
-        "single_image_calls_per_second": round(single_rates[0], 1),
+        "single_image_calls_per_second": round(single_rate, 1),
         "stage_ms_per_call_of_32_at_saturation": {s: round(t * 1e3, 2) for s, t in stages.items()},
         "at_0.7_of_saturation": {
             "calls_per_second": round(0.7 * capacity, 2),
@@ -276,7 +279,7 @@ def measure(seconds: float, rounds: int = 3) -> dict[str, object]:
         "at_10_times_saturation": {
             "calls_per_second": round(10 * capacity, 1),
             "statuses": dict(storm + storm2),
-            "answered_images_per_second": round(len(survivors) * IMAGES / seconds, 1),
+            "answered_images_per_second": round(len(survivors) * IMAGES / lasted, 1),
             "p99_ms_of_the_answered": round(float(np.percentile(survivors, 99)) * 1e3, 1),
             "resident_mb": {"before": before, "after": after, "after_once_more": again},
         },
