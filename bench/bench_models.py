@@ -68,7 +68,7 @@ def bench_model(benchmark, case: Case, mode: str) -> None:
             model = case.model(vit, memory)
             steps[f"ours, {memory}"] = step(model, model)
     if COMPILE != "none" and case.num_prompts > 1:
-        steps["timm compiled"] = step(*_compiled(case))
+        steps["timm compiled"] = step(*_compiled(case, mode))
     if case.num_prompts in (16, 50, 100):
         official = case.model(make_backbone(case.arch, DEVICE, DTYPE), fast=False)
         set_fused_attention(official.backbone, False)
@@ -101,9 +101,9 @@ def bench_model(benchmark, case: Case, mode: str) -> None:
     benchmark.pedantic(steps["ours"], rounds=1, iterations=1)
 
 
-def _compiled(case: Case) -> tuple[nn.Module, nn.Module]:
+def _compiled(case: Case, mode: str) -> tuple[nn.Module, nn.Module]:
     """The reference under torch.compile: whole, or block by block (12 blocks share one graph)."""
-    model = case.model(make_backbone(case.arch, DEVICE, DTYPE), fast=False)
+    model = case.model(make_backbone(case.arch, DEVICE, DTYPE), fast=False).train(mode == "train")
     if COMPILE == "whole":
         return model, torch.compile(model)  # type: ignore[return-value]
     for block in model.backbone.blocks:

@@ -42,7 +42,7 @@ def gradients(model: nn.Module, logits: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(logits.float().square().mean(), model.trainable_parameters()))
 
 
-@pytest.mark.parametrize("make", [vpt, pgn])
+@pytest.mark.parametrize("make", [vpt, pgn, lambda: vpt("balanced"), lambda: vpt("min")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_as_close_as_timm_under_it(make, dtype: torch.dtype) -> None:
     model, images = make(), torch.randn(4, 3, 32, 32)
