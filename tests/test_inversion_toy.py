@@ -148,7 +148,7 @@ def test_latent_libraries_can_be_converted():
     patch_map = PatchMap.from_backbone(stressed_backbone(), SERVER, LAYOUT)
     drops, latent_accuracies = [], []
     for seed in range(3):
-        latent = train(pgn(LatentLibrary(LIBRARY, patch_map), seed), epochs=14)
+        latent = train(pgn(LatentLibrary(LIBRARY, patch_map), seed), epochs=11)
         with torch.no_grad():
             images = SERVER.normalise(digits()[0][TRAINING:])
             latent_accuracies.append(accuracy(latent(images).argmax(dim=1)))
