@@ -63,6 +63,7 @@ def _build(part: Path) -> list[list[str]]:
 def _tests(part: Path) -> list[list[str]]:
     files = sorted(str(f) for name in DEVICE_TESTS for f in (ROOT / "tests").glob(f"{name}.py"))
     pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    pytest += ["--continue-on-collection-errors"]  # a test package may be missing there
     return [[*pytest, *files], [*pytest, "-m", "gpu", str(ROOT / "tests")]]
 
 
