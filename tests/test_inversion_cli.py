@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pgn_fast.adapters import atomic
 from pgn_fast.cli import main
 
 
@@ -46,6 +48,33 @@ def test_invert_takes_image_files(adapter, tmp_path):
     assert len(list((tmp_path / "out").glob("canvas_*.png"))) == 1
 
 
+def test_unreadable_images_are_named_and_the_others_keep_their_names(adapter, tmp_path, capsys):
+    folder, random = tmp_path / "photos", np.random.RandomState(0)
+    folder.mkdir()
+    for name in "abc":
+        Image.fromarray(random.randint(0, 256, (9, 9, 3), np.uint8)).save(folder / f"{name}.png")
+    (folder / "b.png").write_bytes(b"torn")
+    out = tmp_path / "out"
+    assert main(["invert", str(adapter), "--out", str(out), "--images", str(folder)]) == 0
+    assert f"unreadable, left out: {folder / 'b.png'}" in capsys.readouterr().err
+    canvases = json.loads((out / "report.json").read_text())["canvases"]
+    assert canvases["images"] == [str(folder / "a.png"), str(folder / "c.png")]
+    assert len(canvases["unreadable"]) == 1 and "b.png" in canvases["unreadable"][0]
+
+
+def test_a_full_disk_leaves_the_older_files_whole(adapter, tmp_path, monkeypatch):
+    words = ["invert", str(adapter), "--out", str(tmp_path / "out"), "--count"]
+    assert main([*words, "1"]) == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    assert main([*words, "2"]) == 1
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
 def test_verdict(capsys):
     assert main(["invert", "--analyse", "test_vit", "--random-weights"]) == 0
     out = capsys.readouterr().out
@@ -57,6 +86,7 @@ def test_verdict(capsys):
     [
         (["invert"], "give an ADAPTER and --out DIR, or --analyse NAME"),
         (["invert", "nowhere", "--out", "x"], "nowhere"),
+        (["invert", "nowhere", "--out", "x", "-n", "0"], "-n/--count: is 0; give 1 or more"),
         (["invert", "nowhere", "--analyse", "test_vit"], "give one of them"),
         (["invert", "--analyse", "resnet18", "--random-weights"], "resnet18|ResNet"),
         (["train", "--deploy", "rgb", "--method", "vpt-deep"], "--deploy rgb trains --method pgn"),

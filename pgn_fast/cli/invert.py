@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ._options import KeyValues, load_adapter
+from ._options import KeyValues, at_least, load_adapter
 
 HELP = "turn an adapter into pixels for an image API, or say whether a backbone allows it"
 EPILOG = """\
@@ -34,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="files or folders (default: scikit-learn's test digits)",
     )
-    parser.add_argument("-n", "--count", type=int, default=8, metavar="N", help="images (8)")
+    parser.add_argument(
+        "-n", "--count", type=at_least(1), default=8, metavar="N", help="images (8)"
+    )
     parser.add_argument(
         "--model", metavar="NAME", help="the backbone (default: the one that the adapter names)"
     )
@@ -75,8 +80,6 @@ def run(args: argparse.Namespace) -> int:
             return _analyse(args)
     if not args.adapter or not args.out:
         raise UserError("give an ADAPTER and --out DIR, or --analyse NAME.")
-    if args.count < 1:
-        raise UserError(f"--count is {args.count}; give 1 or more.")
     with as_user_error(TypeError):
         return _invert(args)
 
@@ -95,6 +98,7 @@ def _analyse(args: argparse.Namespace) -> int:
 
 
 def _invert(args: argparse.Namespace) -> int:
+    from ..adapters.atomic import write_files
     from ..inversion import analyse, invert, verify
     from ..inversion.pictures import (
         contact_sheet,
@@ -102,28 +106,37 @@ def _invert(args: argparse.Namespace) -> int:
         save_error_histogram,
         save_overview,
     )
-    from ..train.reports import write_json
 
     model = load_adapter(args)
     settings = {} if args.scale is None else {"scale": args.scale}
     prompter = invert(model, on_unreachable=args.on_unreachable, **settings)
-    images, names = _images(args, model)
+    images, names, unreadable = _images(args, model)
+    for message in unreadable:
+        print(f"unreadable, left out: {message}", file=sys.stderr)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
 
     checked = verify(prompter, model, images)
     canvases, size = prompter(images), prompter.inverted.patch_size
-    for i, canvas in enumerate(canvases):
-        extension = "jpg" if prompter.server.codec == "jpeg" else "png"
-        (out / f"canvas_{i:03d}.{extension}").write_bytes(prompter.server.encode(canvas))
-    contact_sheet(library_patches(prompter), size).save(out / "library.png")
-    save_error_histogram([prompter.report, checked], out / "errors.png")
+    extension = "jpg" if prompter.server.codec == "jpeg" else "png"
+    files = {
+        out / f"canvas_{i:03d}.{extension}": prompter.server.encode(canvas)
+        for i, canvas in enumerate(canvases)
+    }
+    library, errors, overview = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    contact_sheet(library_patches(prompter), size).save(library, "PNG")
+    save_error_histogram([prompter.report, checked], errors)
     layout, border = prompter.layout, prompter.server.border
     height, width = layout.grid[0] * size, layout.grid[1] * size
     inner = canvases[:, :, border : border + height, border : border + width]
     levels = prompter.server.levels(images).byte()
-    save_overview(levels[:4], inner[:4], layout, size, out / "overview.png", names[:4])
-    prompter.inverted.save(out / "library.safetensors")
+    captions = [Path(name).name for name in names[:4]]
+    save_overview(levels[:4], inner[:4], layout, size, overview, captions)
+    files |= {
+        out / "library.png": library.getvalue(),
+        out / "errors.png": errors.getvalue(),
+        out / "overview.png": overview.getvalue(),
+    }
 
     patch_map = prompter.patch_map
     assert patch_map is not None  # invert() gives one
@@ -139,17 +152,20 @@ def _invert(args: argparse.Namespace) -> int:
         "server": prompter.server.to_dict(),
         "reachability": analyse(patch_map, tokens).to_dict(),
         "library": prompter.report.to_dict(),
-        "canvases": {"images": names, **checked.to_dict()},
+        "canvases": {"images": names, "unreadable": unreadable, **checked.to_dict()},
     }
-    write_json(out / "report.json", content)
+    # one write for all: the canvases and the report that names them belong together
+    write_files(files | {out / "report.json": (json.dumps(content, indent=2) + "\n").encode()})
+    prompter.inverted.save(out / "library.safetensors")
     print(f"library:  {prompter.report}")
     print(f"canvases: {checked}")
     print(f"written to {out}")
     return 0
 
 
-def _images(args: argparse.Namespace, model: Any) -> tuple[Any, list[str]]:
-    """Normalised images (N, 3, H, W) as the model takes them, and their names."""
+def _images(args: argparse.Namespace, model: Any) -> tuple[Any, list[str], list[str]]:
+    """Normalised images (N, 3, H, W) as the model takes them, their names, and what is unreadable
+    among the files before the last of them."""
     import torch
 
     from ..train.config import TrainConfig
@@ -159,21 +175,20 @@ def _images(args: argparse.Namespace, model: Any) -> tuple[Any, list[str]]:
     if args.images:
         files = image_files(args.images)
         split = Split("all", "the given files", files, range(len(files)))
-        names = [str(name) for name in args.images]
     else:
         split = load_split(TrainConfig.make(data="digits"), "test")
-        names = []
-    batches, count = [], 0
-    for pixels, _, indices, _ in make_loader(
+    batches: list[Any] = []
+    names: list[str] = []
+    unreadable: list[str] = []
+    for pixels, _, indices, missing in make_loader(
         split, eval_transform(model.preprocessing), args.count
     ):
+        unreadable += missing
         if len(indices):
             batches.append(pixels)
-            count += len(pixels)
-        if count >= args.count:
+            names += [split.images.name(i) for i in indices.tolist()]
+        if len(names) >= args.count:
             break
     if not batches:
-        raise UserError("--images: none of the files could be read.")
-    images = torch.cat(batches)[: args.count]
-    named = len(names) == len(images)
-    return images, names if named else [f"{split.origin}, {i}" for i in range(len(images))]
+        raise UserError(f"--images: none of the files could be read, such as {unreadable[0]}.")
+    return torch.cat(batches)[: args.count], names[: args.count], unreadable

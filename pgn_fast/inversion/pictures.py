@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -47,8 +48,13 @@ def library_patches(prompter: RgbPrompter) -> Tensor:
     return inverted.rounding(levels).cpu()
 
 
-def save_error_histogram(reports: list[InversionReport], path: Path) -> None:
-    """Relative token errors of each report, and what rounding was predicted to cost."""
+def save_error_histogram(reports: list[InversionReport], path: Path | IO[bytes]) -> None:
+    """Relative token errors of each report, and what rounding was predicted to cost.
+
+    Args:
+        reports: of the library, and of canvases.
+        path: a PNG file, or an open one.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
@@ -75,7 +81,7 @@ def save_error_histogram(reports: list[InversionReport], path: Path) -> None:
     axes.set_ylabel("share")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def save_overview(
@@ -83,7 +89,7 @@ def save_overview(
     canvases: Tensor,
     layout: CanvasLayout,
     patch_size: int,
-    path: Path,
+    path: Path | IO[bytes],
     captions: list[str] | None = None,
 ) -> None:
     """One row an image: the image, the canvas that the server is sent, its prompt patches.
@@ -92,7 +98,7 @@ def save_overview(
         images: uint8 (B, 3, H, W).
         canvases: uint8 (B, 3, H', W') without the border that ``ServerSpec.pad`` adds.
         layout, patch_size: of the canvases.
-        path: a PNG file.
+        path: a PNG file, or an open one.
         captions: below each image, e.g. the predicted class.
     """
     from matplotlib.figure import Figure
@@ -120,7 +126,7 @@ def save_overview(
         axes.set_title(title, fontsize=9)
     for axes, caption in zip(grid[:, 0], captions or [], strict=False):
         axes.set_xlabel(caption, fontsize=9)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
 
 
 def _picture(image: Tensor) -> np.ndarray:
