@@ -94,9 +94,11 @@ def prompted_patch_embed(
     Source: Loedeman et al., BMVC 2024 (arXiv:2210.06466), section 3; Jia et al., ECCV 2022
     (arXiv:2203.12119), equations 4 and 5 (VPT-Shallow).
     """
-    images, weight, bias, pos_embed, prefix, logits, token_library, prompts = follow_autocast(
+    # what goes in as a tensor comes out as one, which the annotation cannot say
+    followed: Any = follow_autocast(
         images, weight, bias, pos_embed, prefix, logits, token_library, prompts
-    )  # type: ignore[assignment]
+    )
+    images, weight, bias, pos_embed, prefix, logits, token_library, prompts = followed
     prefix = weight.new_empty(0, weight.shape[0]) if prefix is None else prefix
     prefix = prefix[0] if prefix.ndim == 3 and prefix.shape[0] == 1 else prefix
     if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[0] == 1:
@@ -172,7 +174,7 @@ def _check(
             "uint8 images, or cast them, e.g. images.to(weight.dtype)."
         )
     N, S = _num_patches(images, weight), prefix.shape[0]
-    shapes = {
+    shapes: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
         "bias": (bias, [(D,)]),
         "prefix": (prefix, [(S, D)]),
         "pos_embed": (pos_embed, [(N, D), (S + N, D)]),
@@ -234,8 +236,8 @@ def _kernel(
     kernel = select_kernel("prompted_patch_embed", backend, weight, images, logits)
     if not images.is_contiguous(memory_format=torch.channels_last):
         images = images.contiguous()
-    rest = tuple(None if t is None else t.contiguous() for t in rest)
-    return kernel(images, *rest, scale, shift, activation, position)
+    packed = [None if t is None else t.contiguous() for t in rest]
+    return kernel(images, *packed, scale, shift, activation, position)
 
 
 def _fake(images: Tensor, weight: Tensor, *rest: Any) -> Tensor:
