@@ -27,6 +27,10 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "feedback_round": {"cpu": ("cpu",)},
 }
 
+# Ops whose gradient is left to torch's own autograd on these devices unless a backend is named: the
+# kernels win there, but a Python autograd function costs more than they win.
+TRAINED_IN_PLAIN_TORCH: dict[str, tuple[str, ...]] = {"mix_prompts": ("cpu",)}
+
 HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 # dtypes that the kernels of a backend take, where they are fewer than all
@@ -165,6 +169,15 @@ def _select(
         if _refusal(candidate, op, device, dtypes) is None:
             return _kernel(candidate, op)
     return _kernel("reference", op)
+
+
+def trains_in_plain_torch(op: str, *tensors: Tensor) -> bool:
+    """Whether these tensors need a gradient that TRAINED_IN_PLAIN_TORCH leaves to torch."""
+    return (
+        torch.is_grad_enabled()
+        and any(t.requires_grad for t in tensors)
+        and tensors[0].device.type in TRAINED_IN_PLAIN_TORCH.get(op, ())
+    )
 
 
 def backends() -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._register import follow_autocast, register_op
-from .backends import select_kernel
+from .backends import select_kernel, trains_in_plain_torch
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -47,7 +47,8 @@ def mix_prompts(
     Returns:
         Prompt tokens, (B, P, D), in the dtype of the arguments (under autocast: the autocast
         dtype). Differentiable once in both arguments. Sums run in float32; the (B, P, K)
-        coefficients are recomputed in backward, not stored.
+        coefficients are recomputed in backward, not stored, but for training on CPU without a named
+        backend, which torch's own autograd does faster.
 
     Raises:
         ValueError: the shapes, dtypes or devices disagree, or the activation is unknown.
@@ -59,6 +60,8 @@ def mix_prompts(
     check(logits, token_library, activation)
     # an exported program, and ONNX after it, has to run where this package is not
     if backend == "reference" or torch.compiler.is_exporting():
+        return reference.mix_prompts(logits, token_library, activation)
+    if backend is None and trains_in_plain_torch("mix_prompts", logits, token_library):
         return reference.mix_prompts(logits, token_library, activation)
     return _op(logits, token_library, activation, backend or "auto")
 
