@@ -297,10 +297,12 @@ def test_backbone_is_found_by_its_name(tmp_path, monkeypatch):
 def test_a_head_that_was_exchanged_is_the_one_that_is_saved(name, tmp_path):
     model = MODELS[name](tiny_vit()).eval()
     model.head = nn.Linear(32, 7)
+    # without gradients, as a loaded adapter is: the faster kernels round in another order
+    model.requires_grad_(False)
     save_pretrained(model, tmp_path)
     loaded = pgn_fast.from_pretrained(tmp_path, tiny_vit())
     assert loaded.num_classes == 7
-    assert torch.equal(loaded(IMAGES), model(IMAGES).detach())
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
 
 
 def test_heads_that_no_configuration_describes(tmp_path):
@@ -310,12 +312,13 @@ def test_heads_that_no_configuration_describes(tmp_path):
         save_pretrained(probe, tmp_path)
     model = vpt(tiny_vit()).eval()
     model.head = nn.Sequential(nn.Linear(32, 6))
+    model.requires_grad_(False)
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"head was a torch\.nn"):
         pgn_fast.from_pretrained(tmp_path, tiny_vit())
     brought = pgn_fast.from_pretrained(tmp_path, tiny_vit(), head=nn.Sequential(nn.Linear(32, 6)))
     assert brought.num_classes == 6
-    assert torch.equal(brought(IMAGES), model(IMAGES).detach())
+    assert torch.equal(brought(IMAGES), model(IMAGES))
     # taken off altogether: pooled features
     model = vpt(tiny_vit())
     model.head = nn.Identity()
