@@ -15,7 +15,7 @@ bench: build
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu*' 'tests/cuda_host/*.h' 'tests/cuda_host/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy pgn_fast
 build: $(VENV)/.ready
 	$(UV) --no-build-isolation --no-deps -e .

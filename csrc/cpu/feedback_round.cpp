@@ -16,10 +16,9 @@ constexpr int64_t kRows = 32;  // prompts a task
 
 }  // namespace
 
-Tensor feedback_round_cpu(
-    const Tensor& levels_,    // [R, n]
-    const Tensor& feedback_,  // [n, n]
-    const Tensor& order_) {   // [n]
+Tensor feedback_round_cpu(const Tensor& levels_,    // [R, n]
+                          const Tensor& feedback_,  // [n, n]
+                          const Tensor& order_) {   // [n]
   const Tensor levels = as_contiguous(levels_), feedback = as_contiguous(feedback_);
   const Tensor order = as_contiguous(order_);
   const int64_t R = levels.size(0), n = levels.size(1);
