@@ -145,6 +145,7 @@ def test_gradients_to_images_and_weights():
     torch.autograd.gradcheck(run, [arguments[n] for n in names])
 
 
+@torch.no_grad()
 def test_prompt_rows_are_mix_prompts():
     arguments = inputs(2, (8, 8), (4, 4), 24)
     expected = mix_prompts(arguments["logits"], arguments["token_library"])
