@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .frozen.explain import explain
+from .frozen.explain import backend_of, explain
 from .frozen.images import check_images
 from .frozen.load import load_backbone
 from .frozen.plan import FastOptions
@@ -141,7 +141,12 @@ class PromptedViT(nn.Module):
 
     def explain(self) -> str:
         """Which backend runs each op, which exact savings are on, and why the others are off."""
-        return explain(self.trunk, self._outline(), self._rows_read(), self._reads_prompts())
+        text = explain(self.trunk, self._outline(), self._rows_read(), self._reads_prompts())
+        if isinstance(self.prompter, PromptGenerator):
+            like = next(self.prompter.parameters())
+            runs = backend_of("mix_prompts", like.device, like.dtype, self.backend)
+            text += f"\nPrompt generator: mixing by {runs}."
+        return text
 
     def get_classifier(self) -> nn.Module:
         """The head; the backbone's own (a pair in distilled DeiT) with ``head="keep"``."""

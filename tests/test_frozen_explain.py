@@ -27,6 +27,21 @@ def test_deep_prompts() -> None:
     assert "10 D numbers" in text and "6 D numbers" in vpt("balanced").explain()
 
 
+def test_ops_are_named_where_they_run() -> None:
+    assert "attention with prompts: backend cpu" in vpt().explain()
+    named = pgn_fast.VPT(backbone(), 5, num_prompts=3, backend="reference").explain()
+    assert "attention with prompts: plain torch" in named
+    shallow = pgn_fast.VPT(backbone(depth=3), 5, num_prompts=2, deep=False).explain()
+    assert "attention with prompts" not in shallow
+    assert "mixing by" in pgn_fast.PGN(backbone(), 5, num_prompts=2).explain()
+
+
+def test_an_unfrozen_patch_embedding_is_noticed() -> None:
+    model = vpt()
+    model.backbone.patch_embed.proj.weight.requires_grad = True
+    assert "require a gradient" in model.explain()
+
+
 def test_every_saving_can_be_switched_off() -> None:
     for name in ("kv_only", "last_rows", "absorb", "first", "fold", "biases"):
         text = vpt(FastOptions(**{name: False})).explain()

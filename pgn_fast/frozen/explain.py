@@ -37,7 +37,9 @@ def explain(
     for name, does, reason in _savings(trunk, schedule, rows, prompts_read):
         lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
     lines.append(f"  memory={trunk.options.memory!r}: {_MEMORY[trunk.options.memory]}")
-    lines.append(f"  attention with prompts: {_attention(trunk)}")
+    if _keys_and_values_only(schedule, len(backbone.blocks)):
+        runs = backend_of("prompt_attention", trunk.device, trunk.dtype, trunk.backend)
+        lines.append(f"  attention with prompts: {runs}")
     lines.append("  torch.compile and torch.export: the same without fold, biases and packed")
     return "\n".join(lines)
 
@@ -57,15 +59,13 @@ def _savings(
     off = lambda wanted, reason=None: reason if wanted else _NOT_WANTED
     tokens = schedule.position != "add" and bool(schedule.layers)
 
-    alone = [i for i in schedule.layers if i + 1 in schedule.layers or i == depth - 1]
-    if not schedule.keep and tokens:
-        alone.append(schedule.last)
+    alone = _keys_and_values_only(schedule, depth)
     per_image = any(p.ndim == 3 for p in schedule.layers.values())
     once = "for each image" if per_image else "once a batch"
-    reason = None if tokens and alone else "every block reads what the prompts became before"
+    reason = None if alone else "every block reads what the prompts became before"
     yield (
         "kv_only",
-        f"prompts of {len(set(alone))} blocks are keys and values only, computed {once}",
+        f"prompts of {len(alone)} blocks are keys and values only, computed {once}",
         off(options.kv_only, reason),
     )
 
@@ -101,13 +101,21 @@ def _savings(
     )
 
 
-def _attention(trunk: FastTrunk) -> str:
-    like = torch.empty(0, dtype=trunk.dtype, device=trunk.device)
-    candidates = backends.PREFERENCE["prompt_attention"].get(trunk.device.type, ())
-    for name in (trunk.backend,) if trunk.backend else candidates:
-        reason = backends.refusal(name, "prompt_attention", like)
+def _keys_and_values_only(schedule: PromptSchedule, depth: int) -> set[int]:
+    """The blocks behind which nobody reads what their prompts became."""
+    if schedule.position == "add":
+        return set()
+    blocks = {i for i in schedule.layers if i + 1 in schedule.layers or i == depth - 1}
+    return blocks | (set() if schedule.keep or not schedule.layers else {schedule.last})
+
+
+def backend_of(op: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    """Which backend runs an op on such tensors, in words; of a named one that cannot, why."""
+    like = torch.empty(0, dtype=dtype, device=device)
+    for name in (backend,) if backend else backends.PREFERENCE[op].get(device.type, ()):
+        reason = backends.refusal(name, op, like)
         if reason is None and name != "reference":
             return f"backend {name}"
-        if reason is not None and trunk.backend:
+        if reason is not None and backend:
             return reason
-    return "torch's attention over concatenated keys; no kernel of ours runs these tensors"
+    return "plain torch"

@@ -89,7 +89,7 @@ class FastTrunk:
             self.check()
 
     def _forget(self) -> None:
-        self._modules = [self.backbone, *self.backbone.blocks.modules()]
+        self._modules = list(self.backbone.modules())
         self._key: tuple[Any, ...] | None = None
         self._refusal = plan.refusal(self.backbone)
         self._fused = self._dtypes_with_a_kernel()
