@@ -4,12 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv pip install -q --python $(BIN)/python
 
-.PHONY: demo test bench lint build
+.PHONY: demo test mutations bench lint build
 demo: build
 	$(BIN)/pgn-fast demo
 test: build lint
 	$(BIN)/pytest
 	$(BIN)/pytest bench/ --benchmark-disable
+	$(BIN)/python tests/mutations.py --sanitize
+# seeds bugs into the C++ kernels and expects the tests to see each
+mutations: build
+	$(BIN)/python tests/mutations.py
 bench: build
 	$(BIN)/pytest bench/ --benchmark-only
 lint: build
