@@ -70,21 +70,27 @@ def test_kernels_keep_to_their_registers():
 
 
 @needs_library
-def test_products_run_on_tensor_cores():
-    """Every 16-bit kernel that multiplies tiles holds HMMA or HGMMA instructions."""
+@pytest.mark.parametrize("arch, instruction", [("sm_80", "HMMA"), ("sm_90a", "HGMMA")])
+def test_products_run_on_tensor_cores(arch, instruction):
+    """Every 16-bit kernel that multiplies tiles holds tensor-core instructions; Hopper's own kernel
+    holds Hopper's and is empty elsewhere."""
     code = subprocess.run(
-        [cuobjdump(), "-sass", "-arch", "sm_80", str(LIBRARY)],
+        [cuobjdump(), "-sass", "-arch", arch, str(LIBRARY)],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    without = []
+    plain = ("add_splits", "place_rows", "prepare")
+    checked, without = 0, []
     for part in code.split("Function : ")[1:]:
         name = short_name(part.split()[0])
-        multiplies = "add_splits" not in name and "place_rows" not in name
-        if multiplies and ("half" in name or "bfloat16" in name) and "HMMA" not in part:
+        half = "half" in name or "bfloat16" in name
+        if not half or name.startswith(plain) or ("sm90" in name) != (instruction == "HGMMA"):
+            continue
+        checked += 1
+        if not re.search(rf"\b{instruction}\.", part):
             without.append(name)
-    assert "Function : " in code and not without, without
+    assert checked and not without, without
 
 
 if __name__ == "__main__":

@@ -817,3 +817,15 @@ def test_both_are_prompted_vits():
         assert model.num_prompts == 3 and model.num_classes == 5
         assert model.pretrained_cfg is model.backbone.pretrained_cfg
         assert isinstance(model.explain(), str) and model.explain()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generator_gradients_do_not_depend_on_the_layout_of_images(training):
+    generator = PromptGenerator(8, num_prompts=2, library_size=4, resolution=64).train(training)
+    images = torch.randn(3, 3, 64, 64)
+    grads = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        prompts = generator(images.contiguous(memory_format=layout))
+        grads.append(torch.autograd.grad(prompts.square().sum(), list(generator.parameters())))
+    for plain, last in zip(*grads, strict=True):
+        torch.testing.assert_close(last, plain)
