@@ -402,23 +402,27 @@ def test_layouts_that_were_not_trained():
 
 
 @pytest.mark.parametrize(
-    "server, patch, message",
+    "options, patch, message",
     [
-        (ServerSpec(codec="jpeg"), 14, "p(atch size)? ?1?4? is not on the 8-pixel JPEG grid"),
-        (ServerSpec(codec="jpeg", resize=248), 16, "crops 12 pixels at each side"),
-        (ServerSpec(codec="jpeg", subsampling=2), 16, "averages the colours"),
+        ({}, 14, "patch size 14 is not on the 8-pixel JPEG grid"),
+        ({"resize": 248}, 16, "crops 12 pixels at each side"),
+        ({"subsampling": 2}, 8, "4:2:0 needs grey-only patches.*averages the colours.*8² = 64"),
+        ({"subsampling": 1}, 24, "4:2:2 stores colours in blocks of 16 pixels, patch size 24"),
+        ({"subsampling": 2, "resize": 240}, 16, "in blocks of 16 pixels, the server's crop of 8"),
     ],
 )
-def test_codecs_that_destroy_prompts(server, patch, message):
-    with pytest.raises(CodecError, match=message.replace("p(atch size)? ?1?4?", "patch size 14")):
-        server.check_codec(patch)
-    ServerSpec(codec="png").check_codec(14)
+def test_codecs_that_destroy_prompts(options, patch, message):
+    with pytest.raises(CodecError, match=message):
+        ServerSpec(codec="jpeg", **options).check_codec(patch, embed_dim=192)
+    ServerSpec(codec="png").check_codec(14, embed_dim=192)
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: ServerSpec(codec="gif"), "codec='gif'; known: png, jpeg"),
+        (lambda: ServerSpec(subsampling=3), r"subsampling 0 \(4:4:4\), 1 \(4:2:2\) or 2"),
+        (lambda: ServerSpec(quality=0), "quality 1 to 100"),
         (lambda: ServerSpec(resize=200, crop=224), "resize=200 is smaller than crop=224"),
         (lambda: ServerSpec(std=(0.0, 1.0, 1.0)), "three positive stds"),
         (lambda: GamutLibrary(0, synthetic_map("S/16", "rand")), "n_tokens must be at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .errors import CodecError
 from .patch_map import PatchMap
 
 # levels that the feedback may use in image patches: they move little, and their contrast is wanted
@@ -22,6 +23,11 @@ class PositionCompensation:
     """
 
     def __init__(self, patch_map: PatchMap) -> None:
+        if patch_map.server.grey_only:
+            raise CodecError(
+                "compensated positions change the image's patches in colours that a JPEG with "
+                "subsampled colours does not keep. Send PNG, or JPEG with subsampling=0 (4:4:4)."
+            )
         cells = list(patch_map.layout.image_cells)
         if len(patch_map.image_positions) != len(cells):
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..frozen.schedule import PromptSchedule
 from .errors import LayoutMismatchError, StaleInversionError
 from .jpeg import MARGIN as JPEG_MARGIN
-from .layout import MID_LEVEL, CanvasLayout, shrink, to_patches
+from .layout import MID_LEVEL, CanvasLayout, image_patches
 from .patch_map import PatchMap
 from .server_spec import ServerSpec
 
@@ -176,8 +176,9 @@ class GamutLibrary(nn.Module):
             whole = prompts + self.offset.to(prompts.dtype)
             return images, PromptSchedule("append", {0: whole})
         p, prefix = patch_map.patch_size, patch_map.num_prefix
-        patches = to_patches(shrink(patch_map.server.levels(images), layout, p), p)
-        canvases = patch_map.server.normalise(layout.compose(patches, None, p))
+        server = patch_map.server
+        shown = image_patches(server.levels(images), layout, p, grey_rim=server.grey_only)
+        canvases = server.normalise(layout.compose(shown, None, p))
         tokens = prefix + layout.grid[0] * layout.grid[1]
         contents = prompts.new_zeros(len(prompts), tokens, prompts.shape[2])
         contents[:, [prefix + cell for cell in layout.prompt_cells]] = prompts

@@ -1,7 +1,8 @@
 """Rounding for JPEG (experimental): to the coefficients that the file stores, not to pixels.
 
 A JPEG keeps k = round(DCT(YCbCr(pixels)) / table). Feedback rounding in the basis of those k gives
-a patch that the encoder finds already quantised, and leaves alone.
+a patch that the encoder finds already quantised, and leaves alone. Where the colours are
+subsampled, only luminance is used: a grey patch has the same file at 4:4:4 and at 4:2:0.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ def quantisation_tables(quality: int) -> Tensor:
     return torch.from_numpy(np.stack(tables)).double()
 
 
-def coefficient_basis(patch_size: int, quality: int) -> Tensor:
-    """Levels of a patch that each coefficient contributes, (n, n): levels = 128 + basis @ k."""
+def coefficient_basis(patch_size: int, quality: int, *, grey: bool = False) -> Tensor:
+    """Levels of a patch that each coefficient contributes, (n, n): levels = 128 + basis @ k.
+
+    With ``grey`` the luminance coefficients alone, (n, n / 3).
+    """
     p, blocks = patch_size, patch_size // 8
     x, f = torch.arange(8).double(), torch.arange(8).double()[:, None]
     cosines = torch.cos(torch.pi * (2 * x + 1) * f / 16) / 2  # orthonormal, but for f = 0
@@ -52,39 +56,49 @@ def coefficient_basis(patch_size: int, quality: int) -> Tensor:
     atoms = torch.einsum(
         "ckl,ky,lx,rc->cklryx", quantisation_tables(quality), cosines, cosines, to_rgb
     )
-    basis = torch.zeros(3, blocks, blocks, 8, 8, 3, p, p, dtype=torch.float64)
+    if grey:
+        atoms = atoms[:1]
+    basis = torch.zeros(len(atoms), blocks, blocks, 8, 8, 3, p, p, dtype=torch.float64)
     for i in range(blocks):
         for j in range(blocks):
             basis[:, i, j, :, :, :, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8] = atoms
-    return basis.reshape(3 * p * p, -1).T.contiguous()
+    return basis.reshape(-1, 3 * p * p).T.contiguous()
 
 
 @dataclass(frozen=True)
 class JpegRounding(FeedbackRounding):
-    """Feedback rounding of JPEG coefficients; 4:4:4, patches on the 8-pixel grid.
+    """Feedback rounding of JPEG coefficients; patches on the 8-pixel grid.
 
     ``feedback`` and ``order`` are those of the coefficients. float64 in plain torch: about a
     second for n = 3072, whatever the number of prompts.
+
+    Attributes:
+        grey: round luminance only, and give all three channels its value: for 4:2:2 and 4:2:0.
     """
 
     patch_size: int = 0
     quality: int = 95
+    grey: bool = False
 
     @classmethod
-    def from_patch_map(cls, A: Tensor, patch_size: int, quality: int) -> JpegRounding:
+    def from_patch_map(
+        cls, A: Tensor, patch_size: int, quality: int, *, grey: bool = False
+    ) -> JpegRounding:
         """For a token map A (D, n) of levels; see ``FeedbackRounding.from_map``."""
-        plain = FeedbackRounding.from_map(A.double() @ coefficient_basis(patch_size, quality))
-        return cls(
-            plain.feedback, plain.order, **plain.settings(), patch_size=patch_size, quality=quality
-        )
+        basis = coefficient_basis(patch_size, quality, grey=grey)
+        plain = FeedbackRounding.from_map(A.double() @ basis)
+        own: dict[str, Any] = {"patch_size": patch_size, "quality": quality, "grey": grey}
+        return cls(plain.feedback, plain.order, **plain.settings(), **own)
 
     @cached_property
     def basis(self) -> Tensor:
-        return coefficient_basis(self.patch_size, self.quality)
+        return coefficient_basis(self.patch_size, self.quality, grey=self.grey)
 
     @cached_property
     def to_coefficients(self) -> Tensor:
-        """The inverse of ``basis``: its atoms are orthogonal up to the colour transform."""
+        """The inverse of ``basis``, for grey patches its pseudo-inverse: the channels' mean."""
+        if self.grey:  # orthogonal columns
+            return self.basis.T / self.basis.square().sum(dim=0)[:, None]
         return torch.linalg.inv(self.basis)
 
     @property
@@ -92,7 +106,8 @@ class JpegRounding(FeedbackRounding):
         return MARGIN
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "patch_size": self.patch_size, "quality": self.quality}
+        own = {"patch_size": self.patch_size, "quality": self.quality, "grey": self.grey}
+        return {**super().settings(), **own}
 
     def __call__(self, levels: Tensor, *, backend: str | None = None) -> Tensor:
         """Levels (..., n) -> uint8 pixels of the same shape, as a decoder will show them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from .errors import LayoutError
 
 BLANK_LEVEL = 128  # of cells without image or prompt, and of the grey around a padded canvas
 MID_LEVEL = 127.5  # the middle of the gamut: prompts are counted from it
+# a decoder interpolates subsampled colours over this many pixels across an edge
+_CHROMA_REACH = 2
+_LUMA = (0.299, 0.587, 0.114)  # JFIF
 
 
 @dataclass(frozen=True)
@@ -219,3 +223,39 @@ def shrink(levels: Tensor, layout: CanvasLayout, patch_size: int) -> Tensor:
         return levels.float()
     resized = torch.nn.functional.interpolate(levels.float(), size, mode="bicubic", antialias=True)
     return resized.round().clamp(0, 255)
+
+
+def image_patches(
+    levels: Tensor, layout: CanvasLayout, patch_size: int, *, grey_rim: bool = False
+) -> Tensor:
+    """What the image's cells of a canvas hold, in training and when served.
+
+    Args:
+        levels: images (B, 3, H, W), 0 to 255.
+        layout, patch_size: of the canvas.
+        grey_rim: take the colour out of the two pixels next to a prompt. A JPEG decoder
+            interpolates subsampled colours, and would tint the prompt's edge: at B/32 that doubles
+            its token error.
+
+    Returns:
+        Whole levels (B, N, 3 * p * p), float32.
+    """
+    patches = to_patches(shrink(levels, layout, patch_size), patch_size)
+    if not grey_rim:
+        return patches
+    colours = patches.unflatten(2, (3, -1))
+    luma = torch.einsum("bncp,c->bnp", colours, colours.new_tensor(_LUMA)).round()[:, :, None]
+    rim = _next_to_prompts(layout, patch_size).to(patches.device)[:, None]
+    return torch.where(rim, luma, colours).flatten(2)
+
+
+@functools.cache
+def _next_to_prompts(layout: CanvasLayout, patch_size: int) -> Tensor:
+    """Pixels of the image's cells that subsampled colours carry into a prompt, (N, p * p) bool."""
+    rows, columns = layout.grid
+    prompts = torch.zeros(rows * columns, 3 * patch_size**2)
+    prompts[list(layout.prompt_cells)] = 1
+    canvas = from_patches(prompts, layout.grid, patch_size)
+    reach = 2 * _CHROMA_REACH + 1
+    near = torch.nn.functional.max_pool2d(canvas, reach, stride=1, padding=_CHROMA_REACH)
+    return to_patches(near, patch_size)[0, list(layout.image_cells), : patch_size**2] > 0

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import LayoutError, UnsupportedPatchEmbedError
+from .errors import CodecError, LayoutError, UnsupportedPatchEmbedError
 from .jpeg import JpegRounding
 from .layout import MID_LEVEL, CanvasLayout
 from .rounding import FeedbackRounding
-from .server_spec import DTYPES, ServerSpec
+from .server_spec import CHROMA, DTYPES, ServerSpec
 from .solve import BoxSolver
 
 
@@ -62,6 +62,9 @@ class PatchMap:
     name: str = ""
     fingerprint: str = ""
 
+    def __post_init__(self) -> None:
+        self.server.check_codec(self.patch_size, self.embed_dim)
+
     @classmethod
     def from_backbone(
         cls, model: Any, server: ServerSpec | None = None, layout: CanvasLayout | None = None
@@ -76,6 +79,7 @@ class PatchMap:
 
         Raises:
             UnsupportedPatchEmbedError: the patch embedding is no single affine map per patch.
+            CodecError: the server's JPEG files cannot carry patches of this size.
             LayoutError: the backbone does not take a canvas of the layout's grid.
         """
         backbone = getattr(model, "backbone", model)
@@ -145,15 +149,34 @@ class PatchMap:
 
     @cached_property
     def solver(self) -> BoxSolver:
-        """For token differences as ``centre`` leaves them."""
-        return BoxSolver(self.centre(self.A.T).T.contiguous())
+        """For token differences as ``centre`` leaves them, by patches that the codec carries.
+
+        Raises:
+            CodecError: patches must be grey, and the grey ones do not reach every token.
+        """
+        usable = self.centre(self.A.T).T.contiguous()
+        if not self.server.grey_only:
+            return BoxSolver(usable)
+        # a map that sees the mean of the channels: what is solved for grey starts stays grey
+        p2 = self.patch_size**2
+        grey = usable.reshape(-1, 3, p2).mean(dim=1, keepdim=True).expand(-1, 3, -1)
+        solver = BoxSolver(grey.reshape(usable.shape).contiguous())
+        needed = self.embed_dim - self.shift_free
+        if solver.rank < needed:
+            raise CodecError(
+                f"jpeg {CHROMA[self.server.subsampling]} needs grey-only patches, and those of "
+                f"{self.name or 'this backbone'} reach {solver.rank} of {needed} token directions. "
+                "Send PNG, or JPEG with subsampling=0 (4:4:4)."
+            )
+        return solver
 
     @cached_property
     def rounding(self) -> FeedbackRounding:
         """How patches are rounded to 8 bits, or to what a JPEG file keeps of them."""
         if self.server.codec == "jpeg":
-            self.server.check_codec(self.patch_size)
-            return JpegRounding.from_patch_map(self.A, self.patch_size, self.server.quality)
+            return JpegRounding.from_patch_map(
+                self.A, self.patch_size, self.server.quality, grey=self.server.grey_only
+            )
         return FeedbackRounding.from_map(self.A)
 
     @cached_property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..ops import mix_prompts
 from .compensation import PositionCompensation
 from .errors import LayoutMismatchError, MixingError, PreprocessError
-from .layout import CanvasLayout, shrink, to_patches
+from .layout import CanvasLayout, image_patches, to_patches
 from .library import InvertedLibrary
 from .patch_map import PatchMap
 from .report import InversionReport, measure
@@ -102,12 +102,12 @@ class RgbPrompter(nn.Module):
         """
         normalised, levels = self._inputs(images)
         patch_size = self.inverted.patch_size
-        image_patches = to_patches(shrink(levels, self.layout, patch_size), patch_size)
+        shown = image_patches(levels, self.layout, patch_size, grey_rim=self.server.grey_only)
         if self._compensate is not None:
-            image_patches = self._compensate(image_patches)
+            shown = self._compensate(shown)
         prompt_patches = self.inverted.to_uint8(self.levels(normalised))
         canvases = self.layout.compose(
-            image_patches.to(torch.uint8), prompt_patches.to(images.device), patch_size
+            shown.to(torch.uint8), prompt_patches.to(images.device), patch_size
         )
         return self.server.pad(canvases)
 

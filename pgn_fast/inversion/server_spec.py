@@ -20,6 +20,7 @@ _PILLOW_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+CHROMA = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0"}  # Pillow's names of JPEG's subsampling
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -35,7 +36,9 @@ class ServerSpec:
         interpolation: the resizing filter, "bicubic", "bilinear", "lanczos" or "nearest".
         mean, std: of the three channels, in units where 255 levels are 1.
         codec: "png" (also right for lossless WebP) or "jpeg".
-        quality, subsampling: Pillow's JPEG settings; subsampling 0 is 4:4:4, 2 is 4:2:0.
+        quality: of the JPEG files, 1 to 100, by libjpeg's tables.
+        subsampling: of their colours, as Pillow counts: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0. With 1
+            and 2 prompts are grey, because colours of neighbouring pixels are averaged.
         dtype: of the server's weights: "float32", "float16" or "bfloat16".
         dynamic_size: the server takes images of any size unchanged (timm's ``dynamic_img_size``).
     """
@@ -59,6 +62,11 @@ class ServerSpec:
         ):
             if value not in known:
                 raise ValueError(f"ServerSpec: {name}={value!r}; known: {', '.join(known)}")
+        if self.subsampling not in CHROMA or not 1 <= self.quality <= 100:
+            raise ValueError(
+                "ServerSpec takes quality 1 to 100 and subsampling 0 (4:4:4), 1 (4:2:2) or 2 "
+                f"(4:2:0), got quality={self.quality}, subsampling={self.subsampling}"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(
                 f"ServerSpec takes three means and three positive stds, got {self.mean}, {self.std}"
@@ -174,8 +182,13 @@ class ServerSpec:
         mean, std = (torch.tensor(v, device=images.device) for v in (self.mean, self.std))
         return mean.view(3, 1, 1), std.view(3, 1, 1)
 
-    def check_codec(self, patch_size: int) -> None:
-        """Raise CodecError where the codec cannot carry patches of this size."""
+    @property
+    def grey_only(self) -> bool:
+        """Whether the codec keeps single pixels' brightness but not their colour."""
+        return self.codec == "jpeg" and self.subsampling != 0
+
+    def check_codec(self, patch_size: int, embed_dim: int) -> None:
+        """Raise CodecError where the codec cannot carry patches of this size for such tokens."""
         if self.codec != "jpeg":
             return
         if patch_size % 8:
@@ -188,8 +201,20 @@ class ServerSpec:
                 f"jpeg: the server crops {self.border} pixels at each side, which is not on the "
                 "8-pixel JPEG grid. Send PNG."
             )
-        if self.subsampling != 0:
+        if not self.grey_only:
+            return
+        chroma, values = CHROMA[self.subsampling], patch_size**2
+        if values < embed_dim:
             raise CodecError(
-                f"jpeg: subsampling={self.subsampling} averages the colours of neighbouring "
-                "pixels, which destroys the prompts. Send PNG, or JPEG with subsampling=0 (4:4:4)."
+                f"jpeg {chroma} needs grey-only patches (p² >= D): it averages the colours of "
+                f"neighbouring pixels, and {patch_size}² = {values} grey values do not reach "
+                f"tokens of {embed_dim} values. Send PNG, or JPEG with subsampling=0 (4:4:4)."
             )
+        # a block of colours spans 16 pixels: where a prompt shares it with the image, it is tinted
+        for what, pixels in (("patch size", patch_size), ("the server's crop of", self.border)):
+            if pixels % 16:
+                raise CodecError(
+                    f"jpeg {chroma} stores colours in blocks of 16 pixels, {what} {pixels} is not "
+                    "on that grid: prompts would take on the colours of the image beside them. "
+                    "Send PNG, or JPEG with subsampling=0 (4:4:4)."
+                )

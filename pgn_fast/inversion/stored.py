@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from .jpeg import JpegRounding
@@ -31,7 +31,8 @@ def save_stored(
     stored["order"] = rounding.order.cpu()
     metadata = {"settings": json.dumps(settings), "rounding": json.dumps(rounding.settings())}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(stored, temporary, {"format": str(FORMAT), **metadata})
+    # safetensors' own save_file makes a file that only its owner may read
+    temporary.write_bytes(save(stored, {"format": str(FORMAT), **metadata}))
     temporary.replace(path)
 
 
