@@ -8,6 +8,20 @@
 
 namespace py = pybind11;
 
+namespace {
+
+// MKL chooses its kernels by the processor's vendor, and so does who packs weights for it.
+const char* cpu_vendor() {
+#ifdef PGN_FAST_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "other";
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pgn_fast (registered as torch ops when this module is imported)";
   m.def(
@@ -16,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
         py::dict info;
         info["compiler"] = __VERSION__;
         info["cpu_isa"] = pgn_fast::isa_name();
+        info["cpu_vendor"] = cpu_vendor();
 #ifdef PGN_FAST_CUDA_VERSION
         info["cuda"] = PGN_FAST_CUDA_VERSION;
         info["cuda_arch"] = PGN_FAST_CUDA_ARCH;
@@ -25,7 +40,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return info;
       },
-      "Compiler, chosen CPU instruction set, CUDA version and architectures of this build.");
+      "Compiler, processor's vendor and instruction set, CUDA version and architectures.");
   m.def(
       "set_isa", [](const std::string& name) { return pgn_fast::set_isa(name.c_str()); },
       py::arg("name"),

@@ -31,5 +31,5 @@ else:
 
 
 def build_info() -> dict[str, str | None]:
-    """Compiler, chosen CPU instruction set, CUDA version and architectures of this build."""
+    """Compiler, processor's vendor and instruction set, CUDA version and architectures."""
     return {} if C is None else C.build_info()

@@ -93,6 +93,11 @@ def patch_embed_grad_weight(
     return conv2d_weight(pixels, shape, grad_patches, stride=shape[2:])
 
 
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x @ weight.T + bias: (..., I), (O, I), (O,) -> (..., O)."""
+    return F.linear(x, weight, bias)
+
+
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

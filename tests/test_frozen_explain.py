@@ -72,7 +72,8 @@ def test_fold_says_its_memory() -> None:
 
 
 @pytest.mark.skipif(
-    packed.refusal(torch.device("cpu"), torch.float32) is not None, reason="torch without MKL"
+    packed.refusal(torch.device("cpu"), torch.float32) is not None,
+    reason="no library packs weights here",
 )
 def test_packed_weights_change_nothing() -> None:
     plain, images = vpt(), torch.randn(8, 3, 32, 32)
@@ -88,4 +89,5 @@ def test_packed_weights_change_nothing() -> None:
         )
         assert all(relative(a, b) <= 5e-6 for a, b in pairs)
     linear = model.trunk._folded[torch.float32][0].fc1
-    assert {rows for _, rows in linear.packed} == {4 * 17, 8 * 17}  # the last two
+    kept = {4 * 17, 8 * 17} if packed.library() == "mkl" else {0}  # the last two, or any
+    assert {rows for _, rows in linear.packed} == kept

@@ -18,7 +18,8 @@ def products(model: pgn_fast.PromptedViT, images: torch.Tensor) -> tuple[float, 
 
     def counted(counter: FlopCounterMode) -> int:
         counts = counter.get_flop_counts()["Global"]
-        return sum(counts.get(op, 0) for op in (aten.mm, aten.addmm, aten.bmm))
+        counted = (aten.mm, aten.addmm, aten.bmm, torch.ops.pgn_fast.frozen_linear)
+        return sum(counts.get(op, 0) for op in counted)
 
     model(images)  # folds, in float64
     with FlopCounterMode(display=False) as forward:

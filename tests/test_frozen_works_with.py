@@ -232,7 +232,7 @@ def test_changed_blocks_go_the_reference_path() -> None:
 
 def test_engine_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     right = blocks.hidden
-    monkeypatch.setattr(blocks, "hidden", lambda w, u: 1.01 * right(w, u))
+    monkeypatch.setattr(blocks, "hidden", lambda *args, **options: 1.01 * right(*args, **options))
     with pytest.raises(RuntimeError, match="differs from timm's own blocks by"):
         vpt()
     assert vpt(False).trunk is None

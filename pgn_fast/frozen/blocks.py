@@ -7,8 +7,8 @@ width, h heads, d head width, A = h d.
 from __future__ import annotations
 
 import torch
-from timm.layers import apply_rot_embed_cat
-from torch import Tensor
+from timm.layers import activations, apply_rot_embed_cat
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import prompt_attention
@@ -136,11 +136,22 @@ def attend_absorbed(w: BlockWeights, x: Tensor, num_queries: int, prompts: Tenso
     return _normalise(w.inner_norm, o)
 
 
-def hidden(w: BlockWeights, u: Tensor) -> Tensor:
-    """What stands between fc1 and fc2: activation, gate, norm."""
+def gelu_kind(act: nn.Module) -> str | None:
+    """torch's name for the GELU that an activation computes, "none" or "tanh"; None: another."""
+    if isinstance(act, nn.GELU):
+        return act.approximate
+    return {activations.GELU: "none", activations.GELUTanh: "tanh"}.get(type(act))
+
+
+def hidden(w: BlockWeights, u: Tensor, overwrite: bool = False) -> Tensor:
+    """What stands between fc1 and fc2: activation, gate, norm. ``overwrite``: u is used up."""
     if w.glu:
         gate, value = u.chunk(2, dim=-1)
         u = w.act(gate) * value
+    elif overwrite and (kind := gelu_kind(w.act)):
+        u = torch.ops.aten.gelu_(u, approximate=kind)
+    elif overwrite and isinstance(w.act, nn.SiLU):
+        u = torch.ops.aten.silu_(u)
     else:
         u = w.act(u)
     return _normalise(w.hidden_norm, u)
@@ -148,11 +159,17 @@ def hidden(w: BlockWeights, u: Tensor) -> Tensor:
 
 def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> Tensor:
     """Tokens (B, M, D) plus the projected attention output (B, M, A)."""
-    y = w.out(o)
-    return x + (y if w.gain1 is None else y * w.gain1)
+    return add(x, w.out(o), w.gain1)
 
 
 def mlp(w: BlockWeights, y: Tensor) -> Tensor:
     """Tokens (B, M, D) through the second half of the block."""
-    z = w.fc2(hidden(w, w.fc1(w.norm2(y))))
-    return y + (z if w.gain2 is None else z * w.gain2)
+    u = w.fc1(w.norm2(y))
+    return add(y, w.fc2(hidden(w, u, overwrite=not u.requires_grad)), w.gain2)
+
+
+def add(x: Tensor, y: Tensor, gain: Tensor | None) -> Tensor:
+    """x + gain * y, in the place of y where it has the sum's dtype."""
+    if gain is not None:
+        return x + y * gain
+    return y.add_(x) if y.dtype == x.dtype and not y.requires_grad else x + y

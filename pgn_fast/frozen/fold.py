@@ -8,20 +8,25 @@ LayerScale gains c, for x_hat = (x - mean) / std (all in float64, rounded once):
     softmax_j(q (k_j + b_k))     =  softmax_j(q k_j)            the key bias shifts all alike
     sum_j p_j (v_j + b_v)        =  (sum_j p_j v_j) + b_v       p sums to one: W_o b_v joins b_o
     c (W_o o + b_o)              =  (c W_o) o + c b_o                         LayerScale into Linear
+    W_2 (u sigmoid(a u))         =  (W_2 / a) silu(a u)      a = 1.702 (QuickGELU) into W_1 and W_2
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from timm.layers import activations
 from timm.layers.mlp import GluMlp, SwiGLU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops import frozen_linear
 from .plan import FastOptions
+
+_QUICK_GELU = 1.702
 
 
 @dataclass
@@ -66,23 +71,27 @@ class Norm:
 
 @dataclass
 class FrozenLinear:
-    """y = x W^T + b with weights that never get a gradient; x is cast to the weights' dtype."""
+    """y = x W^T + b with weights that never get a gradient; x is cast to the weights' dtype.
+
+    Attributes:
+        backend: which backend runs the product; None is the fastest.
+    """
 
     weight: Tensor  # (out, in)
     bias: Tensor | None = None
+    backend: str | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return frozen_linear(x.to(self.weight.dtype), self.weight, self.bias, backend=self.backend)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """(..., out) -> (..., in)."""
-        return grad @ self.weight
+        return frozen_linear(grad, self.weight.T, backend=self.backend)
 
     def rows(self, start: int, stop: int) -> FrozenLinear:
         """The outputs start..stop alone, as a view."""
-        return type(self)(
-            self.weight[start:stop], None if self.bias is None else self.bias[start:stop]
-        )
+        bias = None if self.bias is None else self.bias[start:stop]
+        return type(self)(self.weight[start:stop], bias, self.backend)
 
 
 @dataclass
@@ -133,10 +142,13 @@ class BlockWeights:
         return [t for t in found if t is not None]
 
 
-def live_block(block: Any) -> BlockWeights:
-    """A block by timm's own tensors: no copy, nothing folded, never out of date."""
+def live_block(block: Any, backend: str | None = None) -> BlockWeights:
+    """A block by timm's own tensors: no copy, nothing folded, never out of date.
+
+    ``backend``: which backend runs the matrix products; None is the fastest.
+    """
     attention, mlp = block.attn, block.mlp
-    return BlockWeights(
+    weights = BlockWeights(
         num_heads=attention.num_heads,
         norm1=_norm(block.norm1),
         qkv=_qkv(attention),
@@ -155,17 +167,21 @@ def live_block(block: Any) -> BlockWeights:
         gain2=_gain(block, 2),
         rotate_half=getattr(attention, "rotate_half", False),
     )
+    weights.replace_linears(lambda linear: replace(linear, backend=backend))
+    return weights
 
 
 @torch.no_grad()
 @torch.inference_mode(False)  # tensors made in inference mode could not be saved for a backward
-def fold_block(block: Any, options: FastOptions, dtype: torch.dtype, rope: bool) -> BlockWeights:
+def fold_block(
+    block: Any, options: FastOptions, dtype: torch.dtype, rope: bool, backend: str | None = None
+) -> BlockWeights:
     """A block with its affine algebra folded, in ``dtype``.
 
     Weights that stay as they are (an output projection without LayerScale, say) are timm's own
     tensors where the dtype is theirs too. ``rope``: keys are rotated, so their bias is not dead.
     """
-    w = live_block(block)
+    w = live_block(block, backend)
     qkv, out, fc1, fc2 = (_wide(linear) for linear in (w.qkv, w.out, w.fc1, w.fc2))
     A = w.attn_dim
 
@@ -190,6 +206,9 @@ def fold_block(block: Any, options: FastOptions, dtype: torch.dtype, rope: bool)
             out, w.gain1 = _scale_rows(out, w.gain1.double().to(out.weight.device)), None
         if w.gain2 is not None:
             fc2, w.gain2 = _scale_rows(fc2, w.gain2.double().to(fc2.weight.device)), None
+        if isinstance(w.act, activations.QuickGELU) and not w.glu and w.hidden_norm is None:
+            fc1 = _scale_rows(fc1, fc1.weight.new_full(fc1.weight.shape[:1], _QUICK_GELU))
+            fc2, w.act = FrozenLinear(fc2.weight / _QUICK_GELU, fc2.bias), nn.SiLU()
 
     wide = iter((qkv, out, fc1, fc2))
     w.replace_linears(lambda original: _round(next(wide), original, dtype))
@@ -229,7 +248,7 @@ def _round(wide: FrozenLinear, original: FrozenLinear, dtype: torch.dtype) -> Fr
     bias = None
     if wide.bias is not None and wide.bias.any():
         bias = back(wide.bias, original.bias)
-    return FrozenLinear(back(wide.weight, original.weight), bias)
+    return replace(original, weight=back(wide.weight, original.weight), bias=bias)
 
 
 def _norm(module: nn.Module) -> Norm:

@@ -55,8 +55,8 @@ class _SecondHalf(torch.autograd.Function):
         u = w.fc1(w.norm2(y))
         ctx.w, ctx.dtype = w, o.dtype
         ctx.save_for_backward(y, u if keep_hidden else None)
-        z = w.fc2(blocks.hidden(w, u))
-        return y + (z if w.gain2 is None else z * w.gain2)
+        z = w.fc2(blocks.hidden(w, u, overwrite=not keep_hidden))
+        return blocks.add(y, z, w.gain2)
 
     @staticmethod
     @once_differentiable
@@ -76,10 +76,13 @@ class _SecondHalf(torch.autograd.Function):
 
 def _hidden_gradient(w: BlockWeights, u: Tensor, grad: Tensor) -> Tensor:
     """The gradient of u from that of ``blocks.hidden``, which runs again; ``grad`` is used up."""
-    if not w.glu and w.hidden_norm is None and isinstance(w.act, torch.nn.GELU):
-        return torch.ops.aten.gelu_backward.grad_input(
-            grad, u, approximate=w.act.approximate, grad_input=grad
-        )
+    if not w.glu and w.hidden_norm is None:
+        if kind := blocks.gelu_kind(w.act):
+            return torch.ops.aten.gelu_backward.grad_input(
+                grad, u, approximate=kind, grad_input=grad
+            )
+        if isinstance(w.act, torch.nn.SiLU):
+            return torch.ops.aten.silu_backward.grad_input(grad, u, grad_input=grad)
     with torch.enable_grad():
         u = u.detach().requires_grad_()
         (grad_u,) = torch.autograd.grad(blocks.hidden(w, u), u, grad)

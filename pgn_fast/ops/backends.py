@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from . import onednn
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -21,6 +22,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # it, and an op is listed only where it beats plain torch there. CUDA devices have no entry yet: no
 # kernel has been measured on one.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "frozen_linear": {"cpu": ("cpu",)},
     "mix_prompts": {"cpu": ("cpu",)},
     "prompted_patch_embed": {"cpu": ("cpu",)},
     "prompt_attention": {"cpu": ("cpu",)},
@@ -33,12 +35,11 @@ TRAINED_IN_PLAIN_TORCH: dict[str, tuple[str, ...]] = {"mix_prompts": ("cpu",)}
 
 HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
-# dtypes that the kernels of a backend take, where they are fewer than all
-_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
-    "cpu": HALF_OR_FLOAT,
-    "triton": HALF_OR_FLOAT,
-    "cuda": HALF_OR_FLOAT,
-}
+# ops whose dtypes are fewer: torch's own product takes half precision to oneDNN already
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"frozen_linear": (torch.float32,)}
+
+# kernels that a library of torch's brings along: (backend, op) -> the module that calls it
+_BROUGHT_ALONG = {("cpu", "frozen_linear"): onednn}
 
 
 @functools.cache
@@ -97,7 +98,8 @@ def _refusal(backend: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]
         return f"{op}: no backend named {backend!r}; known: {', '.join(BACKENDS)}."
     if backend == "reference":
         return None
-    if reason := _missing(backend):
+    library = _BROUGHT_ALONG.get((backend, op))
+    if reason := library.missing() if library else _missing(backend):
         return f"{prefix}{reason}. Leave backend=None to use the fastest one that can."
     if not _has_kernel(backend, op):
         return f"{prefix}it has no kernel of this op. Leave backend=None to use one that has."
@@ -107,10 +109,11 @@ def _refusal(backend: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]
             f"{prefix}its kernels run on {wanted} tensors, these are on {device}. "
             "Leave backend=None to use the fastest one that can."
         )
+    taken = _DTYPES.get(op, HALF_OR_FLOAT)
     for dtype in dtypes:
-        if dtype.is_floating_point and dtype not in _DTYPES[backend]:
+        if dtype.is_floating_point and dtype not in taken:
             return (
-                f"{prefix}its kernels take {', '.join(map(str, _DTYPES[backend]))}, got {dtype}. "
+                f"{prefix}its kernels take {', '.join(map(str, taken))}, got {dtype}. "
                 "Leave backend=None to run it in plain torch."
             )
     return None
@@ -118,6 +121,8 @@ def _refusal(backend: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]
 
 @functools.cache
 def _has_kernel(backend: str, op: str) -> bool:
+    if (backend, op) in _BROUGHT_ALONG:
+        return True
     if backend == "triton":
         found = importlib.util.find_spec(_triton_name(op)) is not None
         return found and hasattr(importlib.import_module(_triton_name(op)), op)
@@ -137,6 +142,8 @@ def _kernel(backend: str, op: str) -> Callable[..., Any]:
         from .. import reference
 
         return getattr(reference, op)
+    if library := _BROUGHT_ALONG.get((backend, op)):
+        return getattr(library, op)
     if backend == "triton":
         return getattr(importlib.import_module(_triton_name(op)), op)
     return getattr(torch.ops.pgn_fast_C, op).default

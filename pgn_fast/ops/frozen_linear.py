@@ -1,0 +1,115 @@
+"""A linear layer whose weights never get a gradient: the matrix product of a frozen backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import reference
+from ._register import follow_autocast, register_op
+from .backends import select_kernel
+
+# What every kernel of this op gets and may rely on:
+#
+#   frozen_linear(x, weight, bias) -> (..., O), contiguous
+#
+#   x (..., I); weight (O, I), of any strides: a backward passes the transpose of a forward's;
+#   bias (O,) or None. One dtype and device. Any size may be zero.
+# The backward needs no kernel of its own: it is the op with the weight transposed.
+
+
+def frozen_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """Multiply by a frozen weight.
+
+        y = x @ weight.T + bias
+
+    Args:
+        x: (..., I), floating point.
+        weight: (O, I), same dtype and device, any strides. It must not require a gradient.
+        bias: (O,) or None, likewise.
+        backend: "reference" or "cpu" (oneDNN, float32, which uses the widest vectors of any x86
+            processor where MKL does so on Intel's alone); None runs the fastest that accepts the
+            inputs.
+
+    Returns:
+        (..., O) in the dtype of the arguments (under autocast: the autocast dtype). Differentiable
+        in ``x`` alone; ``x`` is not kept for the backward.
+
+    Raises:
+        ValueError: the shapes, dtypes or devices disagree, or the weight requires a gradient.
+        RuntimeError: the named backend cannot run these inputs; the message says why.
+    """
+    x, weight, bias = follow_autocast(x, weight, bias)  # type: ignore[assignment]
+    _check(x, weight, bias)
+    # an exported program, and ONNX after it, has to run where this package is not
+    if backend == "reference" or torch.compiler.is_exporting():
+        return reference.frozen_linear(x, weight, bias)
+    return _op(x, weight, bias, backend or "auto")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuse what does not fit together, naming the argument and the way out."""
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "frozen_linear takes x (..., I) and weight (O, I), got "
+            f"{tuple(x.shape)} and {tuple(weight.shape)}. I is the layer's input width."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"frozen_linear: bias is {tuple(bias.shape)}, expected {tuple(weight.shape[:1])}, one "
+            "value a row of weight."
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"frozen_linear: x is {x.dtype} on {x.device}, {name} is {tensor.dtype} on "
+                f"{tensor.device}. Convert one, e.g. x.to({name})."
+            )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"frozen_linear gives {name} no gradient, but it requires one. Freeze it with "
+                f"{name}.requires_grad_(False), or use torch.nn.functional.linear."
+            )
+    if not x.is_floating_point():
+        raise ValueError(f"frozen_linear takes floating-point tensors, got {x.dtype}.")
+
+
+def _kernel(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return select_kernel("frozen_linear", backend, x, weight, bias)(x, weight, bias)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, _, ctx.backend = inputs
+    ctx.save_for_backward(weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (weight,) = ctx.saved_tensors
+    grad_x = _op(grad, weight.T, None, ctx.backend) if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, None  # weight and bias are frozen; backend has no gradient
+
+
+_op = register_op(
+    "frozen_linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    _kernel,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+
+
+@register_flop_formula(torch.ops.pgn_fast.frozen_linear)
+def _flops(x: torch.Size, weight: torch.Size, *rest: Any, **options: Any) -> int:
+    """For torch's FlopCounterMode, from the arguments' shapes."""
+    return 2 * x.numel() * weight[0]

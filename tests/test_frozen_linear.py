@@ -1,0 +1,153 @@
+"""frozen_linear: every backend, dtype, shape and layout, forward and gradient, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import assert_matches, leaves64
+from torch import nn
+
+from pgn_fast import reference
+from pgn_fast.frozen import packed
+from pgn_fast.frozen.fold import FrozenLinear
+from pgn_fast.frozen.packed import PackedLinear
+from pgn_fast.ops import frozen_linear
+from pgn_fast.ops.backends import refusal
+
+BACKENDS = ["reference", "cpu", None]
+
+
+def check_against_float64(x, weight, bias, run):
+    y = run(x)
+    assert y.is_contiguous()
+    grad_y = torch.randn_like(y)
+    (x64,) = leaves64(x)
+    wide = weight.double().cpu(), None if bias is None else bias.double().cpu()
+    y64 = reference.frozen_linear(x64, *wide)
+    (grad64,) = torch.autograd.grad(y64, x64, grad_y.double().cpu())
+    (grad,) = torch.autograd.grad(y, x, grad_y)
+    assert_matches("y", y.detach(), y64.detach())
+    assert_matches("grad_x", grad, grad64)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    "shape, out",
+    [
+        pytest.param((2, 197, 192), 768, id="an MLP of ViT-Tiny"),
+        pytest.param((7, 33, 65), 129, id="nothing divides a block"),
+        pytest.param((300, 70), 111, id="rows alone"),
+        pytest.param((5, 1, 768), 3072, id="one row an image"),
+        pytest.param((1, 1), 1, id="smallest"),
+        pytest.param((0, 3, 8), 4, id="no image"),
+        pytest.param((2, 3, 8), 0, id="no output"),
+    ],
+)
+def test_matches_float64(shape, out, has_bias, dtype, backend, device):
+    x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(out, shape[-1], dtype=dtype, device=device)
+    bias = torch.randn(out, dtype=dtype, device=device) if has_bias else None
+    if backend and (reason := refusal(backend, "frozen_linear", x, weight, bias)):
+        pytest.skip(reason)
+    check_against_float64(
+        x, weight, bias, lambda x: frozen_linear(x, weight, bias, backend=backend)
+    )
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda t: t[:, :1], id="first rows"),
+        pytest.param(lambda t: t[:, 3:150:2], id="every other row"),
+        pytest.param(lambda t: t.transpose(0, 1), id="transposed"),
+        pytest.param(lambda t: t[:1].expand(9, -1, -1), id="expanded"),
+        pytest.param(lambda t: t[..., 64:256], id="columns of a wider tensor"),
+    ],
+)
+def test_strides_of_x_and_weight_are_free(view):
+    x = view(torch.randn(40, 197, 320)).detach().requires_grad_()
+    weight = torch.randn(x.shape[-1], 512).T  # a transpose, as the backward passes it
+    assert x.numel() * 512 > 2**20  # large enough for oneDNN
+    check_against_float64(x, weight, None, lambda x: frozen_linear(x, weight))
+    rows = torch.randn(2048, x.shape[-1])[512:1024]  # keys and values of a fused projection
+    check_against_float64(x, rows, None, lambda x: frozen_linear(x, rows))
+
+
+def test_registered_correctly():
+    weight, bias = torch.randn(40, 24), torch.randn(40)
+    args = torch.randn(3, 5, 24, requires_grad=True), weight, bias, "auto"
+    torch.library.opcheck(torch.ops.pgn_fast.frozen_linear.default, args)
+    assert torch.autograd.gradcheck(
+        lambda x: frozen_linear(x, weight.double(), bias.double(), backend="reference"),
+        torch.randn(3, 24, dtype=torch.float64, requires_grad=True),
+    )
+
+
+def test_compiles_whole_with_any_batch():
+    weight, bias = torch.randn(300, 200), torch.randn(300)
+    compiled = torch.compile(
+        lambda x: frozen_linear(x, weight, bias).square().sum(), fullgraph=True, backend="aot_eager"
+    )
+    for rows in (50, 51):
+        x = torch.randn(rows, 200, requires_grad=True)
+        expected = frozen_linear(x, weight, bias).square().sum()
+        torch.testing.assert_close(compiled(x), expected)
+        for grad, want in zip(
+            torch.autograd.grad(compiled(x), x), torch.autograd.grad(expected, x), strict=True
+        ):
+            torch.testing.assert_close(grad, want)
+
+
+def test_follows_autocast_and_keeps_nothing_of_x():
+    x = torch.randn(64, 256, requires_grad=True)
+    weight = torch.randn(128, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen_linear(x, weight).dtype == torch.bfloat16
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        frozen_linear(x, weight)
+    assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+
+
+@pytest.mark.parametrize(
+    "x, weight, bias, message",
+    [
+        (torch.zeros(2, 3), torch.zeros(4, 5), None, r"x \(..., I\) and weight \(O, I\), got"),
+        (torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(3), r"bias is \(3,\), expected \(4,\)"),
+        (torch.zeros(2, 3), torch.zeros(4, 3).double(), None, "weight is torch.float64 on cpu"),
+        (torch.zeros(2, 3), nn.Parameter(torch.zeros(4, 3)), None, "gives weight no gradient"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 3).long(), None, "floating-point"),
+    ],
+)
+def test_what_does_not_fit_is_refused(x, weight, bias, message):
+    with pytest.raises(ValueError, match=message):
+        frozen_linear(x, weight, bias)
+
+
+def test_named_backends_say_why_they_cannot():
+    x, weight = torch.zeros(2, 3).half(), torch.zeros(4, 3).half()
+    with pytest.raises(RuntimeError, match=r"take torch\.float32, got torch\.float16"):
+        frozen_linear(x, weight, backend="cpu")
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run"):
+        frozen_linear(x, weight, backend="cuda")
+
+
+@pytest.mark.parametrize("library", ["onednn", "mkl"])
+def test_packed_weights_match_float64(library, monkeypatch):
+    """Both libraries, whichever the processor would choose."""
+    if library == "mkl" and not packed._has_mkl():
+        pytest.skip("this build of torch has no MKL")
+    monkeypatch.setattr(packed, "library", lambda: library)
+    weight, bias = torch.randn(300, 200), torch.randn(300)
+    linear = PackedLinear(weight, bias)
+    for rows in (70, 128, 96, 3, 70):
+        x = torch.randn(2, rows, 200, requires_grad=True)
+        check_against_float64(x, weight, bias, linear)
+    # two directions; MKL's copies serve the latest two numbers of rows
+    assert len(linear.packed) == (2 if library == "onednn" else 4)
+    x = torch.randn(2, 70, 200)
+    assert_matches(
+        "kv", linear.rows(100, 300)(x), FrozenLinear(weight, bias)(x)[..., 100:].double()
+    )
