@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .frozen.explain import backend_of, explain
-from .frozen.images import check_images
+from .frozen.images import check_images, normalised
 from .frozen.load import load_backbone
 from .frozen.plan import FastOptions
 from .frozen.reference import pool, pool_mean, rows_read
@@ -31,8 +31,9 @@ TOKEN_LOCATIONS = ("prepend", "add", "add-1")
 class PromptedViT(nn.Module):
     """A frozen timm vision transformer, something that makes prompts for it, and a head.
 
-    Images (B, C, H, W), normalised as the backbone wants them, to logits (B, num_classes). Built by
-    ``PGN`` or ``VPT``. Only the prompter and the head are trained; the backbone stays in eval mode
+    Images (B, C, H, W), normalised as the backbone wants them, to logits (B, num_classes); uint8
+    images are normalised by the backbone's own mean and standard deviation. Built by ``PGN`` or
+    ``VPT``. Only the prompter and the head are trained; the backbone stays in eval mode
     and without gradients, and ``train()`` does not change that.
 
     The trained parts are float32, also on a half-precision backbone (float64 on a float64 one).
@@ -378,11 +379,11 @@ class PGN(PromptedViT):
 
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         check_images(self.backbone, images)
-        prompts = self.prompter(images, backend=backend)
+        prompts = self.prompter(normalised(self.backbone, images), backend=backend)
         # a library that is trained for a canvas knows what stands where (inversion.GamutLibrary)
         place = getattr(self.prompter.token_library, "place", None)
         if place is not None:
-            return place(images, prompts)
+            return place(normalised(self.backbone, images), prompts)
         return images, PromptSchedule("append", {0: prompts})
 
     def _outline(self) -> PromptSchedule:
@@ -393,7 +394,7 @@ class PGN(PromptedViT):
         """The prompt tokens of each image, (B, P, D); of a GamutLibrary, what a patch adds to the
         token of a mid-grey one."""
         check_images(self.backbone, images)
-        return self.prompter(images, backend=self.backend)
+        return self.prompter(normalised(self.backbone, images), backend=self.backend)
 
 
 class VPT(PromptedViT):
@@ -510,6 +511,7 @@ class VPT(PromptedViT):
             return images, PromptSchedule(position, layers, keep=self.config["expand"])
         if location.startswith("prepend-pixel"):
             return images, PromptSchedule("prepend", {0: prompter.tokens(self.backbone)})
+        images = normalised(self.backbone, images)
         patch_weight = prompter.patch_projection(images.dtype)
         return prompter.images(images), PromptSchedule("add", {}, patch_weight=patch_weight)
 

@@ -606,13 +606,13 @@ def test_one_graph(build):
     ("bad", "message"),
     [
         (images()[0], r"images must be \(B, C, H, W\), got \(3, 32, 32\); add a batch dimension"),
-        (images().to(torch.uint8), "normalised and floating-point, got torch.uint8; divide"),
+        (images().to(torch.int32), "floating-point, or uint8, got torch.int32"),
         (images().double(), "images are torch.float64, the backbone is torch.float32; cast one"),
         (images(channels=1), "images have 1 channels, the backbone takes 3"),
         (images(size=(48, 48)), r"images are 48x48 pixels, this backbone takes 32x32; resize"),
         (images().to("meta"), "images are on meta, the backbone is on cpu"),
     ],
-    ids=["no batch", "uint8", "dtype", "channels", "size", "device"],
+    ids=["no batch", "integers", "dtype", "channels", "size", "device"],
 )
 @pytest.mark.parametrize("build", [pgn, vpt])
 def test_bad_images_are_refused(build, bad, message):
@@ -620,6 +620,32 @@ def test_bad_images_are_refused(build, bad, message):
     for call in (model, model.forward_features, model.forward_reference, model.prompts):
         with pytest.raises(ValueError, match=message):
             call(bad)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_224", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224"]
+)
+@pytest.mark.parametrize(
+    ("build", "options"), [(pgn, {}), (vpt, {}), (vpt, {"location": "pad", "num_prompts": 2})]
+)
+def test_uint8_images_are_normalised_by_the_backbone(build, options, name):
+    size = 32 - 2 * options.get("num_prompts", 0) if options else 32
+    pixels = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
+    model = build(tiny(name), **options)
+    cfg = model.backbone.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
+    by_hand = (pixels / 255 - mean) / std
+    for call in (model, model.forward_features, model.forward_reference):
+        torch.testing.assert_close(call(pixels), call(by_hand), rtol=1e-4, atol=1e-4)
+    model(pixels).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.trainable_parameters())
+
+
+def test_uint8_images_need_a_known_mean_and_std():
+    model = vpt(tiny(in_chans=1))
+    model.backbone.pretrained_cfg = None
+    with pytest.raises(ValueError, match="does not say by which mean and standard deviation"):
+        model(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))
 
 
 def test_images_that_are_no_whole_patches_are_refused():

@@ -1,15 +1,16 @@
 // CPU kernel of pgn_fast.ops.prompted_patch_embed:
 //   tokens[b] = [prefix, patches(images[b]) @ weight^T + bias + pos_embed, prompts[b]]
 //
-// A chunk of images at a time: its pixels are normalised on their way into rows of patches, torch's
-// GEMM multiplies them, and one pass adds bias and position embedding while it writes the sequence.
-// The chunk's two buffers are small enough to stay in the cache and large enough for the GEMM.
+// A chunk of images at a time: its pixels are normalised on their way into rows of patches, a
+// library's GEMM multiplies them, and one pass adds bias and position embedding while it writes
+// the sequence. A chunk is small enough to stay in the cache and large enough for the GEMM.
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../common.h"
 #include "kernels.h"
+#include "onednn.h"
 
 namespace pgn_fast {
 
@@ -22,12 +23,17 @@ constexpr int64_t kChunkRows = 784;  // patches multiplied at once
 
 const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
 
-// out = a @ b, into memory that is there
-void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
+// a [R, K] @ weight [D, K]^T, into `out` or into memory of its own
+Tensor multiply(const Tensor& a, const Tensor& weight, const Tensor& out) {
+  if (a.scalar_type() == ScalarType::Float && a.size(0) > 0) {
+    if (const auto product = onednn_linear(a, weight)) return *product;
+  }
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(a),
+      torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
+      torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace
@@ -80,13 +86,12 @@ Tensor prompted_patch_embed_cpu(const Tensor& images,                        // 
                        D,
                        prompts && prompts->dim() == 3 ? P * D : 0,
                        position == "prepend"};
-  const Tensor columns = torch::stable::transpose(torch::stable::view(weight, {D, K}), 0, 1);
+  const Tensor rows_of_weight = torch::stable::view(weight, {D, K});
   const int64_t chunk = N > 0 && N < kChunkRows ? kChunkRows / N : 1;
   // one pair of buffers for all chunks: fresh memory would cost a page fault every 4 kB
   Tensor cuts = empty<2>(weight, dtype, {(B < chunk ? B : chunk) * N, K});
   Tensor products = empty<2>(weight, dtype, {(B < chunk ? B : chunk) * N, D});
   char* out = static_cast<char*>(cuts.mutable_data_ptr());
-  sequence.embedded = products.const_data_ptr();
   const int64_t row_bytes = N / (rows > 0 ? rows : 1) * K * size_of(number);
   for (int64_t first = 0; first < B; first += chunk) {
     const int64_t count = B - first < chunk ? B - first : chunk;
@@ -95,7 +100,9 @@ Tensor prompted_patch_embed_cpu(const Tensor& images,                        // 
                                 out + begin * row_bytes);
     });
     using torch::stable::narrow;
-    multiply(narrow(cuts, 0, 0, count * N), columns, narrow(products, 0, 0, count * N));
+    const Tensor embedded =
+        multiply(narrow(cuts, 0, 0, count * N), rows_of_weight, narrow(products, 0, 0, count * N));
+    sequence.embedded = embedded.const_data_ptr();
     sequence.first = first;
     torch::stable::parallel_for(first, first + count, 1,
                                 [=, &sequence](int64_t begin, int64_t end) {

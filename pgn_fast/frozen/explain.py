@@ -37,6 +37,8 @@ def explain(
     for name, does, reason in _savings(trunk, schedule, rows, prompts_read):
         lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
     lines.append(f"  memory={trunk.options.memory!r}: {_MEMORY[trunk.options.memory]}")
+    runs = backend_of("frozen_linear", trunk.device, trunk.dtype, trunk.backend)
+    lines.append(f"  matrix products: {runs}")
     if _keys_and_values_only(schedule, len(backbone.blocks)):
         runs = backend_of("prompt_attention", trunk.device, trunk.dtype, trunk.backend)
         lines.append(f"  attention with prompts: {runs}")
@@ -96,8 +98,14 @@ def _savings(
     yield "biases", "value biases are moved, dead key biases dropped", off(options.biases)
     yield (
         "packed",
-        "frozen weights are packed for MKL's products",
+        f"frozen weights are packed for {packed.library()}'s products",
         off(options.packed, packed.refusal(trunk.device, trunk.dtype)),
+    )
+    runs = backend_of("prompted_patch_embed", trunk.device, trunk.dtype, trunk.backend)
+    yield (
+        "embed",
+        f"patches, prefix and position embedding in one op ({runs})",
+        off(options.embed, trunk.embed_refusal),
     )
 
 

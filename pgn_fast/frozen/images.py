@@ -6,13 +6,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..reference import normalise
+
 
 def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -> None:
     """Refuse images that the backbone cannot read.
 
     Args:
         backbone: a timm vision transformer.
-        images: should be normalised floating-point images (B, C, H, W).
+        images: should be normalised floating-point images (B, C, H, W), or uint8 ones where the
+            backbone knows its mean and standard deviation.
         border: pixels that will be added on every side before the backbone sees the images.
 
     Raises:
@@ -24,16 +27,23 @@ def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -
             f"images must be (B, C, H, W), got {tuple(images.shape)}"
             + ("; add a batch dimension: images[None]" if images.ndim == 3 else "")
         )
-    if not images.is_floating_point():
+    if images.dtype == torch.uint8:
+        mean_and_std(backbone)
+    elif not images.is_floating_point():
         raise ValueError(
-            f"images must be normalised and floating-point, got {images.dtype}; divide uint8 by "
-            "255, subtract the backbone's mean and divide by its standard deviation"
+            f"images must be normalised and floating-point, or uint8, got {images.dtype}; "
+            "images.to(torch.uint8) holds pixels from 0 to 255"
         )
     if images.device != weight.device:
         raise ValueError(
             f"images are on {images.device}, the backbone is on {weight.device}; move one of them"
         )
-    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+    float_images = images.is_floating_point()
+    if (
+        float_images
+        and images.dtype != weight.dtype
+        and not torch.is_autocast_enabled(images.device.type)
+    ):
         raise ValueError(
             f"images are {images.dtype}, the backbone is {weight.dtype}; cast one, e.g. "
             f"images.to({weight.dtype}), or run under torch.autocast"
@@ -44,6 +54,33 @@ def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -
             f"convert the images, or create the backbone with in_chans={images.shape[1]}"
         )
     _check_size(backbone, images.shape[2], images.shape[3], border)
+
+
+def mean_and_std(backbone: VisionTransformer) -> tuple[list[float], list[float]]:
+    """Of each channel, in units of [0, 1], as the backbone was pretrained.
+
+    Raises:
+        ValueError: the backbone does not know them.
+    """
+    known = getattr(backbone, "pretrained_cfg", None) or {}
+    mean, std = (list(known.get(name) or ()) for name in ("mean", "std"))
+    if len(mean) != backbone.in_chans or len(std) != backbone.in_chans:
+        raise ValueError(
+            f"images are uint8, and this backbone of {backbone.in_chans} channels does not say by "
+            f"which mean and standard deviation to normalise them (its pretrained_cfg has "
+            f"mean={mean or None}, std={std or None}); pass normalised floating-point images"
+        )
+    return mean, std
+
+
+def normalised(backbone: VisionTransformer, images: Tensor) -> Tensor:
+    """uint8 images as the backbone's floating-point ones: (pixel / 255 - mean) / std. Others as
+    they are."""
+    if images.is_floating_point():
+        return images
+    mean, std = mean_and_std(backbone)
+    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    return normalise(images, next(backbone.patch_embed.parameters()).dtype, scale, shift)
 
 
 def _check_size(backbone: VisionTransformer, height: int, width: int, border: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .images import normalised
 from .schedule import Position, PromptSchedule
 
 
@@ -32,7 +33,7 @@ def encode_reference(
 
     Args:
         backbone: a timm ``VisionTransformer`` or one of its relatives (see ``load_backbone``).
-        images: normalised images (B, C, H, W), in the backbone's dtype.
+        images: normalised images (B, C, H, W), in the backbone's dtype, or uint8.
         schedule: the prompts; those of another dtype are cast to the tokens'.
         rows: return only the first ``rows`` tokens, where the caller reads no others; None all.
 
@@ -70,10 +71,14 @@ def embed(
 ) -> tuple[Tensor, Tensor | None]:
     """Patch embedding, prefix tokens and position embedding: what stands before ``norm_pre``.
 
+    Args:
+        images: normalised images, or uint8 ones (see ``images.check_images``).
+
     Returns:
         Tokens (B, S + N, D), and for class ``Eva`` its rotary position embedding, sine and cosine
         side by side: (N, 2 d), or (depth, h, N, 2 d) where every block has its own.
     """
+    images = normalised(backbone, images)
     if patch_weight is None:
         patches = backbone.patch_embed(images)
     else:
@@ -86,6 +91,13 @@ def embed(
         x = torch.cat([backbone.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         return x if backbone.pos_embed is None else x + backbone.pos_embed, None
     return backbone.patch_drop(backbone._pos_embed(patches)), None
+
+
+def prefix_tokens(backbone: VisionTransformer) -> list[Tensor | None]:
+    """Class, distillation and register tokens in their order, (1, n, D) each, None what is absent.
+    Their position embedding is the first rows of ``pos_embed`` where that has any for them."""
+    names = ("cls_token", "dist_token", "reg_token")
+    return [getattr(backbone, name, None) for name in names]
 
 
 def add_prompts(x: Tensor, prompts: Tensor, position: Position, num_prefix: int) -> Tensor:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import backends
+from ..ops import backends, prompted_patch_embed
 from . import blocks, memory, packed, plan
 from .fold import BlockWeights, fold_block, live_block
+from .images import mean_and_std
 from .packed import PackedLinear
 from .plan import FastOptions
-from .reference import embed, encode_reference, remove_prompts
+from .reference import embed, encode_reference, prefix_tokens, remove_prompts
 from .schedule import PromptSchedule
 
 # rows up to which an absorbed last block is cheaper than its key and value projections: M h D
@@ -92,6 +93,7 @@ class FastTrunk:
         self._modules = list(self.backbone.modules())
         self._key: tuple[Any, ...] | None = None
         self._refusal = plan.refusal(self.backbone)
+        self.embed_refusal = self._refusal or plan.embed_refusal(self.backbone)
         self._fused = self._dtypes_with_a_kernel()
         self._folded: dict[torch.dtype, list[BlockWeights]] = {}
         self._seen: dict[int, tuple[Tensor, BlockWeights, tuple[Tensor, Tensor]]] = {}
@@ -150,6 +152,13 @@ class FastTrunk:
                 found.add(dtype)
         return found
 
+    def _backend_for(self, op: str, dtype: torch.dtype) -> str | None:
+        """The named backend where it runs the op, else None: the fastest."""
+        if self.backend is None:
+            return None
+        like = torch.empty(0, dtype=dtype, device=self.device)
+        return self.backend if backends.refusal(self.backend, op, like) is None else None
+
     @property
     def refusal(self) -> str | None:
         """Why the reference path runs instead of this engine; None where the engine runs."""
@@ -171,7 +180,7 @@ class FastTrunk:
         """Images and prompts to tokens after the final norm; see ``encode_reference``.
 
         Args:
-            images: normalised images (B, C, H, W).
+            images: normalised images (B, C, H, W), or uint8 ones.
             schedule: which prompts enter where.
             rows: return only the first ``rows`` tokens; None all.
             prompts_read: False: nobody reads the prompts that are left; they are not returned.
@@ -185,7 +194,7 @@ class FastTrunk:
 
         below = images.requires_grad or schedule.patch_weight is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and below):
-            x, rope = embed(backbone, images, schedule.patch_weight)
+            x, rope = self._embed(images, schedule)
         entering = {i: prompts.to(x.dtype) for i, prompts in schedule.layers.items()}
         norm_pre = getattr(backbone, "norm_pre", nn.Identity())
         if 0 in entering and schedule.position == "add":
@@ -207,6 +216,31 @@ class FastTrunk:
             x = torch.cat([prefix, prompts, patches], dim=1)
         return backbone.norm(x[:, :rows])
 
+    def _embed(self, images: Tensor, schedule: PromptSchedule) -> tuple[Tensor, Tensor | None]:
+        """What ``reference.embed`` returns."""
+        backbone = self.backbone
+        fused = self.options.embed and self.embed_refusal is None
+        # timm adds a float32 position embedding to what autocast computed
+        autocast = torch.is_autocast_enabled(images.device.type)
+        if not fused or autocast or schedule.patch_weight is not None:
+            return embed(backbone, images, schedule.patch_weight)
+        mean, std = (None, None) if images.is_floating_point() else mean_and_std(backbone)
+        proj = backbone.patch_embed.proj
+        prefix = [t for t in prefix_tokens(backbone) if t is not None]
+        x = prompted_patch_embed(
+            images,
+            proj.weight,
+            proj.bias,
+            backbone.pos_embed,
+            torch.cat(prefix, dim=1) if prefix else None,
+            None,
+            None,
+            mean=mean,
+            std=std,
+            backend=self._backend_for("prompted_patch_embed", self.dtype),
+        )
+        return x, None
+
     def _run_blocks(
         self,
         x: Tensor,
@@ -222,7 +256,11 @@ class FastTrunk:
         autocast = torch.is_autocast_enabled(device_type)
         if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
-        weights = self._weights(dtype) if folds else [live_block(b) for b in self.backbone.blocks]
+        if folds:
+            weights = self._weights(dtype)
+        else:
+            backend = self._backend_for("frozen_linear", dtype)
+            weights = [live_block(b, backend) for b in self.backbone.blocks]
         by_block = getattr(self.backbone, "rope_mixed", False)
 
         num_tokens = x.shape[1]
@@ -323,9 +361,11 @@ class FastTrunk:
 
     def _weights(self, dtype: torch.dtype) -> list[BlockWeights]:
         if dtype not in self._folded:
-            rope = getattr(self.backbone, "rope", None) is not None
+            rope = getattr(self.backbone, "rope", None)
+            backend = self._backend_for("frozen_linear", dtype)
             folded = [
-                fold_block(block, self.options, dtype, rope) for block in self.backbone.blocks
+                fold_block(block, self.options, dtype, rope is not None, backend)
+                for block in self.backbone.blocks
             ]
             if self.options.packed and packed.refusal(self.device, dtype) is None:
                 for w in folded:
