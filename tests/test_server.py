@@ -32,6 +32,7 @@ from pgn_fast.serve import (
 )
 from pgn_fast.serve.batching import Batcher
 from pgn_fast.serve.decode import decode_call
+from pgn_fast.serve.recorded import recorded
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_preprocessing_is_timms_bit_by_bit(changed):
     ours, timms = Preprocessing(config), create_transform(**config, is_training=False)
     for size in [(32, 32), (35, 35), (40, 24), (7, 90), (1, 1), (200, 130)]:
         pictures = images(2, size)
-        batch = ours.normalise([ours.geometry(picture) for picture in pictures])
+        batch = ours.normalise(ours.stack([ours.geometry(picture) for picture in pictures]))
         assert torch.equal(batch, torch.stack([timms(picture) for picture in pictures])), size
 
 
@@ -147,13 +148,46 @@ def test_one_batch_of_many_calls_is_cut_where_they_end(served):
     geometry = served.preprocessing.geometry
     levels = [geometry(picture) for picture in images(6)]
     calls = [(levels[:1], "features"), (levels[1:4], "logits"), (levels[4:], "features")]
-    batch = served.preprocessing.normalise(levels)
+    batch = served.preprocessing.normalise(served.preprocessing.stack(levels))
     with torch.inference_mode():
-        logits = served.model(batch)
-        features = served.model.forward_head(served.model.forward_features(batch), pre_logits=True)
+        # those that ask for the same output go through the model together
+        logits, tokens = served.model(batch[1:4]), served.model.forward_features(batch[[0, 4, 5]])
+        features = served.model.forward_head(tokens, pre_logits=True)
     results = served.run(calls)
-    for result, expected in zip(results, (features[:1], logits[1:4], features[4:]), strict=True):
+    for result, expected in zip(results, (features[:1], logits, features[1:]), strict=True):
         assert torch.equal(result, expected)
+
+
+def test_a_model_is_recorded_only_where_the_numbers_stay_its_own(caplog):
+    passes = load_served_model(tiny_vit()).passes
+    assert set(passes) == {"features", "logits"}
+    assert all(isinstance(step, torch.jit.ScriptModule) for step in passes.values())
+    assert not caplog.text
+
+    class Branching(torch.nn.Module):
+        """What a recording cannot hold: another way for another batch."""
+
+        def forward(self, images):
+            return images.float() * (2 if len(images) == 2 else 3)
+
+    class Refusing(torch.nn.Module):
+        def forward(self, images):
+            torch._assert(not torch.jit.is_tracing(), "is not traced")
+            return images.float()
+
+    for module, reason in ((Branching(), "computes other numbers"), (Refusing(), "is not traced")):
+        assert recorded(module, torch.ones(2, 3, dtype=torch.uint8)) is module
+        assert reason in caplog.text
+
+
+def test_a_recording_shares_the_models_weights():
+    served = load_served_model(tiny_vit())
+    calls = [([np.full((3, 32, 32), 7, np.uint8)], "features")]
+    (before,) = served.run(calls)
+    with torch.no_grad():
+        served.model.norm.bias.add_(1.0)
+    (after,) = served.run(calls)
+    torch.testing.assert_close(after, before + 1.0)
 
 
 def test_concurrent_calls_get_their_own_answers(client):
@@ -468,6 +502,23 @@ def test_ten_times_too_many_calls_get_503_and_the_rest_their_answers(served):
     assert resident_bytes() - before < 20e6
 
 
+def test_idleness_is_noticed_once_after_a_load(served, monkeypatch):
+    monkeypatch.setattr("pgn_fast.serve.service._IDLE_LOOK_S", 0.05)
+    gated, idle = Gated(served), threading.Semaphore(0)
+    with (
+        TestClient(create_app(gated, on_idle=idle.release)) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for _ in range(2):
+            gated.gate.clear()
+            call = pool.submit(client.post, "/v1/predict", json=as_json([encode(images(1)[0])]))
+            # neither before a call nor in the middle of one, nor again after its load
+            assert not idle.acquire(timeout=0.3)
+            gated.gate.set()
+            assert call.result().status_code == 200
+            assert idle.acquire(timeout=10)
+
+
 def test_bodies_in_progress_are_bounded_in_bytes(served):
     settings = ServerSettings(max_call_bytes=1000, max_pending_bytes=1500)
     gated = Gated(served)
@@ -494,9 +545,9 @@ def test_a_failing_model_answers_500_and_the_server_goes_on(served, monkeypatch)
     with TestClient(create_app(served)) as client:
         call = as_json([encode(images(1)[0])])
         nan = torch.full((1, 48), float("nan"))
-        for head in (lambda *args, **kwargs: 1 / 0, lambda *args, **kwargs: nan):
+        for failing in (lambda levels: 1 / 0, lambda levels: nan):
             with monkeypatch.context() as patch:
-                patch.setattr(served.model, "forward_head", head)
+                patch.setitem(served.passes, "features", failing)
                 for encoding in ("json", "base64"):
                     answer = client.post("/v1/predict", json={**call, "encoding": encoding})
                     assert error_of(answer) == (500, "internal")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,19 +17,25 @@ from .service import Service, error_response
 from .settings import OUTPUTS, ServerSettings
 
 
-def create_app(served: ServedModel, settings: ServerSettings | None = None) -> FastAPI:
+def create_app(
+    served: ServedModel,
+    settings: ServerSettings | None = None,
+    *,
+    on_idle: Callable[[], None] = lambda: None,
+) -> FastAPI:
     """The API as an ASGI application; its threads start and stop with the application's lifespan.
 
     Args:
         served: model and preprocessing.
         settings: limits and batching; None: the defaults.
+        on_idle: called in a thread when no call is in progress, once after every load.
 
     Raises:
         ValueError: the settings' default output is one that the model does not have.
     """
     settings = settings or ServerSettings()
     served.check_output(settings.default_output)
-    service = Service(served, settings)
+    service = Service(served, settings, on_idle)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .batching import Call
 from .preprocess import Preprocessing
+from .recorded import recorded
+from .settings import OUTPUTS
 
 
 class ServedModel:
@@ -21,27 +23,31 @@ class ServedModel:
         preprocessing: of the images; its input size must be one that the model takes.
 
     One pass over zeros finds the output sizes, so that a model and a preprocessing that do not go
-    together fail here and not at the first call.
+    together fail here and not at the first call. On a CPU the model is then recorded; a GPU's
+    kernels run while Python waits, anyhow.
     """
 
     def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing) -> None:
         self.name = name
         self.model = model
         self.preprocessing = preprocessing
-        self._device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        outputs = OUTPUTS if getattr(model, "num_classes", 0) else ("features",)
+        passes = {output: _Pass(model, preprocessing, output, device) for output in outputs}
         size = preprocessing.data_config["input_size"]
+        zeros = torch.zeros(2, *size, dtype=torch.uint8)
         try:
             with torch.inference_mode():
-                zeros = torch.zeros(1, *size, device=self._device)
-                features, logits = self._forward(zeros, {"features", "logits"})
+                self.output_sizes = {name: step(zeros).shape[1] for name, step in passes.items()}
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"{name} takes no images of {' × '.join(map(str, size))} ({error}). Create it for "
                 "that size: img_size=(height, width) or dynamic_img_size=True."
             ) from error
-        self.output_sizes = {"features": features.shape[1]}
-        if getattr(model, "num_classes", 0):
-            self.output_sizes["logits"] = logits.shape[1]
+        self.passes: dict[str, Any] = {
+            name: recorded(step, zeros) if device.type == "cpu" else step
+            for name, step in passes.items()
+        }
 
     def check_output(self, output: str) -> None:
         """Raises ValueError where the model has no such output."""
@@ -53,31 +59,23 @@ class ServedModel:
 
     @torch.inference_mode()
     def run(self, calls: Sequence[Call]) -> list[Tensor]:
-        """All calls in one batch: (images, size) for each, float32 on the CPU.
+        """The calls in one batch for each output that is asked for.
 
         Args:
             calls: images that went through the preprocessing's geometry, and "features" or
                 "logits", for each call.
-        """
-        levels = [image for images, _ in calls for image in images]
-        images = self.preprocessing.normalise(levels).to(self._device)
-        features, logits = self._forward(images, {output for _, output in calls})
-        rows = {"features": features.float().cpu(), "logits": logits.float().cpu()}
-        results = []
-        at = 0
-        for images_of_call, output in calls:
-            results.append(rows[output][at : at + len(images_of_call)])
-            at += len(images_of_call)
-        return results
 
-    def _forward(self, images: Tensor, outputs: set[str]) -> tuple[Tensor, Tensor]:
-        """Features and logits; what nobody asked for is empty."""
-        model: Any = self.model
-        tokens = model.forward_features(images)
-        nothing = images.new_empty(0)
-        features = model.forward_head(tokens, pre_logits=True) if "features" in outputs else nothing
-        logits = model.forward_head(tokens) if "logits" in outputs else nothing
-        return features, logits
+        Returns:
+            (images, size) for each call, float32 on the CPU.
+        """
+        results: dict[int, Tensor] = {}
+        for output in {output for _, output in calls}:
+            chosen = [i for i, (_, wanted) in enumerate(calls) if wanted == output]
+            levels = [image for i in chosen for image in calls[i][0]]
+            values = self.passes[output](self.preprocessing.stack(levels))
+            parts = values.split([len(calls[i][0]) for i in chosen])
+            results.update(zip(chosen, parts, strict=True))
+        return [results[i] for i in range(len(calls))]
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -85,3 +83,20 @@ class ServedModel:
             "outputs": self.output_sizes,
             "preprocessing": self.preprocessing.describe(),
         }
+
+
+class _Pass(nn.Module):
+    """Levels (B, C, H, W), uint8 → one output (B, size), float32 on the CPU."""
+
+    def __init__(
+        self, model: Any, preprocessing: Preprocessing, output: str, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._normalise = preprocessing.normalise
+        self._pre_logits = output == "features"
+        self._device = device
+
+    def forward(self, levels: Tensor) -> Tensor:
+        tokens = self.model.forward_features(self._normalise(levels).to(self._device))
+        return self.model.forward_head(tokens, pre_logits=self._pre_logits).float().cpu()

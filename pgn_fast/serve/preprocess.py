@@ -49,13 +49,17 @@ class Preprocessing:
     def geometry(self, image: Image.Image) -> Levels:
         """Resized and cropped levels (C, H, W) of one RGB image."""
         if self._identity_at_size and image.size == (self.width, self.height):
-            return np.asarray(image).transpose(2, 0, 1)
+            pixels = np.frombuffer(image.tobytes(), np.uint8)
+            return pixels.reshape(self.height, self.width, 3).transpose(2, 0, 1)
         return np.asarray(self._geometry(image))
 
-    def normalise(self, levels: Sequence[Levels]) -> Tensor:
-        """Model input (B, C, H, W), float32, of images that went through ``geometry``."""
-        batch = torch.from_numpy(np.stack(levels)).contiguous()
-        return batch.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+    def stack(self, levels: Sequence[Levels]) -> Tensor:
+        """One batch (B, C, H, W), uint8, of images that went through ``geometry``."""
+        return torch.from_numpy(np.stack(levels)).contiguous()
+
+    def normalise(self, levels: Tensor) -> Tensor:
+        """Model input (B, C, H, W), float32, of a batch of levels (B, C, H, W), uint8."""
+        return levels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
 
     def _is_identity_at_size(self) -> bool:
         """Whether images that have the model's size already pass the geometry unchanged.

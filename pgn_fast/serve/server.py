@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import warnings
 from typing import Any
 
@@ -54,15 +56,25 @@ def run_server(
     """Serve until SIGINT or SIGTERM; calls that were let in are answered before it returns.
 
     The process belongs to the server: the threads that torch uses are divided among the model
-    workers, and Pillow's warnings about odd images, which would gather in memory, are off.
+    workers, Pillow's warnings about odd images, which would gather in memory, are off, and memory
+    that a load has left behind is given back to the system when the load is over.
     """
     torch.set_num_threads(max(1, usable_cores() // settings.model_workers))
     warnings.filterwarnings("ignore", module="PIL")
     config = uvicorn.Config(
-        create_app(served, settings),
+        create_app(served, settings, on_idle=_give_memory_back),
         host=host,
         port=port,
         access_log=access_log,
         timeout_graceful_shutdown=int(settings.timeout_s) + 1,
     )
     uvicorn.Server(config).run()
+
+
+def _give_memory_back() -> None:
+    """Return the C library's free memory: glibc keeps most of what its threads once needed."""
+    if sys.platform == "linux":
+        # another C library may not have it
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

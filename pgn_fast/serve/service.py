@@ -8,10 +8,11 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from torch import Tensor
@@ -22,24 +23,37 @@ from .decode import decode_call
 from .errors import ApiError, out_of_time, overloaded
 from .metrics import Metrics
 from .model import ServedModel
-from .preprocess import Levels
 from .settings import ServerSettings
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
+# seconds between looks at whether the server is idle
+_IDLE_LOOK_S = 1.0
 
 
 class Service:
-    """One call's way: let in → body read → images decoded → model → answer, each stage timed."""
+    """One call's way: let in → body read → images decoded → model → answer, each stage timed.
 
-    def __init__(self, served: ServedModel, settings: ServerSettings) -> None:
+    Args:
+        on_idle: called in a thread when no call is in progress, once after every load.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        settings: ServerSettings,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
         self._served = served
         self._settings = settings
+        self._on_idle = on_idle
+        self._seen = 0
         self._calls = 0
         self._pending_bytes = 0
         self.metrics = Metrics(lambda: self.batcher.depth, lambda: self._calls)
 
     def start(self) -> None:
+        """Start the threads; called where the event loop runs."""
         settings = self._settings
         self._pool = ThreadPoolExecutor(settings.decode_threads, "pgn-fast-decode")
         self.batcher = Batcher(
@@ -50,13 +64,16 @@ class Service:
             workers=settings.model_workers,
             observe_batch=self.metrics.observe_batch,
         )
+        self._watch = asyncio.create_task(self._watch_for_idleness())
 
     def stop(self) -> None:
+        self._watch.cancel()
         self.batcher.close()
         self._pool.shutdown()
 
     async def predict(self, request: Request) -> Response:
         began = time.perf_counter()
+        self._seen += 1
         try:
             response = await self._predict(request)
         except ApiError as error:
@@ -80,15 +97,18 @@ class Service:
             with self._stage("read"):
                 body = await self._read(request, deadline)
             with self._stage("decode"):
-                call, levels = await self._in_pool(self._decode, request, body, deadline)
+                call, submitted = await self._in_pool(self._submit, request, body, deadline)
             del body
             with self._stage("predict"):
-                submitted = self.batcher.submit(levels, call.output)
                 values = await _before(
                     deadline, asyncio.wrap_future(submitted), out_of_time("waiting for the model")
                 )
             with self._stage("answer"):
-                answer = await self._in_pool(self._answer, call, values)
+                # base64 takes less time than another thread takes to begin
+                if call.encoding == "base64":
+                    answer = self._answer(call, values)
+                else:
+                    answer = await self._in_pool(self._answer, call, values)
         return Response(answer, media_type="application/json")
 
     def _expected_bytes(self, request: Request) -> int:
@@ -145,9 +165,10 @@ class Service:
                 raise _too_large("longer", limit)
         return bytes(body)
 
-    def _decode(
+    def _submit(
         self, request: Request, body: bytes, deadline: float
-    ) -> tuple[PredictCall, list[Levels]]:
+    ) -> tuple[PredictCall, Future[Tensor]]:
+        """Decode a call and hand it to the model, which may begin before the event loop knows."""
         settings, served = self._settings, self._served
         call = parse_call(
             request.headers.get("content-type", ""),
@@ -162,26 +183,34 @@ class Service:
         images = decode_call(
             call.images, settings.max_image_pixels, settings.max_call_pixels, deadline
         )
-        return call, [served.preprocessing.geometry(image) for image in images]
+        levels = [served.preprocessing.geometry(image) for image in images]
+        return call, self.batcher.submit(levels, call.output)
 
     def _answer(self, call: PredictCall, values: Tensor) -> bytes:
+        numbers = values.numpy()
         # no JSON number, and no answer: reported as the model's failure
-        if not values.isfinite().all():
+        if not np.isfinite(numbers).all():
             raise ValueError(f"{self._served.name} computed {call.output} that are not finite")
-        encoded: str | list[list[float]]
-        if call.encoding == "base64":
-            encoded = base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
-        else:
-            encoded = values.tolist()
         answer = {
             "model": self._served.name,
             "output": call.output,
             "dtype": "float32",
-            "shape": list(values.shape),
+            "shape": numbers.shape,
             "encoding": call.encoding,
-            "values": encoded,
         }
-        return json.dumps(answer).encode()
+        if call.encoding == "base64":
+            encoded = b'"%s"' % base64.b64encode(numbers.astype("<f4", copy=False).tobytes())
+        else:
+            encoded = json.dumps(numbers.tolist()).encode()
+        return b'%s, "values": %s}' % (json.dumps(answer).encode()[:-1], encoded)
+
+    async def _watch_for_idleness(self) -> None:
+        seen = 0
+        while True:
+            await asyncio.sleep(_IDLE_LOOK_S)
+            if self._calls == 0 and self._seen > seen:
+                seen = self._seen
+                await self._in_pool(self._on_idle)
 
     async def _in_pool(self, function: Callable[..., _T], *args: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)

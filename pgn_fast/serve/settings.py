@@ -17,6 +17,16 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def _model_workers() -> int:
+    """Batches at a time that keep all cores busy.
+
+    Two with an equal share of the cores each; where a share is a single core, one batch more, which
+    has the core while another waits for the interpreter.
+    """
+    cores = usable_cores()
+    return cores + 1 if cores <= 2 else 2
+
+
 @dataclass(frozen=True)
 class ServerSettings:
     """Limits and sizes of one server; every limit is stated in ``GET /v1/model``.
@@ -52,7 +62,7 @@ class ServerSettings:
     max_wait_ms: float = 2.0
     """Milliseconds that a batch waits for more images after its first."""
 
-    model_workers: int = min(2, usable_cores())
+    model_workers: int = _model_workers()
     """Batches that are computed at the same time, each by a thread of its own."""
     decode_threads: int = usable_cores()
     """Threads that decode images and write answers."""
