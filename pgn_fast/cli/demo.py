@@ -6,6 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+from ..errors import UserError
+
 HELP = "see linear probe, VPT and PGN compete on handwritten digits, offline, in minutes"
 EPILOG = """\
 The packaged backbone (1.2 million parameters, pretrained by this repository on procedural images)
@@ -43,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rgb",
         action="store_true",
-        help="prompts as pixels instead: train in gamut, deploy as 8-bit canvases, one picture",
+        help="prompts as pixels instead: train in gamut, deploy as 8-bit canvases; rgb.json, and "
+        "one picture",
     )
     parser.add_argument("--quick", action="store_true", help="one short run of each, for tests")
 
@@ -65,8 +68,16 @@ def run(args: argparse.Namespace) -> int:
     if args.rgb:
         from ..demo import rgb
 
+        if args.split != "test":
+            raise UserError("--rgb scores the test images: leave --split out.")
         recipe = report.quick_recipes()["pgn"] if args.quick else None
-        console.print(str(rgb.run(args.output, recipe=recipe)))
+        results = []
+        for seed in range(1 if args.quick else args.seeds):
+            # one picture, of the first run
+            results.append(rgb.run(None if seed else args.output, seed, recipe=recipe))
+            console.print(str(results[-1]))
+        files = rgb.write(results, args.output, _command(args), args.record)
+        console.print(f"written: {', '.join(map(str, files))}")
         return 0
     recipes = report.quick_recipes() if args.quick else RECIPES
     made = report.run_all(
@@ -82,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _command(args: argparse.Namespace) -> str:
     words = ["pgn-fast", "demo", "--seeds", str(args.seeds), "--split", args.split]
+    if args.rgb:
+        words = ["pgn-fast", "demo", "--rgb", "--seeds", str(args.seeds)]
     if args.quick:
         words.append("--quick")
     return shlex.join(words)

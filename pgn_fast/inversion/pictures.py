@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .layout import CanvasLayout, to_patches
+from .layout import MID_LEVEL, CanvasLayout, to_patches
 from .prompter import RgbPrompter
 from .report import InversionReport
 
@@ -48,6 +48,42 @@ def library_patches(prompter: RgbPrompter) -> Tensor:
     return inverted.rounding(levels).cpu()
 
 
+def save_library(prompter: RgbPrompter, path: Path | IO[bytes]) -> None:
+    """Every library token as a patch, as it is sent, and again with its contrast stretched.
+
+    Args:
+        prompter: whose library.
+        path: a PNG file, or an open one.
+    """
+    from matplotlib.figure import Figure
+
+    patches, p = library_patches(prompter), prompter.inverted.patch_size
+    count = len(patches)
+    columns = min(16, count)
+    offsets = patches.float() - MID_LEVEL
+    peak = offsets.abs().amax(dim=1, keepdim=True).clamp_min(1)
+    stretched = (MID_LEVEL + offsets * (MID_LEVEL / peak)).round().to(torch.uint8)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(11.6, 0.6 + 5.5 * rows / columns), layout="constrained")
+    titles = ("as sent: grey adds nothing", "the same, each stretched to full contrast")
+    for axes, shown, title in zip(figure.subplots(1, 2), (patches, stretched), titles, strict=True):
+        sheet = np.asarray(contact_sheet(shown, p, columns=columns))
+        axes.imshow(sheet, interpolation="nearest")
+        axes.set_title(title, fontsize=10)
+        axes.set_xticks([])
+        # the middle of each row, labelled with the number of its first token
+        axes.set_yticks([(row + 0.5) * sheet.shape[0] / rows for row in range(rows)])
+        axes.set_yticklabels([str(row * columns) for row in range(rows)], fontsize=7)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_ylabel("number of the row's first token", fontsize=8)
+    figure.suptitle(
+        f"{count} tokens as 8-bit patches of {p} x {p} pixels; every prompt is a mixture of them",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=110, format="png")
+
+
 def save_error_histogram(reports: list[InversionReport], path: Path | IO[bytes]) -> None:
     """Relative token errors of each report, and what rounding was predicted to cost.
 
@@ -56,6 +92,7 @@ def save_error_histogram(reports: list[InversionReport], path: Path | IO[bytes])
         path: a PNG file, or an open one.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -77,8 +114,15 @@ def save_error_histogram(reports: list[InversionReport], path: Path | IO[bytes])
         predicted = float(np.mean(report.predicted_round_err))
         axes.axvline(predicted, color=colour, linestyle="--", linewidth=1.2)
     axes.set_xscale("log")
-    axes.set_xlabel("relative token error of the 8-bit patch (dashed: predicted for rounding)")
-    axes.set_ylabel("share")
+    ticks = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
+    axes.xaxis.set_major_formatter(ticks)
+    axes.xaxis.set_minor_formatter(ticks if high < 20 * low else NullFormatter())
+    axes.tick_params(which="both", labelsize=8)
+    axes.set_xlabel(
+        "token error of the 8-bit patch, relative to the token's norm (dashed: predicted mean)",
+        fontsize=9,
+    )
+    axes.set_ylabel("share of the tokens")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format="png")
@@ -91,15 +135,16 @@ def save_overview(
     patch_size: int,
     path: Path | IO[bytes],
     captions: list[str] | None = None,
+    canvas_captions: list[str] | None = None,
 ) -> None:
-    """One row an image: the image, the canvas that the server is sent, its prompt patches.
+    """One row an image: the image, the canvas with its prompts numbered, and those patches.
 
     Args:
         images: uint8 (B, 3, H, W).
         canvases: uint8 (B, 3, H', W') without the border that ``ServerSpec.pad`` adds.
         layout, patch_size: of the canvases.
         path: a PNG file, or an open one.
-        captions: below each image, e.g. the predicted class.
+        captions, canvas_captions: below each image and canvas, e.g. the predicted classes.
     """
     from matplotlib.figure import Figure
 
@@ -112,21 +157,43 @@ def save_overview(
         columns = math.ceil(math.sqrt(layout.num_prompts))
         sheet = contact_sheet(patches, patch_size, columns=columns)
         pictures = [_picture(image), _picture(canvas), np.asarray(sheet)]
+        _number_prompts(row[1], row[2], layout, patch_size, columns, sheet.width)
         for axes, picture in zip(row, pictures, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
     titles = (
-        "image",
-        "canvas: 8-bit pixels, all that is sent",
-        f"its {layout.num_prompts} prompts",
+        f"image, {images.shape[2]} x {images.shape[3]}",
+        f"8-bit canvas, {canvases.shape[2]} x {canvases.shape[3]}",
+        f"its {layout.num_prompts} prompts, by number",
     )
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
-    for axes, caption in zip(grid[:, 0], captions or [], strict=False):
-        axes.set_xlabel(caption, fontsize=9)
+    for column, texts in enumerate((captions, canvas_captions)):
+        for axes, caption in zip(grid[:, column], texts or [], strict=False):
+            axes.set_xlabel(caption, fontsize=8)
     figure.savefig(path, dpi=130, format="png")
+
+
+def _number_prompts(
+    canvas: Any, sheet: Any, layout: CanvasLayout, patch_size: int, columns: int, width: int
+) -> None:
+    """Frame the prompts of a canvas, and number them there and in the sheet of their patches."""
+    from matplotlib.patches import Rectangle
+
+    step = width / columns
+    style: dict[str, Any] = {"fontsize": 7, "color": "white", "ha": "left", "va": "top"}
+    style["bbox"] = {"facecolor": "black", "alpha": 0.6, "pad": 1, "linewidth": 0}
+    for i, cell in enumerate(layout.prompt_cells):
+        # pixel centres are whole numbers, so a cell begins half a pixel before its first
+        y, x = (patch_size * c - 0.5 for c in divmod(cell, layout.grid[1]))
+        frame = Rectangle((x, y), patch_size, patch_size, fill=False, color="white", linewidth=0.8)
+        canvas.add_patch(frame)
+        if layout.num_prompts <= 64:
+            canvas.text(x + 0.05 * patch_size, y + 0.05 * patch_size, str(i), **style)
+            row, column = divmod(i, columns)
+            sheet.text((column + 0.08) * step, (row + 0.08) * step, str(i), **style)
 
 
 def _picture(image: Tensor) -> np.ndarray:
