@@ -8,10 +8,15 @@ import re
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
-from pgn_fast.adapters import atomic
+from pgn_fast.adapters import atomic, backbone_pixels
 from pgn_fast.cli import main
+from pgn_fast.errors import UserError
+from pgn_fast.train.config import TrainConfig
+from pgn_fast.train.methods import deployment_library
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,99 @@ def test_invert_writes_canvases_pictures_and_report(adapter, tmp_path, capsys):
     assert len(report["canvases"]["token_rel_err"]) == 3 * 7
     assert max(report["canvases"]["output_rel_err"]) < 0.01
     assert len(report["reachability"]["residual"]) == 16
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of six images of noise."""
+    folder, random = tmp_path_factory.mktemp("photos"), np.random.RandomState(0)
+    for i in range(12):
+        path = folder / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.randint(0, 256, (64, 64, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def test_vit(tmp_path_factory):
+    """Arguments for a timm backbone with 4 x 4 patches of 16 pixels, whose weights are a file."""
+    torch.manual_seed(0)
+    weights = tmp_path_factory.mktemp("weights") / "test_vit.pth"
+    torch.save(timm.create_model("test_vit", img_size=64).state_dict(), weights)
+    kwargs = ["pretrained=False", "img_size=64", f"checkpoint_path={weights}"]
+    return ["--model", "test_vit", "--model-kwargs", *kwargs]
+
+
+def trained(photos, test_vit, folder, *words):
+    """One epoch in a few seconds; the adapter's folder."""
+    command = ["train", str(photos), *test_vit, *words, "--output", str(folder / "run")]
+    command += ["--num-prompts", "5", "--library-size", "8", "--resolution", "32", "--epochs", "1"]
+    command += ["--generator-kwargs", "channels=4", "groups=2", "--warmup-epochs", "0", "-b", "5"]
+    assert main([*command, "--device", "cpu"]) == 0
+    return folder / "run" / "best"
+
+
+def inverted(adapter, photos, test_vit, folder, *words):
+    """What ``pgn-fast invert`` writes into its report."""
+    command = ["invert", str(adapter), *test_vit, "--out", str(folder / "out"), "-n", "2"]
+    assert main([*command, "--images", str(photos), *words]) == 0
+    return json.loads((folder / "out" / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "words, grid, compensated, file",
+    [
+        (["--layout", "enlarged"], [3, 7], True, "canvas_000.png"),
+        (["--layout", "enlarged", "--no-compensate"], [3, 7], False, "canvas_000.png"),
+        (
+            ["--layout", "enlarged", "--canvas-grid", "4x6", "--allow-blank"],
+            [4, 6],
+            True,
+            "canvas_000.png",
+        ),
+        (
+            ["--image-grid", "3x3", "--server", "codec=jpeg", "subsampling=2", "resize=64"],
+            [4, 4],
+            False,
+            "canvas_000.jpg",
+        ),
+    ],
+)
+def test_layouts(words, grid, compensated, file, photos, test_vit, tmp_path):
+    """Trained in a layout, inverted without naming it: what is served is what was trained."""
+    adapter = trained(photos, test_vit, tmp_path, "--deploy", "rgb", *words)
+    report = inverted(adapter, photos, test_vit, tmp_path)
+    assert report["layout"]["grid"] == grid
+    assert report["layout"]["compensate_positions"] == compensated
+    size = [side * 16 for side in grid[::-1]]
+    assert list(Image.open(tmp_path / "out" / file).size) == size
+    errors = report["canvases"]["output_rel_err"]
+    assert len(errors) == 2
+    if file.endswith("png"):  # JPEG changes the image, noise most of all
+        assert max(errors) < 0.01
+
+
+def test_latent_adapters(photos, test_vit, tmp_path, capsys):
+    """Trained without --deploy rgb: the same tokens on a larger canvas, or another sequence."""
+    adapter = trained(photos, test_vit, tmp_path)
+    report = inverted(adapter, photos, test_vit, tmp_path)
+    assert report["layout"]["grid"] == [3, 7] and report["prompt_pos"] == "none"
+    assert max(report["canvases"]["output_rel_err"]) < 0.01
+    assert "was not trained on" not in capsys.readouterr().err
+    report = inverted(
+        adapter,
+        photos,
+        test_vit,
+        tmp_path,
+        "--layout",
+        "border",
+        "--server",
+        "resize=70",
+        "crop=64",
+    )
+    assert report["layout"]["image"] == [3, 3] and report["canvases"]["output_rel_err"] == []
+    assert Image.open(tmp_path / "out" / "canvas_000.png").size == (70, 70)
+    assert "note: the adapter was not trained on a 4x4 canvas" in capsys.readouterr().err
 
 
 def test_invert_takes_image_files(adapter, tmp_path):
@@ -92,6 +190,17 @@ def test_verdict(capsys):
         (["train", "--deploy", "rgb", "--method", "vpt-deep"], "--deploy rgb trains --method pgn"),
         (["train", "--deploy", "rgb", "--num-prompts", "20"], "leave no room for an image"),
         (
+            ["train", "--layout", "enlarged"],
+            "how prompts become pixels: add --deploy rgb",
+        ),
+        (["train", "--no-compensate"], "--no-compensate says how prompts become pixels"),
+        (["train", "--deploy", "rgb", "--layout", "enlarged"], "pgn_demo_vit here has one size"),
+        (["train", "--deploy", "rgb", "--canvas-grid", "4x6"], "belong to layout enlarged"),
+        (["train", "--deploy", "rgb", "--image-grid", "4x"], "is '4x'; give rows and columns"),
+        (["train", "--deploy", "rgb", "--server", "codec=jpeg", "subsampling=2"], "grey-only"),
+        (["train", "--deploy", "rgb", "--server", "colour=1"], "ServerSpec has no colour; known"),
+        (["invert", "--analyse", "pgn_demo_vit", "--layout", "enlarged"], "has one size"),
+        (
             ["train", "--deploy", "rgb", "--mean", "0.4", "0.4", "0.4"],
             "normalised as the server does, by 0.5 0.5 0.5",
         ),
@@ -104,7 +213,42 @@ def test_one_line_for_what_cannot_work(words, message, tmp_path, capsys):
     assert re.search(message, error) and error.count("\n") == 1
 
 
+def test_what_a_trained_adapter_does_not_take(adapter, tmp_path, capsys):
+    words = ["invert", str(adapter), "--out", str(tmp_path / "out")]
+    for more, message in (
+        (["--image-grid", "2x2"], "library was trained for a 4x4 canvas with an image of 3x3"),
+        (["--server", "codec=jpeg"], "a server with codec=png but is deployed on one with codec="),
+    ):
+        assert main([*words, *more]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "options, server, message",
+    [
+        ({"global_pool": "avg"}, None, "pools over the patches"),
+        ({}, {"codec": "jpeg", "subsampling": 2}, "does not keep"),
+    ],
+)
+def test_positions_that_cannot_be_compensated(options, server, message):
+    config = TrainConfig.make(
+        model="test_vit", deploy="rgb", layout="enlarged", num_prompts=4, server=server or {}
+    )
+    backbone = timm.create_model("test_vit", dynamic_img_size=True, **options)
+    with pytest.raises(UserError, match=message):
+        deployment_library(config, backbone, backbone_pixels(backbone))
+
+
 def test_demo(tmp_path, capsys):
-    assert main(["demo", "--rgb", "--quick", "--output", str(tmp_path)]) == 0
+    record = tmp_path / "results" / "demo_rgb.json"
+    words = ["demo", "--rgb", "--quick", "--output", str(tmp_path), "--record", str(record)]
+    assert main(words) == 0
     assert "from uint8 canvases" in capsys.readouterr().out
     assert np.asarray(Image.open(tmp_path / "rgb.png")).std() > 5
+    content = json.loads(record.read_text())
+    assert content == json.loads((tmp_path / "rgb.json").read_text())
+    (run,) = content["runs"]
+    assert run["seed"] == 0 and content["mean"]["latent"] == run["latent"]
+    assert content["command"] == "pgn-fast demo --rgb --seeds 3 --quick"
+    assert main(["demo", "--rgb", "--split", "validation"]) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ._canvas import add_canvas_arguments, canvas_fields
 from ._options import KeyValues, at_least, load_adapter
 
 HELP = "turn an adapter into pixels for an image API, or say whether a backbone allows it"
@@ -17,12 +18,14 @@ EPILOG = """\
 examples:
   pgn-fast invert runs/rgb/best --out inverted              canvases of eight test digits
   pgn-fast invert runs/rgb/best --out inverted --images cat.jpg dog.png
+  pgn-fast invert runs/pgn/best --out inverted --layout enlarged         trained in latent space
   pgn-fast invert --analyse vit_base_patch16_224            a verdict before anybody trains
 
 what comes out, in --out: canvas_*.png (what the server is sent), library.png (the token library as
 patches), overview.png, errors.png, report.json, and library.safetensors (the inverted library,
 for pgn_fast.inversion.InvertedLibrary.load).
-Train for it with: pgn-fast train --deploy rgb --output runs/rgb
+Train for it with: pgn-fast train --deploy rgb --output runs/rgb. Its canvas and server are those of
+the training; --layout and --server are for adapters that were trained without --deploy rgb.
 """
 
 
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
     )
+    add_canvas_arguments(parser, "that of the training; trained in latent space: enlarged")
     parser.add_argument(
         "--scale",
         choices=("fixed", "auto"),
@@ -66,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights",
         action="store_true",
-        help="with --analyse: do not load pretrained weights (shapes and limits only)",
+        help="with --analyse: weights of timm's initialisation, seed 0, instead of pretrained ones "
+        "(shapes and limits only)",
     )
 
 
@@ -76,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.analyse:
         if args.adapter:
             raise UserError(f"--analyse needs no adapter, got {args.adapter}: give one of them.")
-        with as_user_error(TypeError, RuntimeError):
+        with as_user_error(TypeError):
             return _analyse(args)
     if not args.adapter or not args.out:
         raise UserError("give an ADAPTER and --out DIR, or --analyse NAME.")
@@ -85,13 +90,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _analyse(args: argparse.Namespace) -> int:
-    from ..frozen.load import load_backbone
-    from ..inversion import PatchMap, analyse
+    import torch
 
+    from ..frozen.load import load_backbone
+    from ..inversion import PatchMap, ServerSpec, analyse
+    from ..train.methods import any_size
+
+    words = canvas_fields(args)
     for name in args.analyse:
-        kwargs = {"pretrained": False} if args.random_weights else {}
-        backbone = load_backbone(name, **kwargs, **(args.model_kwargs or {}))
-        print(analyse(PatchMap.from_backbone(backbone)))
+        kwargs = dict(args.model_kwargs or {})
+        if args.random_weights:
+            torch.manual_seed(0)
+            kwargs["pretrained"] = False
+        if words.get("layout") == "enlarged":
+            kwargs = any_size(name, kwargs)
+        try:
+            backbone = load_backbone(name, **kwargs)
+        except RuntimeError as error:
+            raise UserError(
+                f"{error}; or --random-weights, for what follows from the shapes alone."
+            ) from error
+        server = ServerSpec.from_backbone(backbone, **(args.server or {}))
+        layout = _layout(words, backbone, 16) if words else None
+        print(analyse(PatchMap.from_backbone(backbone, server, layout)))
         if args.random_weights:
             print("  (random weights: the spectrum of trained ones is another)")
     return 0
@@ -99,17 +120,25 @@ def _analyse(args: argparse.Namespace) -> int:
 
 def _invert(args: argparse.Namespace) -> int:
     from ..adapters.atomic import write_files
-    from ..inversion import analyse, invert, verify
-    from ..inversion.pictures import (
-        contact_sheet,
-        library_patches,
-        save_error_histogram,
-        save_overview,
-    )
+    from ..inversion import GamutLibrary, analyse, invert, verify
+    from ..inversion.pictures import save_error_histogram, save_library, save_overview
 
-    model = load_adapter(args)
+    words = canvas_fields(args)
+    model = _load(args, words)
     settings = {} if args.scale is None else {"scale": args.scale}
-    prompter = invert(model, on_unreachable=args.on_unreachable, **settings)
+    library = getattr(getattr(model, "prompter", None), "token_library", None)
+    layout, server = None, None
+    if words:
+        layout = _layout(words, model.backbone, model.num_prompts)
+    if args.server:
+        server = _server(args.server, model.backbone, library)
+    prompter = invert(model, server, layout, on_unreachable=args.on_unreachable, **settings)
+    if not isinstance(library, GamutLibrary) and not prompter.layout.compensate_positions:
+        print(
+            f"note: the adapter was not trained on {prompter.layout.describe()}; what it is worth "
+            "there has to be measured.",
+            file=sys.stderr,
+        )
     images, names, unreadable = _images(args, model)
     for message in unreadable:
         print(f"unreadable, left out: {message}", file=sys.stderr)
@@ -123,17 +152,18 @@ def _invert(args: argparse.Namespace) -> int:
         out / f"canvas_{i:03d}.{extension}": prompter.server.encode(canvas)
         for i, canvas in enumerate(canvases)
     }
-    library, errors, overview = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    contact_sheet(library_patches(prompter), size).save(library, "PNG")
+    sheet, errors, overview = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    save_library(prompter, sheet)
     save_error_histogram([prompter.report, checked], errors)
     layout, border = prompter.layout, prompter.server.border
     height, width = layout.grid[0] * size, layout.grid[1] * size
     inner = canvases[:, :, border : border + height, border : border + width]
     levels = prompter.server.levels(images).byte()
     captions = [Path(name).name for name in names[:4]]
-    save_overview(levels[:4], inner[:4], layout, size, overview, captions)
+    sent = [path.name for path in files]
+    save_overview(levels[:4], inner[:4], layout, size, overview, captions, sent[:4])
     files |= {
-        out / "library.png": library.getvalue(),
+        out / "library.png": sheet.getvalue(),
         out / "errors.png": errors.getvalue(),
         out / "overview.png": overview.getvalue(),
     }
@@ -161,6 +191,53 @@ def _invert(args: argparse.Namespace) -> int:
     print(f"canvases: {checked}")
     print(f"written to {out}")
     return 0
+
+
+def _load(args: argparse.Namespace, words: dict[str, Any]) -> Any:
+    """The adapter in front of its backbone; of any size, where the canvas will need it.
+
+    Raises:
+        UserError: no such adapter, or a backbone of one size that would need more.
+    """
+    from ..adapters import read_adapter
+    from ..frozen.load import DEMO_NAME
+    from ..train.methods import any_size
+
+    config, _ = read_adapter(args.adapter)
+    name = str(args.model or config.get("base_model_name_or_path"))
+    trained = config.get("token_library")
+    if isinstance(trained, dict):  # of a GamutLibrary
+        larger = trained["server"]["dynamic_size"]
+    else:
+        larger = words.get("layout", "enlarged") == "enlarged"
+        if larger and name == DEMO_NAME and "layout" not in words:
+            raise UserError(
+                f"{args.adapter} was trained in latent space, and its backbone {name} has one "
+                "size, so no canvas has room for image and prompts as they were trained. Train "
+                "with --deploy rgb; or see what --layout border --on-unreachable project is worth."
+            )
+    if larger and config.get("method") in ("pgn", "vpt-shallow"):
+        args.model_kwargs = any_size(name, args.model_kwargs or {})
+    return load_adapter(args)
+
+
+def _layout(words: dict[str, Any], backbone: Any, prompts: int) -> Any:
+    """The CanvasLayout that the arguments ask for."""
+    from ..inversion import CanvasLayout
+
+    rows, columns = backbone.patch_embed.grid_size
+    kind = words.get("layout", "border" if "image_grid" in words else "enlarged")
+    rest = {name: value for name, value in words.items() if name != "layout"}
+    return CanvasLayout.named(kind, (int(rows), int(columns)), prompts, **rest)
+
+
+def _server(overrides: dict[str, Any], backbone: Any, library: Any) -> Any:
+    """The ServerSpec of ``--server``: what it changes of the training's, else the backbone's."""
+    from ..inversion import GamutLibrary, ServerSpec
+
+    if isinstance(library, GamutLibrary):
+        return ServerSpec(**{**library.patch_map.server.to_dict(), **overrides})
+    return ServerSpec.from_backbone(backbone, **overrides)
 
 
 def _images(args: argparse.Namespace, model: Any) -> tuple[Any, list[str], list[str]]:

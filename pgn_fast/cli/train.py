@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..train.config import METHODS, RECIPES, SCHEDULES, TrainConfig
+from ._canvas import add_canvas_arguments
 from ._options import (
     KeyValues,
     add_data_arguments,
@@ -26,6 +27,7 @@ examples:
   pgn-fast train --dataset torch/cifar100 --data-dir data --dataset-download --method pgn
   pgn-fast train photos --recipe vpt-official --lr 0.5 -b 128 --epochs 50
   pgn-fast train --deploy rgb --output runs/rgb           prompts as pixels: pgn-fast invert
+  pgn-fast train photos --model vit_base_patch32_clip_224 --deploy rgb --layout enlarged
   pgn-fast train --resume runs/photos                     continue after a kill, to the bit
   torchrun --nproc-per-node 8 -m pgn_fast.cli train photos --amp
 
@@ -69,11 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("rgb",),
         help="rgb: train PGN's prompts to be sent as pixels to an image API (pgn-fast invert)",
     )
-    _add(model, "layout", str, "of the canvas with --deploy rgb", choices=("border",))
     model.add_argument(
         "--no-fast", dest="fast", action="store_false", default=None, help="timm's own blocks"
     )
     model.add_argument("--backend", metavar="NAME", help="of the ops (default: the fastest)")
+
+    canvas = parser.add_argument_group("prompts as pixels (with --deploy rgb)")
+    add_canvas_arguments(canvas, "border")
 
     recipe = parser.add_argument_group("optimisation (defaults differ by --method)")
     recipe.add_argument("--recipe", choices=tuple(RECIPES), help="a published recipe's values")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import CodecError
+from .errors import CodecError, LayoutError, PositionCancelError
 from .patch_map import PatchMap
 
 # levels that the feedback may use in image patches: they move little, and their contrast is wanted
@@ -23,18 +23,8 @@ class PositionCompensation:
     """
 
     def __init__(self, patch_map: PatchMap) -> None:
-        if patch_map.server.grey_only:
-            raise CodecError(
-                "compensated positions change the image's patches in colours that a JPEG with "
-                "subsampled colours does not keep. Send PNG, or JPEG with subsampling=0 (4:4:4)."
-            )
+        check_compensation(patch_map)
         cells = list(patch_map.layout.image_cells)
-        if len(patch_map.image_positions) != len(cells):
-            raise ValueError(
-                f"compensated positions need every image patch of the backbone's own grid, "
-                f"{len(patch_map.image_positions)}; the layout has {len(cells)}. Use "
-                f"CanvasLayout.enlarged(image={patch_map.native})."
-            )
         self.patch_map = patch_map
         self.moved = patch_map.centre(patch_map.image_positions - patch_map.positions[cells])
 
@@ -52,3 +42,30 @@ class PositionCompensation:
         )
         rounded = self.patch_map.rounding(solved.reshape(image_patches.shape))
         return rounded.to(image_patches.device, torch.uint8)
+
+
+def check_compensation(patch_map: PatchMap) -> None:
+    """Raise where positions cannot be compensated.
+
+    Raises:
+        PositionCancelError: the backbone rotates queries and keys by position.
+        CodecError: the codec does not keep what would be changed.
+        LayoutError: the layout does not hold the backbone's own image patches.
+    """
+    if patch_map.rotary:
+        raise PositionCancelError(
+            f"{patch_map.name} rotates queries and keys by position, which no pixel compensates. "
+            "Train in a border layout, or in an enlarged one without compensation."
+        )
+    if patch_map.server.grey_only:
+        raise CodecError(
+            "compensated positions change the image's patches in colours that a JPEG with "
+            "subsampled colours does not keep. Send PNG, or JPEG with subsampling=0 (4:4:4)."
+        )
+    cells = len(patch_map.layout.image_cells)
+    if len(patch_map.image_positions) != cells:
+        raise LayoutError(
+            f"compensated positions need every image patch of the backbone's own grid, "
+            f"{len(patch_map.image_positions)}; the layout has {cells}. Use "
+            f"CanvasLayout.enlarged(image={patch_map.native})."
+        )

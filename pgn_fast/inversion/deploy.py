@@ -55,12 +55,17 @@ def invert(
         )
     if isinstance(library, GamutLibrary):
         trained = library.patch_map
-        for name, given in (("layout", layout), ("server", server)):
-            if given is not None and given != getattr(trained, name):
-                raise LayoutMismatchError(
-                    f"library was trained for {name} {getattr(trained, name)} "
-                    f"(prompt_pos=canvas) but is deployed on {given}."
-                )
+        if layout is not None and layout != trained.layout:
+            raise LayoutMismatchError(
+                f"library was trained for {trained.layout.describe()} (prompt_pos=canvas) but is "
+                f"deployed on {layout.describe()}. Leave the layout out, or train in the other."
+            )
+        if server is not None and server != trained.server:
+            raise LayoutMismatchError(
+                f"library was trained for a server with {trained.server.differences(server)} but "
+                f"is deployed on one with {server.differences(trained.server)}. Leave the server "
+                "out, or train for the other."
+            )
         patch_map = PatchMap.from_backbone(model.backbone, trained.server, trained.layout)
         inverted = invert_library(library, patch_map, prompt_pos="canvas", **settings)
         return RgbPrompter(model, inverted, patch_map=patch_map)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..frozen.schedule import PromptSchedule
+from .compensation import check_compensation
 from .errors import LayoutMismatchError, StaleInversionError
 from .jpeg import MARGIN as JPEG_MARGIN
-from .layout import MID_LEVEL, CanvasLayout, image_patches
+from .layout import BLANK_LEVEL, MID_LEVEL, CanvasLayout, image_patches
 from .patch_map import PatchMap
 from .server_spec import ServerSpec
 
@@ -44,6 +45,7 @@ class GamutLibrary(nn.Module):
     A: Tensor
     pseudo_inverse: Tensor
     offset: Tensor
+    blanks: Tensor
 
     def __init__(self, n_tokens: int, patch_map: PatchMap, margin: float | None = None) -> None:
         super().__init__()
@@ -53,6 +55,8 @@ class GamutLibrary(nn.Module):
             raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
         if not 0 <= margin < MID_LEVEL:
             raise ValueError(f"margin must be in [0, 127.5) levels, got {margin}")
+        if patch_map.layout.compensate_positions:
+            check_compensation(patch_map)
         self.patch_map = patch_map
         self.margin = margin
         self.theta = nn.Parameter(torch.empty(n_tokens, patch_map.embed_dim))
@@ -63,10 +67,13 @@ class GamutLibrary(nn.Module):
 
     def _constants(self) -> dict[str, Tensor]:
         cells = list(self.patch_map.layout.prompt_cells)
+        blanks = list(self.patch_map.layout.blank_cells)
+        grey = torch.full((1, self.patch_map.patch_values), BLANK_LEVEL)
         constants = {
             "A": self.patch_map.A,
             "pseudo_inverse": self.patch_map.solver.pseudo_inverse,
             "offset": self.patch_map.constant + self.patch_map.positions[cells],  # (P, D)
+            "blanks": self.patch_map.tokens(grey) + self.patch_map.positions[blanks],
         }
         return {name: value.float().contiguous() for name, value in constants.items()}
 
@@ -163,8 +170,9 @@ class GamutLibrary(nn.Module):
 
         Returns:
             Normalised canvases with mid-grey prompt cells, and the schedule that adds the contents
-            to those cells' tokens. With compensated positions: the images themselves, and the
-            prompts behind the patches, each with the token and position of its cell.
+            to those cells' tokens. With compensated positions: the images themselves, and behind
+            the patches the prompts and the blank cells, each with the token and position of its
+            cell.
         """
         layout, patch_map = self.patch_map.layout, self.patch_map
         if prompts.shape[1] != layout.num_prompts:
@@ -174,7 +182,8 @@ class GamutLibrary(nn.Module):
             )
         if layout.compensate_positions:
             whole = prompts + self.offset.to(prompts.dtype)
-            return images, PromptSchedule("append", {0: whole})
+            blanks = self.blanks.to(prompts.dtype).expand(len(prompts), -1, -1)
+            return images, PromptSchedule("append", {0: torch.cat([whole, blanks], dim=1)})
         p, prefix = patch_map.patch_size, patch_map.num_prefix
         server = patch_map.server
         shown = image_patches(server.levels(images), layout, p, grey_rim=server.grey_only)
@@ -188,8 +197,8 @@ class GamutLibrary(nn.Module):
         """Raise where this library was trained for another backbone, server or layout."""
         if patch_map.layout != self.patch_map.layout:
             raise LayoutMismatchError(
-                f"library was trained for layout {self.patch_map.layout} (prompt_pos=canvas) but "
-                f"is deployed on {patch_map.layout}"
+                f"library was trained for {self.patch_map.layout.describe()} (prompt_pos=canvas) "
+                f"but is deployed on {patch_map.layout.describe()}"
             )
         if patch_map.key != self.patch_map.key:
             raise _stale()

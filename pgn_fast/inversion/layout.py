@@ -146,6 +146,64 @@ class CanvasLayout:
             grid, image, tuple(range(count)), tuple(range(count, tokens)), compensate_positions
         )
 
+    @classmethod
+    def named(
+        cls,
+        kind: str,
+        native: tuple[int, int],
+        prompts: int,
+        *,
+        image_grid: tuple[int, int] | None = None,
+        canvas_grid: tuple[int, int] | None = None,
+        compensate: bool = True,
+        allow_blank: bool = False,
+    ) -> CanvasLayout:
+        """The layout that the words of a command line name.
+
+        Args:
+            kind: "border" or "enlarged".
+            native: rows and columns of the backbone's own patches.
+            prompts: how many.
+            image_grid: border: patches of the image.
+            canvas_grid, compensate, allow_blank: enlarged: see there.
+
+        Raises:
+            LayoutError: the cells do not add up, or a word belongs to the other kind.
+        """
+        rows, columns = native
+        if kind == "border":
+            if canvas_grid is not None or allow_blank or not compensate:
+                raise LayoutError(
+                    "canvas-grid, allow-blank and no-compensate belong to layout enlarged: a "
+                    f"border canvas has the backbone's own {rows}x{columns} patches in their own "
+                    "places, and what is left over is blank. Leave them out."
+                )
+            return cls.border(native, image_grid, prompts)
+        if kind != "enlarged":
+            raise LayoutError(f"layout is {kind!r}; known: border, enlarged")
+        if image_grid not in (None, native):
+            raise LayoutError(
+                "image-grid belongs to layout border: on an enlarged canvas the image keeps its "
+                f"{rows}x{columns} patches. Leave it out."
+            )
+        return cls.enlarged(
+            canvas_grid,
+            native,
+            prompts,
+            compensate_positions=compensate,
+            allow_blank=allow_blank,
+        )
+
+    def describe(self) -> str:
+        """In words, for messages."""
+        (rows, columns), (image_rows, image_columns) = self.grid, self.image
+        compensated = " at compensated positions" if self.compensate_positions else ""
+        return (
+            f"a {rows}x{columns} canvas with an image of {image_rows}x{image_columns} "
+            f"patches{compensated} and {self.num_prompts} prompts from cell "
+            f"{min(self.prompt_cells, default=0)} on"
+        )
+
     @property
     def blank_cells(self) -> tuple[int, ...]:
         """Cells that hold neither image nor prompt, of one grey level."""

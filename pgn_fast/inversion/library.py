@@ -145,8 +145,8 @@ class InvertedLibrary(nn.Module):
         """Raise where this library was not made for that backbone, server and layout."""
         if self.layout != patch_map.layout:
             raise LayoutMismatchError(
-                f"the library was inverted for {_describe(self.layout)} "
-                f"(prompt_pos={self.prompt_pos}) but is deployed on {_describe(patch_map.layout)}. "
+                f"the library was inverted for {self.layout.describe()} "
+                f"(prompt_pos={self.prompt_pos}) but is deployed on {patch_map.layout.describe()}. "
                 "Invert it again for that layout."
             )
         if self.key != patch_map.key:
@@ -418,11 +418,3 @@ def saturated_fraction(rounded: Tensor) -> float:
     """Share of uint8 pixels at 0 or 255."""
     ends: Callable[[Tensor], Tensor] = lambda x: (x == 0) | (x == 255)
     return ends(rounded).double().mean().item() if rounded.numel() else 0.0
-
-
-def _describe(layout: CanvasLayout) -> str:
-    kind = "enlarged" if layout.compensate_positions else "canvas"
-    return (
-        f"a {layout.grid[0]}x{layout.grid[1]} {kind} with {layout.num_prompts} prompts and an "
-        f"image of {layout.image[0]}x{layout.image[1]} patches"
-    )

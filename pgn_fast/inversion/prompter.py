@@ -45,13 +45,17 @@ class RgbPrompter(nn.Module):
         patch_map: PatchMap | None = None,
     ) -> None:
         super().__init__()
-        for name, given in (("layout", layout), ("server", server)):
-            made_for = getattr(inverted, name)
-            if given is not None and given != made_for:
-                raise LayoutMismatchError(
-                    f"the library was inverted for {name} {made_for} but is deployed on {given}. "
-                    "Invert it for that."
-                )
+        if layout is not None and layout != inverted.layout:
+            raise LayoutMismatchError(
+                f"the library was inverted for {inverted.layout.describe()} but is deployed on "
+                f"{layout.describe()}. Invert it for that."
+            )
+        if server is not None and server != inverted.server:
+            raise LayoutMismatchError(
+                "the library was inverted for a server with "
+                f"{inverted.server.differences(server)} but is deployed on one with "
+                f"{server.differences(inverted.server)}. Invert it for that."
+            )
         generator = getattr(pgn, "prompter", pgn)
         prompts = inverted.patches.shape[0] if generator is None else generator.num_prompts
         if prompts != inverted.layout.num_prompts:

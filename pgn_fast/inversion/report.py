@@ -195,7 +195,7 @@ def analyse(
 
 @dataclass(frozen=True)
 class InversionReport:
-    """How well prompts survive as 8-bit pixels; one entry a prompt, in the order (image, cell).
+    """How well prompts survive as 8-bit pixels; lists have one entry a prompt, (image, cell).
 
     Attributes:
         source: what was measured: "library" tokens, or the prompts of images ("canvases").
@@ -217,12 +217,12 @@ class InversionReport:
     token_rel_err: list[float] = field(repr=False)
     reach_err: list[float] = field(repr=False)
     predicted_round_err: list[float] = field(repr=False)
-    oob_fraction: float
-    saturated_fraction: float
+    oob_fraction: list[float] = field(repr=False)
+    saturated_fraction: list[float] = field(repr=False)
     scale: list[float] = field(repr=False)
     ln_rel_err: list[float] = field(repr=False)
-    min_level: int
-    max_level: int
+    min_level: list[int] = field(repr=False)
+    max_level: list[int] = field(repr=False)
     output_rel_err: list[float] = field(default_factory=list, repr=False)
 
     @property
@@ -247,12 +247,15 @@ class InversionReport:
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        predicted = sum(self.predicted_round_err) / max(1, len(self.predicted_round_err))
+        count = max(1, len(self.predicted_round_err))
+        predicted = sum(self.predicted_round_err) / count
+        saturated = sum(self.saturated_fraction) / count
         text = (
             f"{len(self.token_rel_err)} prompts ({self.source}): relative token error "
             f"{self.mean:.2e} mean, {self.max:.2e} largest (predicted for rounding "
             f"{predicted:.2e}, before rounding {max(self.reach_err, default=0.0):.1e} largest); "
-            f"levels {self.min_level}..{self.max_level}, {self.saturated_fraction:.2%} saturated"
+            f"levels {min(self.min_level, default=0)}..{max(self.max_level, default=0)}, "
+            f"{saturated:.2%} saturated"
         )
         if self.ln_rel_err:
             text += f"; behind the norm {sum(self.ln_rel_err) / len(self.ln_rel_err):.2e} mean"
@@ -308,11 +311,11 @@ def measure(
         token_rel_err=relative(rounded_tokens).tolist(),
         reach_err=relative(patch_map.tokens(levels)).tolist(),
         predicted_round_err=(round_err / size).tolist(),
-        oob_fraction=((levels < 0) | (levels > 255)).double().mean().item(),
-        saturated_fraction=((rounded == 0) | (rounded == 255)).double().mean().item(),
+        oob_fraction=((levels < 0) | (levels > 255)).double().mean(dim=1).tolist(),
+        saturated_fraction=((rounded == 0) | (rounded == 255)).double().mean(dim=1).tolist(),
         scale=scale.tolist(),
         ln_rel_err=ln_error,
-        min_level=int(rounded.min()),
-        max_level=int(rounded.max()),
+        min_level=rounded.amin(dim=1).tolist(),
+        max_level=rounded.amax(dim=1).tolist(),
         output_rel_err=output_rel_err or [],
     )

@@ -90,7 +90,11 @@ class ServerSpec:
         """
         from timm.data import resolve_model_data_config
 
-        config = resolve_model_data_config(backbone)
+        # the size that it was built with; its configuration knows the usual one only
+        built = getattr(backbone.patch_embed, "img_size", None)
+        config = resolve_model_data_config(
+            backbone, args={"input_size": (3, *built)} if built else {}
+        )
         crop = int(config["input_size"][-1])
         dynamic = bool(getattr(backbone, "dynamic_img_size", False))
         fields: dict[str, Any] = {
@@ -101,7 +105,18 @@ class ServerSpec:
             "std": config["std"],
             "dynamic_size": dynamic,
         }
+        unknown = sorted(set(overrides) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(
+                f"ServerSpec has no {', '.join(unknown)}; known: "
+                + ", ".join(cls.__dataclass_fields__)
+            )
         return cls(**{**fields, **overrides})
+
+    def differences(self, other: ServerSpec) -> str:
+        """The fields in which another server differs, with this one's values, for messages."""
+        mine, others = self.to_dict(), other.to_dict()
+        return ", ".join(f"{name}={mine[name]}" for name in mine if mine[name] != others[name])
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

@@ -48,7 +48,12 @@ class TrainConfig:
     prompt_dropout: float = 0.0
     project_dim: int | None = None
     deploy: str | None = None  # "rgb": PGN's prompts as pixels, see pgn_fast.inversion
-    layout: str = "border"  # of the canvas that is deployed
+    layout: str = "border"  # of the canvas that is deployed: "border" or "enlarged"
+    image_grid: tuple[int, int] | None = None  # border: patches of the shrunk image
+    canvas_grid: tuple[int, int] | None = None  # enlarged: patches of the canvas
+    allow_blank: bool = False  # enlarged: accept cells without image or prompt
+    compensate: bool = True  # enlarged: image patches keep the positions of pretraining
+    server: dict[str, Any] = field(default_factory=dict)  # fields of ServerSpec that differ
     fast: bool = True
     backend: str | None = None
 
@@ -137,7 +142,15 @@ class TrainConfig:
         _check_choice("sched", self.sched, SCHEDULES)
         _check_choice("amp-dtype", self.amp_dtype, ("bfloat16", "float16"))
         _check_choice("deploy", self.deploy, (None, "rgb"))
-        _check_choice("layout", self.layout, ("border",))
+        _check_choice("layout", self.layout, ("border", "enlarged"))
+        of_rgb = ("layout", "image_grid", "canvas_grid", "allow_blank", "compensate", "server")
+        defaults = TrainConfig()
+        given = [name for name in of_rgb if getattr(self, name) != getattr(defaults, name)]
+        if given and not self.deploy:
+            flag = "no-compensate" if given[0] == "compensate" else given[0].replace("_", "-")
+            raise UserError(
+                f"--{flag} says how prompts become pixels: add --deploy rgb, or leave it out."
+            )
         if self.deploy and (self.method != "pgn" or self.activation != "softmax"):
             raise UserError(
                 f"--deploy rgb trains --method pgn with --activation softmax, got {self.method} "

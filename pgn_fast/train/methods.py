@@ -9,7 +9,8 @@ from torch import nn
 
 from ..adapters.baselines import FineTuned, LinearProbe
 from ..errors import UserError, as_user_error
-from ..frozen.load import load_backbone
+from ..frozen.load import DEMO_NAME, load_backbone
+from ..frozen.reference import rows_read
 from ..inversion import CanvasLayout, GamutLibrary, PatchMap, ServerSpec
 from ..models import PGN, VPT
 from .config import TrainConfig
@@ -19,10 +20,29 @@ def load_backbone_for(config: TrainConfig) -> Any:
     """The backbone that the configuration names, frozen.
 
     Raises:
-        UserError: no such model, no vision transformer, or no way to its weights.
+        UserError: no such model, no vision transformer, or no way to its weights; or it does not
+            take the larger images of ``layout="enlarged"``.
     """
+    kwargs = dict(config.model_kwargs)
+    if config.layout == "enlarged":
+        kwargs = any_size(config.model, kwargs)
     with as_user_error(TypeError, RuntimeError):
-        return load_backbone(config.model, **config.model_kwargs)
+        return load_backbone(config.model, **kwargs)
+
+
+def any_size(model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's keywords for a backbone that takes images of any size.
+
+    Raises:
+        UserError: this one does not.
+    """
+    if model == DEMO_NAME or kwargs.get("dynamic_img_size") is False:
+        raise UserError(
+            f"--layout enlarged needs a backbone that takes images of any size, and {model} here "
+            "has one size. Use --layout border, or a timm model, which is then created with "
+            "dynamic_img_size=True."
+        )
+    return {**kwargs, "dynamic_img_size": True}
 
 
 def deployment_library(
@@ -35,13 +55,14 @@ def deployment_library(
         pixels: the preprocessing of the training images, by timm's names.
 
     Raises:
-        UserError: no room for the prompts, no such patch embedding, or a normalisation that is
-            not the one of the backbone's server.
+        UserError: no room for the prompts, no such patch embedding, a server that the canvas does
+            not survive, a pool over the patches of an enlarged canvas, or a normalisation that is
+            not the server's.
     """
     if config.deploy is None:
         return None
     with as_user_error():
-        server = ServerSpec.from_backbone(backbone)
+        server = ServerSpec.from_backbone(backbone, **config.server)
         for name in ("mean", "std"):
             given, own = tuple(pixels[name]), getattr(server, name)
             if given != own:
@@ -49,9 +70,22 @@ def deployment_library(
                     f"--{name} {' '.join(map(str, given))}: with --deploy rgb images are "
                     f"normalised as the server does, by {' '.join(map(str, own))}. Leave it out."
                 )
-        layout = CanvasLayout.border(
-            tuple(backbone.patch_embed.grid_size), prompts=config.num_prompts
+        rows, columns = backbone.patch_embed.grid_size
+        layout = CanvasLayout.named(
+            config.layout,
+            (int(rows), int(columns)),
+            config.num_prompts,
+            image_grid=config.image_grid,
+            canvas_grid=config.canvas_grid,
+            compensate=config.compensate,
+            allow_blank=config.allow_blank,
         )
+        if layout.compensate_positions and rows_read(backbone) is None:
+            raise UserError(
+                f"--layout enlarged: {config.model} pools over the patches, and a server pools the "
+                "prompts too, which this training would not. Use --layout border or "
+                "--no-compensate."
+            )
         patch_map = PatchMap.from_backbone(backbone, server, layout)
         return GamutLibrary(config.library_size, patch_map)
 
