@@ -112,7 +112,7 @@ def test_a_plain_client_gets_the_unadapted_model(model, digits, url):
     direct = nearest(features["test_images"]).argmax(dim=1)
     top1 = [100 * (p == digits.test_labels).double().mean().item() for p in (served, direct)]
     print(f"unadapted, nearest class mean: served {top1[0]:.2f} %, direct {top1[1]:.2f} %")
-    assert (served == direct).double().mean() >= 0.999
+    assert top1[0] == top1[1]
     # and with the adapter's head but without its prompts, the head does not see what it learned
     with RgbClient(url, head=model.head) as client:
         unprompted = client.predict(levels["test_images"])
