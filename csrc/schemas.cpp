@@ -19,5 +19,9 @@ STABLE_TORCH_LIBRARY(pgn_fast_C, m) {
       "prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor prompt_k, "
       "Tensor prompt_v, Tensor out, Tensor lse, float scale, bool grad_q, bool grad_kv, "
       "bool grad_prompts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("add_layer_norm(Tensor x, Tensor y, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "add_layer_norm_backward(Tensor grad_total, Tensor grad_normed, Tensor normed, Tensor rstd) "
+      "-> Tensor");
   m.def("feedback_round(Tensor levels, Tensor feedback, Tensor order) -> Tensor");
 }

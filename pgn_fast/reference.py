@@ -98,6 +98,23 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return F.linear(x, weight, bias)
 
 
+def add_layer_norm(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """total = x + y, its normalisation over the last dimension, and 1 / sqrt(var + eps)."""
+    total = x + y
+    normed, _, rstd = torch.native_layer_norm(total, total.shape[-1:], None, None, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return total, normed, rstd.squeeze(-1).to(wide)
+
+
+def add_layer_norm_backward(
+    grad_total: Tensor, grad_normed: Tensor, normed: Tensor, rstd: Tensor
+) -> Tensor:
+    """grad_total + rstd (g - mean(g) - normed mean(g normed)), g = grad_normed: of x and of y."""
+    g, n = (t.to(rstd.dtype) for t in (grad_normed, normed))
+    through = g - g.mean(dim=-1, keepdim=True) - n * (g * n).mean(dim=-1, keepdim=True)
+    return (grad_total + rstd.unsqueeze(-1) * through).to(normed.dtype)
+
+
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -77,6 +77,26 @@ PGN_DECLARE_ISA(void attention_backward(const Attention& attention, Number numbe
 PGN_DECLARE_ISA(void sum_splits(const float* partial, int64_t splits, int64_t stride, int64_t count,
                                 Number number, void* out))
 
+struct AddLayerNorm {
+  const void *x, *y;     // [R, D]
+  void *total, *normed;  // [R, D]
+  float* rstd;           // [R]
+  int64_t D;
+  float eps;
+};
+// rows [begin, end) of total = x + y and of its normalisation
+PGN_DECLARE_ISA(void add_layer_norm_rows(const AddLayerNorm& task, Number number, int64_t begin,
+                                         int64_t end))
+
+struct AddLayerNormBackward {
+  const void *grad_total, *grad_normed, *normed;  // [R, D]
+  const float* rstd;                              // [R]
+  void* grad;                                     // [R, D]
+  int64_t D;
+};
+PGN_DECLARE_ISA(void add_layer_norm_backward_rows(const AddLayerNormBackward& task, Number number,
+                                                  int64_t begin, int64_t end))
+
 // rounds `rows` <= 32 prompts of n pixels with error feedback; `errors` is scratch for n * 32
 // floats
 PGN_DECLARE_ISA(void feedback_round_rows(const float* levels, const float* feedback,

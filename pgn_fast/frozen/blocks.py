@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import prompt_attention
+from ..ops.add_layer_norm import with_rstd
 from .fold import BlockWeights, Norm
 
 Projected = tuple[Tensor, Tensor, Tensor]
@@ -157,14 +158,22 @@ def hidden(w: BlockWeights, u: Tensor, overwrite: bool = False) -> Tensor:
     return _normalise(w.hidden_norm, u)
 
 
-def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> Tensor:
-    """Tokens (B, M, D) plus the projected attention output (B, M, A)."""
-    return add(x, w.out(o), w.gain1)
+def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tokens (B, M, D) plus the projected attention output (B, M, A): the sum, normed for the MLP.
+
+    Returns:
+        The sum and its norm, (B, M, D), and 1 / std (B, M) where one op computed them all.
+    """
+    p = w.out(o)
+    if w.gain1 is None and w.norm2.takes_sum(x, p):
+        return with_rstd(x, p, w.norm2.eps, w.norm2.backend)
+    y = add(x, p, w.gain1)
+    return y, w.norm2(y), None
 
 
-def mlp(w: BlockWeights, y: Tensor) -> Tensor:
-    """Tokens (B, M, D) through the second half of the block."""
-    u = w.fc1(w.norm2(y))
+def mlp(w: BlockWeights, y: Tensor, n: Tensor) -> Tensor:
+    """Tokens (B, M, D) and their norm through the second half of the block."""
+    u = w.fc1(n)
     return add(y, w.fc2(hidden(w, u, overwrite=not u.requires_grad)), w.gain2)
 
 

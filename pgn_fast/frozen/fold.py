@@ -31,12 +31,18 @@ _QUICK_GELU = 1.702
 
 @dataclass
 class Norm:
-    """LayerNorm or RMSNorm over the last dimension; weight and bias None where folded away."""
+    """LayerNorm or RMSNorm over the last dimension; weight and bias None where folded away.
+
+    Attributes:
+        backend: which backend runs the norm together with the addition before it; None is the
+            fastest.
+    """
 
     rms: bool
     eps: float
     weight: Tensor | None = None
     bias: Tensor | None = None
+    backend: str | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         dtype = x.dtype
@@ -45,6 +51,10 @@ class Norm:
         if self.rms:
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps).to(dtype)
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).to(dtype)
+
+    def takes_sum(self, x: Tensor, y: Tensor) -> bool:
+        """Whether ``add_layer_norm`` is this norm of x + y."""
+        return not self.rms and self.weight is None and self.bias is None and x.dtype == y.dtype
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient of x from that of the output; the statistics are computed again.
@@ -142,10 +152,10 @@ class BlockWeights:
         return [t for t in found if t is not None]
 
 
-def live_block(block: Any, backend: str | None = None) -> BlockWeights:
+def live_block(block: Any, backend_for: Callable[[str], str | None]) -> BlockWeights:
     """A block by timm's own tensors: no copy, nothing folded, never out of date.
 
-    ``backend``: which backend runs the matrix products; None is the fastest.
+    ``backend_for``: op -> the backend that runs it, or None for the fastest.
     """
     attention, mlp = block.attn, block.mlp
     weights = BlockWeights(
@@ -167,21 +177,27 @@ def live_block(block: Any, backend: str | None = None) -> BlockWeights:
         gain2=_gain(block, 2),
         rotate_half=getattr(attention, "rotate_half", False),
     )
+    backend = backend_for("frozen_linear")
     weights.replace_linears(lambda linear: replace(linear, backend=backend))
+    weights.norm2.backend = backend_for("add_layer_norm")
     return weights
 
 
 @torch.no_grad()
 @torch.inference_mode(False)  # tensors made in inference mode could not be saved for a backward
 def fold_block(
-    block: Any, options: FastOptions, dtype: torch.dtype, rope: bool, backend: str | None = None
+    block: Any,
+    options: FastOptions,
+    dtype: torch.dtype,
+    rope: bool,
+    backend_for: Callable[[str], str | None],
 ) -> BlockWeights:
     """A block with its affine algebra folded, in ``dtype``.
 
     Weights that stay as they are (an output projection without LayerScale, say) are timm's own
     tensors where the dtype is theirs too. ``rope``: keys are rotated, so their bias is not dead.
     """
-    w = live_block(block, backend)
+    w = live_block(block, backend_for)
     qkv, out, fc1, fc2 = (_wide(linear) for linear in (w.qkv, w.out, w.fc1, w.fc2))
     A = w.attn_dim
 
@@ -222,7 +238,7 @@ def _fold_norm(norm: Norm, linear: FrozenLinear) -> tuple[Norm, FrozenLinear]:
         bias = shift if bias is None else bias + shift
     if norm.weight is not None:
         weight = weight * norm.weight.double().to(weight.device)
-    return Norm(norm.rms, norm.eps), FrozenLinear(weight, bias)
+    return replace(norm, weight=None, bias=None), FrozenLinear(weight, bias)
 
 
 def _scale_rows(linear: FrozenLinear, gain: Tensor) -> FrozenLinear:

@@ -4,8 +4,8 @@ Autograd keeps nothing for a frozen Linear, but it keeps the input of both norms
 values, the attention's output, and the hidden layer: 1 + 3 + 1 + 1 + 4 = 10 D numbers a token.
 Here the second half of the block is one autograd node with a choice of what it keeps:
 
-    "fast"      its norm's input and the hidden layer before the activation     10 D in all
-    "balanced"  its norm's input; fc1 runs again, 8 of the step's 48 D^2 flops   6 D
+    "fast"      its norm's result and the hidden layer before the activation    10 D in all
+    "balanced"  its norm's result; fc1 runs again, 8 of the step's 48 D^2 flops  6 D
     "min"       the block's input alone; the whole block runs again              1 D
 
 Every number is the same in all three: the same operations on the same values.
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ..ops.add_layer_norm import backward as add_layer_norm_backward
 from . import blocks
 from .fold import BlockWeights
 from .plan import Memory
@@ -30,11 +31,12 @@ def finish_block(w: BlockWeights, x: Tensor, o: Tensor, memory: Memory) -> Tenso
     """Residual, projection and MLP: tokens (B, M, D), attention output (B, M, A) -> (B, M, D)."""
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or o.requires_grad)
     if not needs_grad:
-        return blocks.mlp(w, blocks.add_attention(w, x, o))
+        y, n, _ = blocks.add_attention(w, x, o)
+        return blocks.mlp(w, y, n)
     if torch.compiler.is_compiling():
         # the compiler sees plain torch and plans its own memory around the checkpoint
-        run = lambda y: blocks.mlp(w, y)
-        y = blocks.add_attention(w, x, o)
+        run = lambda y: blocks.mlp(w, y, w.norm2(y))
+        y = blocks.add(x, w.out(o), w.gain1)
         if memory == "balanced":
             return checkpoint(run, y, use_reentrant=False, preserve_rng_state=False)
         return run(y)
@@ -51,24 +53,28 @@ class _SecondHalf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, o: Tensor, w: BlockWeights, keep_hidden: bool) -> Tensor:
-        y = blocks.add_attention(w, x, o)
-        u = w.fc1(w.norm2(y))
+        y, n, rstd = blocks.add_attention(w, x, o)
+        u = w.fc1(n)
         ctx.w, ctx.dtype = w, o.dtype
-        ctx.save_for_backward(y, u if keep_hidden else None)
+        ctx.save_for_backward(y if rstd is None else n, rstd, u if keep_hidden else None)
         z = w.fc2(blocks.hidden(w, u, overwrite=not keep_hidden))
         return blocks.add(y, z, w.gain2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        w, (y, u) = ctx.w, ctx.saved_tensors
+        w, (kept, rstd, u) = ctx.w, ctx.saved_tensors
         if u is None:
-            u = w.fc1(w.norm2(y))
+            u = w.fc1(w.norm2(kept) if rstd is None else kept)
         g = grad_z if w.gain2 is None else grad_z * w.gain2
         grad_hidden = w.fc2.input_gradient(g.to(u.dtype))
         grad_u = _hidden_gradient(w, u, grad_hidden)
         del u, grad_hidden
-        grad_y = w.norm2.input_gradient(y, w.fc1.input_gradient(grad_u)).add_(grad_z)
+        grad_n = w.fc1.input_gradient(grad_u)
+        if rstd is None:
+            grad_y = w.norm2.input_gradient(kept, grad_n).add_(grad_z)
+        else:
+            grad_y = add_layer_norm_backward(grad_z, grad_n, kept, rstd, w.norm2.backend)
         g = grad_y if w.gain1 is None else grad_y * w.gain1
         grad_o = w.out.input_gradient(g.to(ctx.dtype))
         return grad_y if ctx.needs_input_grad[0] else None, grad_o, None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -259,8 +260,8 @@ class FastTrunk:
         if folds:
             weights = self._weights(dtype)
         else:
-            backend = self._backend_for("frozen_linear", dtype)
-            weights = [live_block(b, backend) for b in self.backbone.blocks]
+            backend_for = partial(self._backend_for, dtype=dtype)
+            weights = [live_block(b, backend_for) for b in self.backbone.blocks]
         by_block = getattr(self.backbone, "rope_mixed", False)
 
         num_tokens = x.shape[1]
@@ -362,9 +363,9 @@ class FastTrunk:
     def _weights(self, dtype: torch.dtype) -> list[BlockWeights]:
         if dtype not in self._folded:
             rope = getattr(self.backbone, "rope", None)
-            backend = self._backend_for("frozen_linear", dtype)
+            backend_for = partial(self._backend_for, dtype=dtype)
             folded = [
-                fold_block(block, self.options, dtype, rope is not None, backend)
+                fold_block(block, self.options, dtype, rope is not None, backend_for)
                 for block in self.backbone.blocks
             ]
             if self.options.packed and packed.refusal(self.device, dtype) is None:

@@ -3,6 +3,7 @@
 Importing a name registers its op under ``torch.ops.pgn_fast``.
 """
 
+from .add_layer_norm import add_layer_norm
 from .feedback_round import feedback_round
 from .frozen_linear import frozen_linear
 from .mix_prompts import mix_prompts
@@ -10,6 +11,7 @@ from .prompt_attention import prompt_attention
 from .prompted_patch_embed import prompted_patch_embed
 
 __all__ = [
+    "add_layer_norm",
     "feedback_round",
     "frozen_linear",
     "mix_prompts",

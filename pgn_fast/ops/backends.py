@@ -22,6 +22,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 # it, and an op is listed only where it beats plain torch there. CUDA devices have no entry yet: no
 # kernel has been measured on one.
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "add_layer_norm": {"cpu": ("cpu",)},
     "frozen_linear": {"cpu": ("cpu",)},
     "mix_prompts": {"cpu": ("cpu",)},
     "prompted_patch_embed": {"cpu": ("cpu",)},
