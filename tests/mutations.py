@@ -50,7 +50,7 @@ MUTATIONS = [
     ),
     (
         "sums not carried over a deep panel",
-        ISA / "lanes.h",
+        ISA / "product.h",
         "add || k > 0",
         "add",
     ),
