@@ -511,8 +511,9 @@ def test_idleness_is_noticed_once_after_a_load(served, monkeypatch):
     ):
         for _ in range(2):
             gated.gate.clear()
+            # neither before the first call nor again after one, nor in the middle of it
+            assert not idle.acquire(timeout=0.3)
             call = pool.submit(client.post, "/v1/predict", json=as_json([encode(images(1)[0])]))
-            # neither before a call nor in the middle of one, nor again after its load
             assert not idle.acquire(timeout=0.3)
             gated.gate.set()
             assert call.result().status_code == 200
