@@ -33,6 +33,12 @@ def behind(patch_map: PatchMap, subsampling: int) -> PatchMap:
     return dataclasses.replace(patch_map, server=server)
 
 
+def predicted(patch_map: PatchMap, wanted: torch.Tensor) -> float:
+    """The mean relative token error that rounding should cost; the encoder's own arithmetic and
+    coefficients that it flips come on top."""
+    return (patch_map.rounding.token_error / patch_map.centre(wanted).norm(dim=1)).mean().item()
+
+
 def through(server: ServerSpec, cells: torch.Tensor, grid: tuple[int, int], p: int):
     """Patches (cells, n) as the server has them: encoded, decoded, cut again."""
     canvas = from_patches(cells[None], grid, p)[0]
@@ -83,6 +89,7 @@ def test_jpeg_aware_rounding_at_b32(tmp_path):
 
     patches = aware.to_uint8(levels)
     assert error(patches) <= 0.07
+    assert error(patches) == pytest.approx(predicted(jpeg, wanted), rel=0.05)
     assert error(png.rounding(levels)) >= 5 * error(patches)
 
     aware.save(tmp_path / "library.safetensors")
@@ -113,6 +120,7 @@ def test_grey_patches_at_b32(tmp_path):
     sent = {subsampling: decoded(patches, subsampling) for subsampling in (0, 1, 2)}
     assert torch.equal(sent[0], sent[2]) and torch.equal(sent[1], sent[2])
     assert error(sent[2]) <= 0.07
+    assert error(sent[2]) == pytest.approx(predicted(jpeg, wanted), rel=0.05)
     assert error(decoded(levels.round().to(torch.uint8), 2)) >= 2.5 * error(sent[2])
 
     aware.save(tmp_path / "library.safetensors")

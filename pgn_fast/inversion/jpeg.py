@@ -7,6 +7,7 @@ subsampled, only luminance is used: a grey patch has the same file at 4:4:4 and 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,6 +44,11 @@ def quantisation_tables(quality: int) -> Tensor:
     return torch.from_numpy(np.stack(tables)).double()
 
 
+def _to_rgb() -> Tensor:
+    """Red, green and blue of Y, Cb and Cr, (3, 3)."""
+    return torch.linalg.inv(torch.tensor(_YCBCR, dtype=torch.float64))
+
+
 def coefficient_basis(patch_size: int, quality: int, *, grey: bool = False) -> Tensor:
     """Levels of a patch that each coefficient contributes, (n, n): levels = 128 + basis @ k.
 
@@ -52,9 +58,8 @@ def coefficient_basis(patch_size: int, quality: int, *, grey: bool = False) -> T
     x, f = torch.arange(8).double(), torch.arange(8).double()[:, None]
     cosines = torch.cos(torch.pi * (2 * x + 1) * f / 16) / 2  # orthonormal, but for f = 0
     cosines[0] /= 2**0.5
-    to_rgb = torch.linalg.inv(torch.tensor(_YCBCR, dtype=torch.float64))
     atoms = torch.einsum(
-        "ckl,ky,lx,rc->cklryx", quantisation_tables(quality), cosines, cosines, to_rgb
+        "ckl,ky,lx,rc->cklryx", quantisation_tables(quality), cosines, cosines, _to_rgb()
     )
     if grey:
         atoms = atoms[:1]
@@ -87,8 +92,22 @@ class JpegRounding(FeedbackRounding):
         """For a token map A (D, n) of levels; see ``FeedbackRounding.from_map``."""
         basis = coefficient_basis(patch_size, quality, grey=grey)
         plain = FeedbackRounding.from_map(A.double() @ basis)
-        own: dict[str, Any] = {"patch_size": patch_size, "quality": quality, "grey": grey}
-        return cls(plain.feedback, plain.order, **plain.settings(), **own)
+        # a decoder rounds Y, Cb and Cr to whole levels, and what it makes of them to RGB; of a grey
+        # patch only Y, which is the level of all channels
+        rgb = A.double().reshape(len(A), 3, -1)
+        ycbcr = torch.einsum("dcp,ck->kdp", rgb, _to_rgb())
+        noise = ycbcr[0].square().sum() if grey else ycbcr.square().sum() + rgb.square().sum()
+        levels = math.sqrt(noise.item() / 12)
+        return cls(
+            plain.feedback,
+            plain.order,
+            math.hypot(plain.token_error, levels),
+            math.hypot(plain.nearest_token_error, levels),
+            plain.swing,
+            patch_size=patch_size,
+            quality=quality,
+            grey=grey,
+        )
 
     @cached_property
     def basis(self) -> Tensor:
