@@ -1,14 +1,15 @@
 """Training steps and inference of PGN and VPT against their peers, in one alternating run a case.
 
 Peers: "timm" (timm's blocks with scaled_dot_product_attention, as forward_reference runs them),
-"timm compiled" (its blocks under torch.compile), "official" (unfused attention), and as the user's
+"timm compiled" (torch.compile: block by block in training, whole and with frozen weights in
+inference), "official" (unfused attention), and as the user's
 yardsticks "full fine-tuning" and "linear probe" of the same backbone. Each result's extra_info has
 every median in seconds and our speed-up over each peer; ``pytest-benchmark`` itself times ours.
 
     pytest bench/bench_models.py                              the short set, about ten minutes
     pytest bench/bench_models.py -k "deep and P50"            one case
     PGN_FAST_BENCH=all pytest bench/bench_models.py           every case of the issue's tables
-    PGN_FAST_BENCH_ROUNDS=9, PGN_FAST_BENCH_COMPILE=whole|blocks|none, PGN_FAST_BENCH_DTYPE=bfloat16
+    PGN_FAST_BENCH_ROUNDS=9, PGN_FAST_BENCH_COMPILE=none, PGN_FAST_BENCH_DTYPE=bfloat16
 
 Peak memory is measured by bench/bench_memory.py, which gives every figure a process of its own.
 """
@@ -37,6 +38,8 @@ from models_common import (
 )
 from torch import nn
 
+from pgn_fast.frozen.plan import FastOptions
+
 B16, B32, L14 = "vit_base_patch16_224", "vit_base_patch32_224", "vit_large_patch14_clip_224"
 SHORT = [Case("deep", B16, 8, P) for P in (1, 10, 50, 100, 200)]
 SHORT += [Case("pgn", B32, 16, 16), Case("shallow", B16, 8, 50)]
@@ -44,7 +47,7 @@ ALL = [*SHORT, Case("pgn", B16, 4, 16), *(Case("deep", L14, 2, P) for P in (10, 
 
 CASES = ALL if os.environ.get("PGN_FAST_BENCH") == "all" else SHORT
 ROUNDS = int(os.environ.get("PGN_FAST_BENCH_ROUNDS", "3"))
-COMPILE = os.environ.get("PGN_FAST_BENCH_COMPILE", "blocks")
+COMPILE = os.environ.get("PGN_FAST_BENCH_COMPILE", "best") != "none"
 DTYPE = getattr(torch, os.environ.get("PGN_FAST_BENCH_DTYPE", "float32"))
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -70,7 +73,10 @@ def bench_model(benchmark, quick, case: Case, mode: str) -> None:
         for memory in ("balanced", "min"):
             model = case.model(vit, memory)
             steps[f"ours, {memory}"] = step(model, model)
-    if COMPILE != "none" and case.num_prompts > 1 and not quick:
+    if case.num_prompts in (16, 50):
+        packed = case.model(vit, FastOptions(packed=True)).train(mode == "train")
+        steps["ours, packed"] = step(packed, packed)
+    if COMPILE and case.num_prompts > 1 and not quick:
         steps["timm compiled"] = step(*_compiled(case, mode))
     if case.num_prompts in (16, 50, 100):
         official = case.model(make_backbone(case.arch, DEVICE, DTYPE), fast=False)
@@ -89,7 +95,6 @@ def bench_model(benchmark, quick, case: Case, mode: str) -> None:
         dtype=str(DTYPE),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        compile=COMPILE,
         rounds=ROUNDS,
         medians=seconds,
         speedup={name: t / seconds["ours"] for name, t in seconds.items() if name != "ours"},
@@ -105,10 +110,12 @@ def bench_model(benchmark, quick, case: Case, mode: str) -> None:
 
 
 def _compiled(case: Case, mode: str) -> tuple[nn.Module, nn.Module]:
-    """The reference under torch.compile: whole, or block by block (12 blocks share one graph)."""
+    """The reference under torch.compile, each mode as it is fastest: whole with the weights as
+    constants in inference; block by block (12 blocks share one graph) in training."""
     model = case.model(make_backbone(case.arch, DEVICE, DTYPE), fast=False).train(mode == "train")
-    if COMPILE == "whole":
-        return model, torch.compile(model)  # type: ignore[return-value]
+    if mode == "infer":
+        whole = torch.compile(model, options={"freezing": True})
+        return model, whole  # type: ignore[return-value]
     for block in model.backbone.blocks:
         block.compile()
     return model, model

@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgn_fast.ops import mix_prompts, prompt_attention, prompted_patch_embed
+from pgn_fast.ops import (
+    add_layer_norm,
+    frozen_linear,
+    mix_prompts,
+    prompt_attention,
+    prompted_patch_embed,
+)
 from pgn_fast.ops.backends import refusal
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,7 +167,7 @@ def bench_prompted_patch_embed(measure, quick, vit, B, direction, contender):
 @pytest.mark.parametrize(
     "vit, B, P, Q",
     sizes(
-        ("B/16", 4, 50, None), ("B/16", 4, 10, None), ("B/16", 4, 50, 1),
+        ("B/16", 4, 50, None), ("B/16", 4, 10, None), ("B/16", 4, 0, None), ("B/16", 4, 50, 1),
         full=[("B/32", 8, 50, None), ("B/16", 4, 200, None), ("L/14", 2, 50, None),
               ("B/16", 64, 50, None)],
     ),
@@ -192,4 +198,63 @@ def bench_prompt_attention(measure, quick, vit, B, P, Q, direction, contender):
         contender=contender,
         flops=(7 if backward else 2) * 2 * B * h * Q * (T + P) * d,
         bytes=(3 if backward else 1) * moved * DTYPE.itemsize,
+    )
+
+
+@every_contender
+@both_directions
+@pytest.mark.parametrize(
+    "rows, I, O",
+    sizes((1576, 768, 3072), (1576, 3072, 768), (50, 768, 1536), full=[(8, 768, 768)]),
+)
+def bench_frozen_linear(measure, quick, rows, I, O, direction, contender):  # noqa: E741
+    rows, backward = 17 if quick else rows, direction == "training"
+    x, weight, bias = draw(rows, I), draw(O, I), draw(O)
+    skip_unless(contender, "frozen_linear", x, quick=quick)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def ours(x: Tensor, backend: str) -> Tensor:
+        return frozen_linear(x, weight, bias, backend=backend)
+
+    products = 2 if backward else 1
+    measure(
+        call(functools.partial(implementation(contender, plain, ours), x), [x], backward),
+        group=f"frozen_linear {direction}, {rows} rows, {I} to {O}, {DTYPE}",
+        op="frozen_linear",
+        direction=direction,
+        contender=contender,
+        flops=products * 2 * rows * I * O,
+        bytes=products * (rows * (I + O) + I * O) * DTYPE.itemsize,
+    )
+
+
+@every_contender
+@both_directions
+@pytest.mark.parametrize("rows, D", sizes((1576, 768), full=[(514, 1024)]))
+def bench_add_layer_norm(measure, quick, rows, D, direction, contender):
+    rows, backward = 17 if quick else rows, direction == "training"
+    x, y = draw(rows, D), draw(rows, D)
+    skip_unless(contender, "add_layer_norm", x, y, quick=quick)
+
+    def both(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]  # one tensor for autograd to start from
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        total = x + y
+        return both((total, F.layer_norm(total, (D,), eps=1e-6)))
+
+    def ours(x: Tensor, y: Tensor, backend: str) -> Tensor:
+        return both(add_layer_norm(x, y, backend=backend))
+
+    passes = 9 if backward else 5
+    measure(
+        call(functools.partial(implementation(contender, plain, ours), x, y), [x, y], backward),
+        group=f"add_layer_norm {direction}, {rows} rows, D={D}, {DTYPE}",
+        op="add_layer_norm",
+        direction=direction,
+        contender=contender,
+        flops=(20 if backward else 8) * rows * D,
+        bytes=passes * rows * D * DTYPE.itemsize,
     )

@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -372,11 +373,16 @@ def add_layer_norm(bench: Bench) -> None:
         )
 
 
+def _prompted(bench: Bench, method: str, backbone: Any, P: int, backend: str | None) -> Any:
+    import pgn_fast
+
+    model = getattr(pgn_fast, method)(backbone, num_classes=100, num_prompts=P, backend=backend)
+    return model.to(bench.device, bench.dtype)
+
+
 def models(bench: Bench) -> None:
     """A training step and inference of whole models: this library against timm's own blocks."""
     import timm
-
-    import pgn_fast
 
     cases = [
         ("VPT", "vit_base_patch16_224", 64, 50),
@@ -386,16 +392,18 @@ def models(bench: Bench) -> None:
     ]
     for method, name, B, P in [("VPT", "test_vit", 2, 3)] if bench.tiny else cases:
         backbone = timm.create_model(name, pretrained=False).to(bench.device, bench.dtype)
-        model = getattr(pgn_fast, method)(backbone, num_classes=100, num_prompts=P)
-        model = model.to(bench.device, bench.dtype)
+        build = partial(_prompted, bench, method, backbone, P)
+        model = build(None)
         size = backbone.pretrained_cfg["input_size"][1]
         images = bench.draw(B, 3, size, size)
-        trained = list(model.trainable_parameters())
-        calls = {"timm": model.forward_reference, "pgn_fast": model.forward}
-        calls |= {f"{k}, torch.compile": bench.compile(v) for k, v in calls.items()}
-        for which, call in calls.items():
+        calls = {"timm": (model, model.forward_reference), "pgn_fast": (model, model.forward)}
+        for backend in backends(bench, "add_layer_norm", images):
+            named = build(backend)
+            calls[f"pgn_fast, {backend}"] = named, named.forward
+        calls |= {f"{k}, torch.compile": (m, bench.compile(f)) for k, (m, f) in calls.items()}
+        for which, (own, call) in calls.items():
             loss = lambda *_, call=call, x=images: call(x).float().logsumexp(dim=1).mean()
-            step = gradients(loss, trained)
+            step = gradients(loss, list(own.trainable_parameters()))
 
             group = f"{method} {name}, B={B}, P={P}"
             bench.record(f"{group}, training step", which, step)

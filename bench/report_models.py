@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-PEERS = ("timm", "timm compiled", "official", "full fine-tuning", "linear probe")
+PEERS = ("timm", "timm compiled", "official", "full fine-tuning", "linear probe", "ours, packed")
 
 
 def speedups(figures: list[dict[str, Any]], mode: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ._register import follow_autocast, register_op
@@ -305,3 +306,19 @@ _op = register_op(
     setup_context=_setup_context,
     backward=_backward,
 )
+
+
+@register_flop_formula(torch.ops.pgn_fast.prompted_patch_embed)
+def _flops(
+    images: torch.Size,
+    weight: torch.Size,
+    bias: Any,
+    pos_embed: Any,
+    prefix: Any,
+    logits: torch.Size | None,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    """For torch's FlopCounterMode, from the arguments' shapes."""
+    D = weight[0]
+    return 2 * images.numel() * D + (0 if logits is None else 2 * logits.numel() * D)
