@@ -10,6 +10,7 @@ from test_frozen_works_with import backbone, relative, vpt
 import pgn_fast
 from pgn_fast.frozen import packed
 from pgn_fast.frozen.plan import FastOptions
+from pgn_fast.ops import backends
 
 
 def line(text: str, name: str) -> str:
@@ -27,12 +28,15 @@ def test_deep_prompts() -> None:
     assert "10 D numbers" in text and "6 D numbers" in vpt("balanced").explain()
 
 
-def test_ops_are_named_where_they_run() -> None:
-    assert "attention with prompts: backend cpu" in vpt().explain()
+def test_ops_are_named_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "attention: backend cpu" in vpt().explain()
     named = pgn_fast.VPT(backbone(), 5, num_prompts=3, backend="reference").explain()
-    assert "attention with prompts: plain torch" in named
+    assert "attention: plain torch" in named
+    assert "matrix products: backend cpu" in vpt().explain()
+    monkeypatch.setattr(backends, "BEATS_PLAIN_ATTENTION", ())
+    assert "attention with prompts: backend cpu" in vpt().explain()
     shallow = pgn_fast.VPT(backbone(depth=3), 5, num_prompts=2, deep=False).explain()
-    assert "attention with prompts" not in shallow
+    assert "attention" not in shallow.partition("memory=")[2]
     assert "mixing by" in pgn_fast.PGN(backbone(), 5, num_prompts=2).explain()
 
 

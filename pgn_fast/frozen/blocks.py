@@ -92,6 +92,8 @@ def attend(
         fused: a kernel of this package runs the op; without one, torch's attention over
             concatenated keys is the fastest plain form.
     """
+    if prompts is None and fused:
+        prompts = (k.new_empty(k.shape[1], 0, k.shape[3]),) * 2
     if prompts is None:
         o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
     elif fused:

@@ -39,8 +39,10 @@ def explain(
     lines.append(f"  memory={trunk.options.memory!r}: {_MEMORY[trunk.options.memory]}")
     runs = backend_of("frozen_linear", trunk.device, trunk.dtype, trunk.backend)
     lines.append(f"  matrix products: {runs}")
-    if _keys_and_values_only(schedule, len(backbone.blocks)):
-        runs = backend_of("prompt_attention", trunk.device, trunk.dtype, trunk.backend)
+    runs = backend_of("prompt_attention", trunk.device, trunk.dtype, trunk.backend)
+    if trunk.device.type in backends.BEATS_PLAIN_ATTENTION:
+        lines.append(f"  attention: {runs}")
+    elif _keys_and_values_only(schedule, len(backbone.blocks)):
         lines.append(f"  attention with prompts: {runs}")
     lines.append("  torch.compile and torch.export: the same without fold, biases and packed")
     return "\n".join(lines)

@@ -306,16 +306,15 @@ class FastTrunk:
             if step.rows is not None and self._absorbs(i, step.rows, rope):
                 o = blocks.attend_absorbed(w, x, step.rows, step.prompts)
                 return memory.finish_block(w, x[:, : step.rows], o, trade)
-            keys, fused = None, False
+            keys, alone = None, False
             if step.prompts is None:
                 M = self._rows_out(step, x.shape[1], num_tokens)
                 q, k, v = blocks.project(w, x, M)
             elif step.keys_only and self.options.kv_only:
                 M = self._rows_out(step, num_tokens, num_tokens)
                 keys = self._keys_values(i, w, step.prompts)
-                # an exported program has to run where this package is not
-                fused = keys[0].dtype in self._fused and not torch.compiler.is_exporting()
-                q, k, v = blocks.project(w, x, M, separate=not fused)
+                alone = True
+                q, k, v = blocks.project(w, x, M, separate=not self._fuses(keys[0], alone))
             else:
                 M = self._rows_out(step, num_tokens + step.prompts.shape[-2], num_tokens)
                 together = torch.cat([x, step.prompts.expand(x.shape[0], -1, -1)], dim=1)
@@ -326,12 +325,21 @@ class FastTrunk:
                 x = together
             num_prefix = self.backbone.num_prefix_tokens
             q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
-            o = blocks.attend(w, q, k, v, keys, fused, self.backend)
+            o = blocks.attend(w, q, k, v, keys, self._fuses(q, alone), self.backend)
             return memory.finish_block(w, x[:, :M], o, trade)
 
         again = trade == "min" and torch.is_grad_enabled()
         x = memory.run_again(run, x) if again else run(x)
         return x[:, :num_tokens] if step.keys_only else x
+
+    def _fuses(self, like: Tensor, prompts_alone: bool) -> bool:
+        """Whether ``prompt_attention`` runs by a kernel, and pays where all tokens are alike."""
+        # an exported program has to run where this package is not
+        return (
+            like.dtype in self._fused
+            and not torch.compiler.is_exporting()
+            and (prompts_alone or like.device.type in backends.BEATS_PLAIN_ATTENTION)
+        )
 
     def _rows_out(self, step: BlockStep, all_rows: int, num_tokens: int) -> int:
         if step.rows is not None:

@@ -34,6 +34,9 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 # kernels win there, but a Python autograd function costs more than they win.
 TRAINED_IN_PLAIN_TORCH: dict[str, tuple[str, ...]] = {"mix_prompts": ("cpu",)}
 
+# Devices on which prompt_attention without any prompts beats torch's own attention.
+BEATS_PLAIN_ATTENTION = ("cpu",)
+
 HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 # ops whose dtypes are fewer: torch's own product takes half precision to oneDNN already
