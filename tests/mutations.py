@@ -27,8 +27,20 @@ MUTATIONS = [
     (
         "wrong mask: one key too few in the weighted sum",
         ISA / "prompt_attention.inc",
-        "product(s.scores, wide, 1, s.values, d, rows, d, keys, s.out, d, false);",
-        "product(s.scores, wide, 1, s.values, d, rows, d, keys - 1, s.out, d, false);",
+        "s.values, width, rows, d, keys, s.out",
+        "s.values, width, rows, d, keys - 1, s.out",
+    ),
+    (
+        "last query left out",
+        ISA / "prompt_attention.inc",
+        "visit(first, (last < Q ? last : Q) - first);",
+        "visit(first, (last < Q ? last : Q - 1) - first);",
+    ),
+    (
+        "first key left out of the sum of weights",
+        ISA / "prompt_attention.inc",
+        "part[n] += power;",
+        "if (k > 0) part[n] += power;",
     ),
     (
         "swapped strides of the image",

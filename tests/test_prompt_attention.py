@@ -98,6 +98,7 @@ def test_matches_float64(B, h, Q, T, P, d, shared, dtype, backend, device):
 def test_more_images_than_ranges_and_more_queries_than_a_block(backend, device):
     check_against_float64(inputs(19, 1, 3, 5, 2, 32, device=device), backend)
     check_against_float64(inputs(1, 1, 101, 130, 9, 32, device=device), backend)
+    check_against_float64(inputs(2, 1, 66, 66, 0, 64, device=device), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -125,6 +126,15 @@ def test_only_wanted_gradients(backend):
             assert (tensor.grad is not None) == want
             if want:
                 torch.testing.assert_close(tensor.grad, expected, rtol=0, atol=2e-6)
+
+
+def test_a_query_that_is_not_a_number_shows_and_spoils_no_other():
+    tensors = inputs(1, 2, 19, 19, 3, 32)
+    with torch.no_grad():
+        tensors[0][0, 1, 4, 7] = torch.nan
+    spoilt = prompt_attention(*tensors, backend="cpu").isnan()
+    assert spoilt[0, 1, 4].all()
+    assert spoilt.sum() == 32
 
 
 def test_heads_join_without_a_copy():

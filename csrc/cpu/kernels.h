@@ -46,7 +46,7 @@ struct Sequence {
 PGN_DECLARE_ISA(void finish_tokens(const Sequence& sequence, Number number, int64_t begin,
                                    int64_t end))
 
-constexpr int64_t kQueryBlock = 48;  // queries that see all keys at once
+constexpr int64_t kQueryBlock = 64;  // queries that see all keys at once
 
 struct Rows {  // [B, h, rows, d] with a unit last stride
   const void* data;
@@ -55,7 +55,7 @@ struct Rows {  // [B, h, rows, d] with a unit last stride
 struct Attention {
   Rows q, k, v, prompt_k, prompt_v;  // prompts shared by the batch: stride_b is not used
   int64_t h, Q, T, P, d;
-  int64_t padded_keys, padded_d;  // P + T and d, rounded up to 16
+  int64_t padded_d;  // d, rounded up to 16
   float scale;
   bool shared, backward;
   void* out;   // forward: [B, Q, h, d]

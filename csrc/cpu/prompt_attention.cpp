@@ -14,8 +14,6 @@ namespace {
 
 constexpr int64_t kSplits = 16;  // ranges of images, at most
 
-int64_t round_up(int64_t x) { return ceil_div(x, 16) * 16; }
-
 Rows rows_of(const Tensor& x) {  // [B, h, rows, d] or [h, rows, d]
   const bool shared = x.dim() == 3;
   return {x.const_data_ptr(), shared ? 0 : x.stride(0), x.stride(-3), x.stride(-2)};
@@ -27,16 +25,16 @@ Attention attention_of(const Tensor& q, const Tensor& k, const Tensor& v, const 
   a.q = rows_of(q), a.k = rows_of(k), a.v = rows_of(v);
   a.prompt_k = rows_of(prompt_k), a.prompt_v = rows_of(prompt_v);
   a.h = q.size(1), a.Q = q.size(2), a.T = k.size(2), a.P = prompt_k.size(-2), a.d = q.size(3);
-  a.padded_keys = round_up(a.P + a.T), a.padded_d = round_up(a.d);
+  a.padded_d = ceil_div(a.d, 16) * 16;
   a.scale = static_cast<float>(scale);
   a.shared = prompt_k.dim() == 3;
   return a;
 }
 
 int64_t scratch_size(const Attention& a) {
-  const int64_t keys = a.P + a.T, wide = a.padded_keys, d = a.padded_d;
-  const int64_t both = a.d * wide + 2 * kQueryBlock * d + kQueryBlock * wide;
-  return both + (a.backward ? a.d * wide + kQueryBlock * (d + wide) + 3 * keys * d : keys * d);
+  const int64_t keys = a.P + a.T, row = a.padded_d;
+  const int64_t both = 2 * keys * row + kQueryBlock * (a.d + row + keys);
+  return both + (a.backward ? 2 * keys * row + kQueryBlock * (2 * row + a.d + keys) : 0);
 }
 
 // [B, h, rows, d] in the memory of a contiguous [B, rows, h, d]
@@ -46,14 +44,15 @@ Tensor heads_last(const Tensor& like) {
                   {rows * h * d, d, h * d, 1});
 }
 
-// task(head, first image, last image, split)
+// task(head, first image, last image, split, scratch)
 template <typename F>
-void for_tasks(int64_t B, int64_t h, F task) {
+void for_tasks(int64_t B, const Attention& a, F task) {
   const int64_t splits = B < kSplits ? B : kSplits;
-  torch::stable::parallel_for(0, h * splits, 1, [=, &task](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, a.h * splits, 1, [=, &a, &task](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[scratch_size(a)]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t split = i % splits;
-      task(i / splits, split * B / splits, (split + 1) * B / splits, split);
+      task(i / splits, split * B / splits, (split + 1) * B / splits, split, scratch.get());
     }
   });
 }
@@ -72,9 +71,8 @@ std::tuple<Tensor, Tensor> prompt_attention_cpu(const Tensor& q,         // [B, 
   a.out = out.mutable_data_ptr();
   a.lse = lse.mutable_data_ptr<float>();
   const Number number = number_of(q);
-  for_tasks(B, a.h, [&](int64_t h, int64_t begin, int64_t end, int64_t) {
-    const std::unique_ptr<float[]> scratch(new float[scratch_size(a)]);
-    PGN_ISA_CALL(attention_forward)(a, number, h, begin, end, scratch.get());
+  for_tasks(B, a, [&](int64_t h, int64_t begin, int64_t end, int64_t, float* scratch) {
+    PGN_ISA_CALL(attention_forward)(a, number, h, begin, end, scratch);
   });
   return {out, lse};
 }
@@ -106,10 +104,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cpu
   const int64_t size = a.P * a.d, splits = a.shared ? (B < kSplits ? B : kSplits) : B;
   const std::unique_ptr<float[]> partial(new float[want_prompts ? splits * a.h * 2 * size : 0]);
   a.partial_stride = a.h * 2 * size;
-  for_tasks(B, a.h, [&](int64_t h, int64_t begin, int64_t end, int64_t split) {
-    const std::unique_ptr<float[]> scratch(new float[scratch_size(a)]);
+  for_tasks(B, a, [&](int64_t h, int64_t begin, int64_t end, int64_t split, float* scratch) {
     const int64_t at = ((a.shared ? split : begin) * a.h + h) * 2 * size;
-    PGN_ISA_CALL(attention_backward)(a, number, h, begin, end, scratch.get(),
+    PGN_ISA_CALL(attention_backward)(a, number, h, begin, end, scratch,
                                      want_prompts ? partial.get() + at : nullptr);
   });
   if (!want_prompts) return {grad_q, grad_k, grad_v, none(), none()};

@@ -79,6 +79,22 @@ inline Lanes exp_of(Lanes x) {
   return x < lowest ? Lanes{} : p * reinterpret_cast<Lanes>(exponent);
 }
 
+// 2^x for x <= 0, relative error below 2e-7: a polynomial of degree 6. Everything below -126 gives
+// 2^-126.
+inline Lanes exp2_of(Lanes x) {
+  const Lanes clamped = larger(all(-126.0f), x);  // a NaN stays one
+  // truncation, so this rounds to nearest
+  const Ints rounded = __builtin_convertvector(clamped - 0.5f, Ints);
+  const Lanes r = clamped - __builtin_convertvector(rounded, Lanes);
+  Lanes p = r * 1.535336200e-04f + 1.339887445e-03f;
+  p = p * r + 9.618437358e-03f;
+  p = p * r + 5.550332471e-02f;
+  p = p * r + 2.402264791e-01f;
+  p = p * r + 6.931472029e-01f;
+  p = p * r + 1.0f;
+  return reinterpret_cast<Lanes>(reinterpret_cast<Ints>(p) + (rounded << 23));
+}
+
 // visit(k, lanes, count): a row of K numbers in registers, count < kLanes of them real in the last
 template <typename T, typename F>
 inline void for_row(const T* z, int64_t K, float filler, F visit) {
