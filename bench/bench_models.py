@@ -21,6 +21,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from machine import DEVICE, machine
 from models_common import (
     NUM_CLASSES,
     Case,
@@ -49,7 +50,6 @@ CASES = ALL if os.environ.get("PGN_FAST_BENCH") == "all" else SHORT
 ROUNDS = int(os.environ.get("PGN_FAST_BENCH_ROUNDS", "3"))
 COMPILE = os.environ.get("PGN_FAST_BENCH_COMPILE", "best") != "none"
 DTYPE = getattr(torch, os.environ.get("PGN_FAST_BENCH_DTYPE", "float32"))
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -91,10 +91,8 @@ def bench_model(benchmark, quick, case: Case, mode: str) -> None:
     benchmark.extra_info.update(
         case=str(case),
         mode=mode,
-        device=str(DEVICE),
+        **machine(),
         dtype=str(DTYPE),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
         rounds=ROUNDS,
         medians=seconds,
         speedup={name: t / seconds["ours"] for name, t in seconds.items() if name != "ours"},
@@ -107,6 +105,25 @@ def bench_model(benchmark, quick, case: Case, mode: str) -> None:
         benchmark.extra_info["where_time_goes"] = shares
     _print(str(case), mode, seconds, benchmark.extra_info["share_of_gemm_peak"])
     benchmark.pedantic(steps["ours"], rounds=1, iterations=1)
+
+
+def bench_cost_of_prompts(benchmark, quick) -> None:
+    """Our training step at different P on one backbone, alternating: what a prompt costs."""
+    arch, batch = ("vit_tiny_patch16_224", 1) if quick else (B16, 8)
+    vit = make_backbone(arch, DEVICE, DTYPE)
+    steps = {}
+    for num_prompts in (1, 50, 100, 200):
+        case = Case("deep", arch, batch, num_prompts)
+        model = case.model(vit).train()
+        images, labels = make_batch(case, DEVICE, DTYPE)
+        steps[f"P={num_prompts}"] = training_step(
+            model, model.trainable_parameters(), images, labels
+        )
+    seconds = medians(alternate(steps, 1 if quick else max(7, ROUNDS)))
+    benchmark.extra_info.update(machine(), dtype=str(DTYPE), medians=seconds)
+    benchmark.extra_info["of P=1"] = {name: t / seconds["P=1"] for name, t in seconds.items()}
+    print("\n", {name: f"{ratio:.3f}" for name, ratio in benchmark.extra_info["of P=1"].items()})
+    benchmark.pedantic(steps["P=1"], rounds=1, iterations=1)
 
 
 def _compiled(case: Case, mode: str) -> tuple[nn.Module, nn.Module]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from machine import DEVICE
 from torch import Tensor
 
 from pgn_fast.ops import (
@@ -24,7 +25,6 @@ from pgn_fast.ops import (
 )
 from pgn_fast.ops.backends import refusal
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 OURS = ["triton", "cuda"] if ON_GPU else ["cpu"]

@@ -6,16 +6,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from machine import DEVICE, machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,25 +28,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "full" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="one of the many sizes of --full"))
-
-
-def machine() -> dict[str, Any]:
-    """Device, versions and threads, as stored with every result."""
-    if DEVICE.type == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else platform.processor()
-    return {
-        "device": name,
-        "device_type": DEVICE.type,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-    }
 
 
 @pytest.fixture(scope="session")

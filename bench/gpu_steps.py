@@ -397,7 +397,7 @@ def models(bench: Bench) -> None:
         size = backbone.pretrained_cfg["input_size"][1]
         images = bench.draw(B, 3, size, size)
         calls = {"timm": (model, model.forward_reference), "pgn_fast": (model, model.forward)}
-        for backend in backends(bench, "add_layer_norm", images):
+        for backend in backends(bench, "prompt_attention", images):
             named = build(backend)
             calls[f"pgn_fast, {backend}"] = named, named.forward
         calls |= {f"{k}, torch.compile": (m, bench.compile(f)) for k, (m, f) in calls.items()}

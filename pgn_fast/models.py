@@ -379,11 +379,12 @@ class PGN(PromptedViT):
 
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         check_images(self.backbone, images)
-        prompts = self.prompter(normalised(self.backbone, images), backend=backend)
+        pixels = normalised(self.backbone, images)
+        prompts = self.prompter(pixels, backend=backend)
         # a library that is trained for a canvas knows what stands where (inversion.GamutLibrary)
         place = getattr(self.prompter.token_library, "place", None)
         if place is not None:
-            return place(normalised(self.backbone, images), prompts)
+            return place(pixels, prompts)
         return images, PromptSchedule("append", {0: prompts})
 
     def _outline(self) -> PromptSchedule:

@@ -42,8 +42,13 @@ def normalise(images: Tensor, dtype: torch.dtype, scale: list[float], shift: lis
     if not scale:
         return images.to(dtype)
     pixels = images.to(torch.promote_types(dtype, torch.float32))
-    factors = torch.tensor([scale, shift], dtype=pixels.dtype, device=pixels.device)
-    return (pixels * factors[0, :, None, None] + factors[1, :, None, None]).to(dtype)
+    return (pixels * _channels(scale, pixels) + _channels(shift, pixels)).to(dtype)
+
+
+def _channels(values: list[float], like: Tensor) -> Tensor:
+    """(C, 1, 1) on the device of ``like``; by fills, since a copy from the host would wait for the
+    device and cannot stand in a CUDA graph."""
+    return torch.cat([like.new_full((1, 1, 1), value) for value in values])
 
 
 def prompted_patch_embed(
@@ -82,7 +87,7 @@ def patch_embed_grad_images(
 ) -> Tensor:
     """Gradient of the patch embedding, (B, D, rows, columns), for the images of ``shape``."""
     grad = conv2d_input(shape, weight, grad_patches, stride=weight.shape[2:])
-    return grad * grad.new_tensor(scale)[:, None, None] if scale else grad
+    return grad * _channels(scale, grad) if scale else grad
 
 
 def patch_embed_grad_weight(

@@ -43,6 +43,18 @@ MUTATIONS = [
         "if (k > 0) part[n] += power;",
     ),
     (
+        "variance about zero",
+        ISA / "add_layer_norm.inc",
+        "keep(load_part(total + d, count) - mean, count)",
+        "keep(load_part(total + d, count), count)",
+    ),
+    (
+        "the norm's gradient without its mean",
+        ISA / "add_layer_norm.inc",
+        "(g - mean - load_part(normed + d, count) * slope)",
+        "(g - load_part(normed + d, count) * slope)",
+    ),
+    (
         "swapped strides of the image",
         ISA / "prompted_patch_embed.inc",
         "image + c * s.stride_c + (y * s.p_h + dy) * s.stride_y",
@@ -68,7 +80,12 @@ MUTATIONS = [
     ),
 ]
 
-FILES = ["test_mix_prompts.py", "test_prompt_attention.py", "test_prompted_patch_embed.py"]
+FILES = [
+    "test_add_layer_norm.py",
+    "test_mix_prompts.py",
+    "test_prompt_attention.py",
+    "test_prompted_patch_embed.py",
+]
 # the sanitised run takes the random shapes too; opcheck and the other backends say nothing about it
 SELECT = "cpu and not triton and not cuda and not reference"
 

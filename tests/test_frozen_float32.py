@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pgn_fast
 from pgn_fast.frozen.plan import FastOptions
 from pgn_fast.frozen.schedule import PromptSchedule
-from pgn_fast.ops import onednn
+from pgn_fast.ops import onednn, prompted_patch_embed
 
 
 class Called(TorchDispatchMode):
@@ -63,16 +63,46 @@ def test_equals_timm(name: str) -> None:
         assert all(relative(a, b) <= 2e-4 for a, b in pairs)
 
 
-@pytest.mark.skipif(onednn.missing() is not None, reason=f"no oneDNN: {onednn.missing()}")
-def test_large_products_run_by_onednn_unless_plain_torch_is_named() -> None:
+needs_onednn = pytest.mark.skipif(
+    onednn.missing() is not None, reason=f"no oneDNN: {onednn.missing()}"
+)
+OPS = {"prompted_patch_embed", "frozen_linear", "add_layer_norm", "prompt_attention"}
+
+
+@needs_onednn
+@pytest.mark.parametrize("build", [pgn_fast.VPT, pgn_fast.PGN])
+def test_every_op_runs_in_the_engine_unless_plain_torch_is_named(build) -> None:
     backbone, images = wide("vit_base_patch16_224"), torch.randn(4, 3, 96, 96)
-    product = "pgn_fast::frozen_linear"
     for backend, runs in ((None, "backend cpu"), ("reference", "plain torch")):
-        model = pgn_fast.VPT(backbone, 5, num_prompts=3, backend=backend)
+        model = build(backbone, 5, num_prompts=3, backend=backend)
         assert f"matrix products: {runs}" in model.explain()
+        assert f"residual and norm: {runs}" in model.explain()
         with Called() as called:
             model(images)
-        assert (product in called.names) == (backend is None)
+        ours = {name.removeprefix("pgn_fast::") for name in called.names if "pgn_fast::" in name}
+        assert ours & OPS == (OPS if backend is None else set())
+
+
+@needs_onednn
+def test_large_products_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    multiply = onednn.multiply
+    monkeypatch.setattr(onednn, "multiply", lambda *a: calls.append(a[0].shape) or multiply(*a))
+    model = pgn_fast.VPT(wide("vit_base_patch16_224"), 5, num_prompts=3)
+    calls.clear()
+    model(torch.randn(4, 3, 96, 96)).sum().backward()
+    tokens = (4, 37)  # forward qkv, projection, fc1, fc2; backward fc2, fc1, projection
+    assert sum(shape[:2] == tokens for shape in calls) == 7
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        weight = model.backbone.patch_embed.proj.weight
+        prompted_patch_embed(torch.randn(4, 3, 96, 96), weight, *(None,) * 5)
+    assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+
+
+def test_quick_gelu_is_folded() -> None:
+    model = pgn_fast.VPT(wide("vit_base_patch32_clip_quickgelu_224"), 5, num_prompts=3)
+    acts = {type(w.act) for w in model.trunk._weights(torch.float32)}
+    assert acts == {torch.nn.SiLU}
 
 
 def test_packed_engine_equals_the_plain_one() -> None:

@@ -294,3 +294,48 @@ def test_memory_names_are_checked() -> None:
     with pytest.raises(ValueError, match="memory takes 'fast', 'balanced', 'min', got 'tiny'"):
         vpt("tiny")
     assert isinstance(FastTrunk(backbone()).options, FastOptions)
+
+
+def _another_embedding(vit: nn.Module) -> None:
+    embed = vit._pos_embed
+    vit._pos_embed = lambda x: 2 * embed(x)
+
+
+def _a_hook(vit: nn.Module) -> None:
+    vit.pos_drop.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _overlapping_patches(vit: nn.Module) -> None:
+    own = vit.patch_embed.proj
+    vit.patch_embed.proj = nn.Conv2d(3, own.out_channels, 10, stride=8, padding=1)
+    vit.patch_embed.proj.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [_another_embedding, _a_hook, _overlapping_patches])
+def test_a_changed_embedding_runs_by_its_own_code(change) -> None:
+    model, images = vpt(), torch.randn(2, 3, 32, 32)
+    before = model(images)
+    assert model.trunk.embed_refusal is None
+    change(model.backbone)
+    assert model.trunk.embed_refusal is not None
+    after = model(images)
+    assert relative(after, model.forward_reference(images)) <= 2e-6
+    assert relative(after, before) > 1e-3
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_heads_too_wide_for_the_kernels_take_torch_s_attention(deep: bool) -> None:
+    wide, images = backbone(embed_dim=320, num_heads=1), torch.randn(2, 3, 32, 32)
+    model = pgn_fast.VPT(wide, 5, num_prompts=3, deep=deep)
+    assert relative(model(images), model.forward_reference(images)) <= 1e-5
+
+
+def test_a_named_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run: its kernels take"):
+        pgn_fast.VPT(backbone().double(), 5, num_prompts=3, backend="cpu")
+
+
+def test_packing_leaves_a_named_plain_torch_alone() -> None:
+    packed = FastOptions(packed=True)
+    model = pgn_fast.VPT(backbone(), 5, num_prompts=3, backend="reference", fast=packed)
+    assert "packed     backend='reference' names plain torch" in model.explain()

@@ -641,6 +641,17 @@ def test_uint8_images_are_normalised_by_the_backbone(build, options, name):
     assert all(p.grad.isfinite().all() for p in model.trainable_parameters())
 
 
+@pytest.mark.parametrize("location", ["below", "prepend-pixel"])
+def test_uint8_images_under_autocast_and_with_prompts_in_pixels(location):
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    for model in (vpt(tiny(), location=location, num_prompts=1), pgn(tiny())):
+        with torch.no_grad():
+            exact = model(pixels)
+            torch.testing.assert_close(exact, model.forward_reference(pixels), rtol=1e-4, atol=1e-4)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert (model(pixels) - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_uint8_images_need_a_known_mean_and_std():
     model = vpt(tiny(in_chans=1))
     model.backbone.pretrained_cfg = None

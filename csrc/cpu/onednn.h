@@ -4,6 +4,7 @@
 // pgn_fast/ops/onednn.py does the same from Python.
 #pragma once
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,7 +16,7 @@ namespace pgn_fast {
 // x [R, K] @ weight [D, K]^T, float32; none where this torch has no oneDNN.
 inline std::optional<Tensor> onednn_linear(const Tensor& x, const Tensor& weight) {
 #ifdef PGN_FAST_X86
-  static bool missing = false;
+  static std::atomic<bool> missing{false};
   if (missing) return std::nullopt;
   using torch::stable::detail::from;
   std::array<StableIValue, 6> stack{from(x),
@@ -24,9 +25,11 @@ inline std::optional<Tensor> onednn_linear(const Tensor& x, const Tensor& weight
                                     from(std::string("none")),
                                     from(std::vector<double>()),
                                     from(std::optional<std::string>(""))};
-  missing = torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(),
-                                  TORCH_ABI_VERSION) != TORCH_SUCCESS;
-  if (!missing) return torch::stable::detail::to<Tensor>(stack[0]);
+  if (torch_call_dispatcher("mkldnn::_linear_pointwise", "", stack.data(), TORCH_ABI_VERSION) ==
+      TORCH_SUCCESS) {
+    return torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  missing = true;
 #endif
   return std::nullopt;
 }

@@ -23,17 +23,12 @@ constexpr int64_t kChunkRows = 784;  // patches multiplied at once
 
 const void* data_of(const std::optional<Tensor>& x) { return x ? x->const_data_ptr() : nullptr; }
 
-// a [R, K] @ weight [D, K]^T, into `out` or into memory of its own
-Tensor multiply(const Tensor& a, const Tensor& weight, const Tensor& out) {
+// a [R, K] @ weight [D, K]^T
+Tensor multiply(const Tensor& a, const Tensor& weight) {
   if (a.scalar_type() == ScalarType::Float && a.size(0) > 0) {
     if (const auto product = onednn_linear(a, weight)) return *product;
   }
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(a),
-      torch::stable::detail::from(torch::stable::transpose(weight, 0, 1)),
-      torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::matmul(a, torch::stable::transpose(weight, 0, 1));
 }
 
 }  // namespace
@@ -88,9 +83,8 @@ Tensor prompted_patch_embed_cpu(const Tensor& images,                        // 
                        position == "prepend"};
   const Tensor rows_of_weight = torch::stable::view(weight, {D, K});
   const int64_t chunk = N > 0 && N < kChunkRows ? kChunkRows / N : 1;
-  // one pair of buffers for all chunks: fresh memory would cost a page fault every 4 kB
+  // one buffer for all chunks: fresh memory would cost a page fault every 4 kB
   Tensor cuts = empty<2>(weight, dtype, {(B < chunk ? B : chunk) * N, K});
-  Tensor products = empty<2>(weight, dtype, {(B < chunk ? B : chunk) * N, D});
   char* out = static_cast<char*>(cuts.mutable_data_ptr());
   const int64_t row_bytes = N / (rows > 0 ? rows : 1) * K * size_of(number);
   for (int64_t first = 0; first < B; first += chunk) {
@@ -99,9 +93,7 @@ Tensor prompted_patch_embed_cpu(const Tensor& images,                        // 
       PGN_ISA_CALL(cut_patches)(patches, number, first * rows + begin, first * rows + end,
                                 out + begin * row_bytes);
     });
-    using torch::stable::narrow;
-    const Tensor embedded =
-        multiply(narrow(cuts, 0, 0, count * N), rows_of_weight, narrow(products, 0, 0, count * N));
+    const Tensor embedded = multiply(torch::stable::narrow(cuts, 0, 0, count * N), rows_of_weight);
     sequence.embedded = embedded.const_data_ptr();
     sequence.first = first;
     torch::stable::parallel_for(first, first + count, 1,

@@ -1,4 +1,4 @@
-"""The halves of a frozen block, in plain torch: tokens -> queries, keys, values -> tokens.
+"""The halves of a frozen block: tokens -> queries, keys, values -> tokens.
 
 Letters: B images, T tokens, M rows whose outputs are wanted (M <= T), P prompt tokens, D embedding
 width, h heads, d head width, A = h d.

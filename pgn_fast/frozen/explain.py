@@ -37,17 +37,26 @@ def explain(
     for name, does, reason in _savings(trunk, schedule, rows, prompts_read):
         lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
     lines.append(f"  memory={trunk.options.memory!r}: {_MEMORY[trunk.options.memory]}")
-    runs = backend_of("frozen_linear", trunk.device, trunk.dtype, trunk.backend)
-    lines.append(f"  matrix products: {runs}")
+    for op, what in _OPS.items():
+        name = trunk.backend_for(op, trunk.dtype)
+        lines.append(f"  {what}: {'plain torch' if name == 'reference' else f'backend {name}'}")
     runs = backend_of("prompt_attention", trunk.device, trunk.dtype, trunk.backend)
     if trunk.device.type in backends.BEATS_PLAIN_ATTENTION:
         lines.append(f"  attention: {runs}")
     elif _keys_and_values_only(schedule, len(backbone.blocks)):
         lines.append(f"  attention with prompts: {runs}")
-    lines.append("  torch.compile and torch.export: the same without fold, biases and packed")
+    lines += [
+        "  torch.compile: the same without fold, biases and packed",
+        "  torch.export: without these, and in plain torch",
+    ]
     return "\n".join(lines)
 
 
+_OPS = {
+    "prompted_patch_embed": "embedding",
+    "frozen_linear": "matrix products",
+    "add_layer_norm": "residual and norm",
+}
 _MEMORY = {
     "fast": "backward keeps 10 D numbers a token and block",
     "balanced": "backward keeps 6 D numbers a token and block and runs fc1 again",
@@ -101,13 +110,15 @@ def _savings(
     yield (
         "packed",
         f"frozen weights are packed for {packed.library()}'s products",
-        off(options.packed, packed.refusal(trunk.device, trunk.dtype)),
+        off(options.packed, trunk.packed_refusal(trunk.dtype)),
     )
-    runs = backend_of("prompted_patch_embed", trunk.device, trunk.dtype, trunk.backend)
+    reason = trunk.embed_refusal
+    if trunk.backend_for("prompted_patch_embed", trunk.dtype) == "reference":
+        reason = reason or f"no kernel runs it in {trunk.dtype} on {trunk.device.type}"
     yield (
         "embed",
-        f"patches, prefix and position embedding in one op ({runs})",
-        off(options.embed, trunk.embed_refusal),
+        "patches, prefix and position embedding are computed in one op",
+        off(options.embed, reason),
     )
 
 

@@ -34,8 +34,8 @@ class Norm:
     """LayerNorm or RMSNorm over the last dimension; weight and bias None where folded away.
 
     Attributes:
-        backend: which backend runs the norm together with the addition before it; None is the
-            fastest.
+        backend: which backend runs the norm together with the addition before it; None or
+            "reference": they run apart.
     """
 
     rms: bool
@@ -53,8 +53,9 @@ class Norm:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps).to(dtype)
 
     def takes_sum(self, x: Tensor, y: Tensor) -> bool:
-        """Whether ``add_layer_norm`` is this norm of x + y."""
-        return not self.rms and self.weight is None and self.bias is None and x.dtype == y.dtype
+        """Whether ``add_layer_norm`` is this norm of x + y, and has a kernel here."""
+        plain = not self.rms and self.weight is None and self.bias is None
+        return plain and x.dtype == y.dtype and self.backend not in (None, "reference")
 
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient of x from that of the output; the statistics are computed again.
@@ -152,10 +153,10 @@ class BlockWeights:
         return [t for t in found if t is not None]
 
 
-def live_block(block: Any, backend_for: Callable[[str], str | None]) -> BlockWeights:
+def live_block(block: Any, backend_for: Callable[[str], str]) -> BlockWeights:
     """A block by timm's own tensors: no copy, nothing folded, never out of date.
 
-    ``backend_for``: op -> the backend that runs it, or None for the fastest.
+    ``backend_for``: op -> the backend that runs it.
     """
     attention, mlp = block.attn, block.mlp
     weights = BlockWeights(
@@ -190,7 +191,7 @@ def fold_block(
     options: FastOptions,
     dtype: torch.dtype,
     rope: bool,
-    backend_for: Callable[[str], str | None],
+    backend_for: Callable[[str], str],
 ) -> BlockWeights:
     """A block with its affine algebra folded, in ``dtype``.
 

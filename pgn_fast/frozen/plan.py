@@ -39,7 +39,7 @@ class FastOptions:
             oneDNN, or MKL on Intel's processors. Costs a further copy of the weights for each
             direction, with MKL also for each number of rows; 5 to 15 % faster.
         embed: patches are cut, normalised, embedded and put beside prefix and position embedding
-            in one op; uint8 images never become floating-point ones.
+            in one op, where a kernel runs it.
         memory: what backward stores of a block of D wide tokens. "fast": the normalised inputs,
             queries, keys, values, attention output and the hidden layer (10 D per token);
             "balanced": all but the hidden layer, whose GEMM runs again (6 D, about 15 % more
@@ -127,7 +127,7 @@ def _block_refusal(block: Any) -> str | None:
         if type(linear) is not nn.Linear:
             return f"{name} is a {type(linear).__name__}, not a plain Linear"
     for name, module in block.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if any(map(len, _hooks(module))):
             return f"a hook is registered on {name or 'the block'}"
         if "forward" in module.__dict__:
             return f"the forward of {name or 'the block'} was replaced"
@@ -150,6 +150,10 @@ def _linears(block: Any) -> Iterator[tuple[str, nn.Module]]:
     for name in ("fc1_g", "fc1_x") if isinstance(block.mlp, SwiGLU) else ("fc1",):
         yield f"mlp.{name}", getattr(block.mlp, name)
     yield "mlp.fc2", block.mlp.fc2
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
 
 def absorb_refusal(block: Any, has_rope: bool) -> str | None:
@@ -178,8 +182,15 @@ def embed_refusal(backbone: Any) -> str | None:
         return "its images may have any size"
     if any(i % p for i, p in zip(patch_embed.img_size, patch_embed.patch_size, strict=True)):
         return "its images are not whole patches"
-    for module in (patch_embed, patch_embed.proj):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    proj, p = patch_embed.proj, tuple(patch_embed.patch_size)
+    if (proj.kernel_size, proj.stride, proj.padding) != (p, p, (0, 0)) or proj.groups != 1:
+        return "its patches overlap or are padded"
+    if isinstance(backbone, VisionTransformerDistilled) and backbone.reg_token is not None:
+        return "its register tokens are left out by timm's own code"
+    if "_pos_embed" in backbone.__dict__:
+        return "its _pos_embed was replaced"
+    for module in (*patch_embed.modules(), backbone.pos_drop, backbone.patch_drop):
+        if any(map(len, _hooks(module))) or "forward" in module.__dict__:
             return "its patch embedding has a hook or another forward"
     return None
 

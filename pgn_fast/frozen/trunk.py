@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import backends, prompted_patch_embed
+from ..ops.prompt_attention import LARGEST_HEAD
 from . import blocks, memory, packed, plan
 from .fold import BlockWeights, fold_block, live_block
 from .images import mean_and_std
@@ -73,8 +74,8 @@ class FastTrunk:
     Args:
         backbone: as ``load_backbone`` returns it.
         options: which savings are on.
-        backend: of the attention with prompts: "reference", "cpu", "triton" or "cuda"; None is the
-            fastest.
+        backend: of the ops: "reference", "cpu", "triton" or "cuda"; None is the fastest. An op of
+            which the named one has no kernel runs by the fastest; attention with prompts raises.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class FastTrunk:
         self._modules = list(self.backbone.modules())
         self._key: tuple[Any, ...] | None = None
         self._refusal = plan.refusal(self.backbone)
-        self.embed_refusal = self._refusal or plan.embed_refusal(self.backbone)
+        self._embed_refusal = self._refusal or plan.embed_refusal(self.backbone)
+        self._backends: dict[tuple[str, torch.dtype], str] = {}
         self._fused = self._dtypes_with_a_kernel()
         self._folded: dict[torch.dtype, list[BlockWeights]] = {}
         self._seen: dict[int, tuple[Tensor, BlockWeights, tuple[Tensor, Tensor]]] = {}
@@ -153,12 +155,16 @@ class FastTrunk:
                 found.add(dtype)
         return found
 
-    def _backend_for(self, op: str, dtype: torch.dtype) -> str | None:
-        """The named backend where it runs the op, else None: the fastest."""
-        if self.backend is None:
-            return None
-        like = torch.empty(0, dtype=dtype, device=self.device)
-        return self.backend if backends.refusal(self.backend, op, like) is None else None
+    def backend_for(self, op: str, dtype: torch.dtype) -> str:
+        """Which backend runs an op: the named one if it can, else the fastest with a kernel, else
+        "reference": plain torch, which compilers see through."""
+        if (op, dtype) not in self._backends:
+            like = torch.empty(0, dtype=dtype, device=self.device)
+            fastest = backends.PREFERENCE[op].get(self.device.type, ())
+            candidates = (self.backend, *fastest) if self.backend else fastest
+            runs = (name for name in candidates if backends.refusal(name, op, like) is None)
+            self._backends[op, dtype] = next(runs, "reference")
+        return self._backends[op, dtype]
 
     @property
     def refusal(self) -> str | None:
@@ -169,6 +175,14 @@ class FastTrunk:
                 self._forget()
                 self._key = plan.state_key(self._modules)
         return self._refusal
+
+    @property
+    def embed_refusal(self) -> str | None:
+        """Why timm's own code embeds the images; None where one op can."""
+        # looked at anew: a replaced method or another size leaves no trace in the modules
+        if not torch.compiler.is_compiling() and self._refusal is None:
+            self._embed_refusal = plan.embed_refusal(self.backbone)
+        return self._embed_refusal
 
     def encode(
         self,
@@ -219,11 +233,16 @@ class FastTrunk:
 
     def _embed(self, images: Tensor, schedule: PromptSchedule) -> tuple[Tensor, Tensor | None]:
         """What ``reference.embed`` returns."""
-        backbone = self.backbone
-        fused = self.options.embed and self.embed_refusal is None
-        # timm adds a float32 position embedding to what autocast computed
-        autocast = torch.is_autocast_enabled(images.device.type)
-        if not fused or autocast or schedule.patch_weight is not None:
+        backbone, backend = self.backbone, self.backend_for("prompted_patch_embed", self.dtype)
+        if (
+            not self.options.embed
+            or self.embed_refusal is not None
+            or schedule.patch_weight is not None
+            or backend == "reference"
+            or torch.compiler.is_exporting()
+            # timm adds a float32 position embedding to what autocast computed
+            or torch.is_autocast_enabled(images.device.type)
+        ):
             return embed(backbone, images, schedule.patch_weight)
         mean, std = (None, None) if images.is_floating_point() else mean_and_std(backbone)
         proj = backbone.patch_embed.proj
@@ -238,7 +257,7 @@ class FastTrunk:
             None,
             mean=mean,
             std=std,
-            backend=self._backend_for("prompted_patch_embed", self.dtype),
+            backend=backend,
         )
         return x, None
 
@@ -260,7 +279,7 @@ class FastTrunk:
         if folds:
             weights = self._weights(dtype)
         else:
-            backend_for = partial(self._backend_for, dtype=dtype)
+            backend_for = partial(self.backend_for, dtype=dtype)
             weights = [live_block(b, backend_for) for b in self.backbone.blocks]
         by_block = getattr(self.backbone, "rope_mixed", False)
 
@@ -325,7 +344,8 @@ class FastTrunk:
                 x = together
             num_prefix = self.backbone.num_prefix_tokens
             q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
-            o = blocks.attend(w, q, k, v, keys, self._fuses(q, alone), self.backend)
+            backend = self.backend if alone else self.backend_for("prompt_attention", q.dtype)
+            o = blocks.attend(w, q, k, v, keys, self._fuses(q, alone), backend)
             return memory.finish_block(w, x[:, :M], o, trade)
 
         again = trade == "min" and torch.is_grad_enabled()
@@ -335,10 +355,13 @@ class FastTrunk:
     def _fuses(self, like: Tensor, prompts_alone: bool) -> bool:
         """Whether ``prompt_attention`` runs by a kernel, and pays where all tokens are alike."""
         # an exported program has to run where this package is not
+        if torch.compiler.is_exporting() or like.shape[-1] > LARGEST_HEAD:
+            return False
+        if prompts_alone:
+            return like.dtype in self._fused
         return (
-            like.dtype in self._fused
-            and not torch.compiler.is_exporting()
-            and (prompts_alone or like.device.type in backends.BEATS_PLAIN_ATTENTION)
+            like.device.type in backends.BEATS_PLAIN_ATTENTION
+            and self.backend_for("prompt_attention", like.dtype) != "reference"
         )
 
     def _rows_out(self, step: BlockStep, all_rows: int, num_tokens: int) -> int:
@@ -371,16 +394,22 @@ class FastTrunk:
     def _weights(self, dtype: torch.dtype) -> list[BlockWeights]:
         if dtype not in self._folded:
             rope = getattr(self.backbone, "rope", None)
-            backend_for = partial(self._backend_for, dtype=dtype)
+            backend_for = partial(self.backend_for, dtype=dtype)
             folded = [
                 fold_block(block, self.options, dtype, rope is not None, backend_for)
                 for block in self.backbone.blocks
             ]
-            if self.options.packed and packed.refusal(self.device, dtype) is None:
+            if self.options.packed and self.packed_refusal(dtype) is None:
                 for w in folded:
                     w.replace_linears(lambda linear: PackedLinear(linear.weight, linear.bias))
             self._folded[dtype] = folded
         return self._folded[dtype]
+
+    def packed_refusal(self, dtype: torch.dtype) -> str | None:
+        """Why weights are not packed in this dtype, wanted or not; None where they can be."""
+        if self.backend == "reference":
+            return "backend='reference' names plain torch"
+        return packed.refusal(self.device, dtype)
 
     @property
     def device(self) -> torch.device:

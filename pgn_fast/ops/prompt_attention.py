@@ -11,6 +11,8 @@ from .. import reference
 from ._register import follow_autocast, register_op
 from .backends import select_kernel
 
+LARGEST_HEAD = 256  # the widest that the kernels hold
+
 # What every kernel of this op gets and may rely on:
 #
 #   prompt_attention(q, k, v, prompt_k, prompt_v, scale) -> (out, lse)
@@ -99,10 +101,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) 
             f"prompt_attention takes prompt_k and prompt_v ({h}, P, {d}), shared by the batch, or "
             f"({B}, {h}, P, {d}), got {tuple(prompt_k.shape)} and {tuple(prompt_v.shape)}."
         )
-    if k.shape[2] == 0 or h == 0 or not 1 <= d <= 256:
+    if k.shape[2] == 0 or h == 0 or not 1 <= d <= LARGEST_HEAD:
         raise ValueError(
-            "prompt_attention takes at least one token and head, and a head width d of 1 to 256; "
-            f"got k {tuple(k.shape)}."
+            "prompt_attention takes at least one token and head, and a head width d of 1 to "
+            f"{LARGEST_HEAD}; got k {tuple(k.shape)}."
         )
     named = {"k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
     for name, tensor in named.items():
