@@ -30,6 +30,14 @@ def speedups(figures: list[dict[str, Any]], mode: str) -> str:
     return "\n".join(rows)
 
 
+def cost_of_prompts(benchmarks: list[dict[str, Any]]) -> str:
+    """Our step at each P over that at P=1, measured alternating on one backbone."""
+    ratios = next(
+        (b["extra_info"]["of P=1"] for b in benchmarks if "of P=1" in b["extra_info"]), {}
+    )
+    return "  ".join(f"{name}: {ratio:.3f}" for name, ratio in ratios.items())
+
+
 def where_time_goes(figures: list[dict[str, Any]]) -> str:
     rows = ["| step | matrix products | attention | everything else |", "| --- | --- | --- | --- |"]
     for figure in figures:
@@ -66,9 +74,8 @@ def main() -> None:
     args = parser.parse_args()
     benchmarks = json.loads(args.json.read_text())["benchmarks"]
     figures = [b["extra_info"] for b in benchmarks if "speedup" in b["extra_info"]]
-    print(
-        speedups(figures, "train"), speedups(figures, "infer"), where_time_goes(figures), sep="\n\n"
-    )
+    tables = speedups(figures, "train"), speedups(figures, "infer"), where_time_goes(figures)
+    print(*tables, cost_of_prompts(benchmarks), sep="\n\n")
     if args.plot:
         plot_cost(figures, args.plot)
 
