@@ -37,13 +37,13 @@ class FastOptions:
         biases: the key bias is dropped and the value bias moved behind the output projection.
         packed: frozen weights are packed once for the library that multiplies (CPU, float32):
             oneDNN, or MKL on Intel's processors. Costs a further copy of the weights for each
-            direction, with MKL also for each number of rows; 5 to 15 % faster.
+            direction, with MKL also for each number of rows; 5 to 15 % less time.
         embed: patches are cut, normalised, embedded and put beside prefix and position embedding
             in one op, where a kernel runs it.
         memory: what backward stores of a block of D wide tokens. "fast": the normalised inputs,
             queries, keys, values, attention output and the hidden layer (10 D per token);
-            "balanced": all but the hidden layer, whose GEMM runs again (6 D, about 15 % more
-            time); "min": the block's input, the block runs again (1 D, about a third more time).
+            "balanced": all but the hidden layer, whose GEMM runs again (6 D, about an eighth more
+            time); "min": the block's input, the block runs again (1 D, about 40 % more time).
     """
 
     kv_only: bool = True
