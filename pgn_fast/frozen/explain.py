@@ -107,9 +107,11 @@ def _savings(
         off(options.fold),
     )
     yield "biases", "value biases are moved, dead key biases dropped", off(options.biases)
+    copy = trunk.matrix_bytes() / 1e6
     yield (
         "packed",
-        f"frozen weights are packed for {packed.library()}'s products",
+        f"frozen weights are packed for {packed.library()}'s products (+{copy:.1f} MB for each "
+        "direction)",
         off(options.packed, trunk.packed_refusal(trunk.dtype)),
     )
     reason = trunk.embed_refusal

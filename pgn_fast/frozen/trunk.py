@@ -419,6 +419,10 @@ class FastTrunk:
     def dtype(self) -> torch.dtype:
         return next(self.backbone.parameters()).dtype
 
+    def matrix_bytes(self) -> int:
+        """Bytes of the frozen matrices: what a packed copy of them takes."""
+        return sum(t.nbytes for w in self._weights(self.dtype) for t in w.tensors() if t.ndim == 2)
+
     def extra_bytes(self) -> int:
         """Bytes of folded weights that are not the backbone's own tensors."""
         self._weights(self.dtype)
