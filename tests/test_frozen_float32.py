@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from test_frozen_exact import randomize
-from test_frozen_works_with import relative
+from test_frozen_works_with import gradients, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pgn_fast
@@ -54,12 +54,7 @@ def test_equals_timm(name: str) -> None:
     for model in (vpt, pgn_fast.PGN(backbone, 5, num_prompts=4, library_size=16)):
         logits, expected = model(images), model.forward_reference(images)
         assert relative(logits, expected) <= 1e-5
-        weights = model.trainable_parameters()
-        pairs = zip(
-            torch.autograd.grad(logits.square().mean(), weights),
-            torch.autograd.grad(expected.square().mean(), weights),
-            strict=True,
-        )
+        pairs = zip(gradients(model, logits), gradients(model, expected), strict=True)
         assert all(relative(a, b) <= 2e-4 for a, b in pairs)
 
 
@@ -112,9 +107,5 @@ def test_packed_engine_equals_the_plain_one() -> None:
     packed.load_adapter_state_dict(plain.adapter_state_dict())
     ours, expected = packed(images), plain(images)
     assert relative(ours, expected) <= 2e-6
-    pairs = zip(
-        torch.autograd.grad(ours.sum(), packed.trainable_parameters()),
-        torch.autograd.grad(expected.sum(), plain.trainable_parameters()),
-        strict=True,
-    )
+    pairs = zip(gradients(packed, ours), gradients(plain, expected), strict=True)
     assert all(relative(a, b) <= 2e-5 for a, b in pairs)

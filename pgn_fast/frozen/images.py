@@ -6,6 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..ops.prompted_patch_embed import pixel_factors
 from ..reference import normalise
 
 
@@ -78,9 +79,8 @@ def normalised(backbone: VisionTransformer, images: Tensor) -> Tensor:
     they are."""
     if images.is_floating_point():
         return images
-    mean, std = mean_and_std(backbone)
-    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
-    return normalise(images, next(backbone.patch_embed.parameters()).dtype, scale, shift)
+    factors = pixel_factors(images, *mean_and_std(backbone))
+    return normalise(images, next(backbone.patch_embed.parameters()).dtype, *factors)
 
 
 def _check_size(backbone: VisionTransformer, height: int, width: int, border: int) -> None:

@@ -111,7 +111,7 @@ def prompted_patch_embed(
         raise ValueError(
             f"prompted_patch_embed: position={position!r}; known: {', '.join(POSITIONS)}."
         )
-    scale, shift = _factors(images, mean, std)
+    scale, shift = pixel_factors(images, mean, std)
     S = prefix.shape[0]
     if pos_embed is not None and pos_embed.shape[0] != _num_patches(images, weight):
         prefix, pos_embed = prefix + pos_embed[:S], pos_embed[S:]
@@ -127,7 +127,7 @@ def _num_patches(images: Tensor, weight: Tensor) -> int:
     return (images.shape[2] // weight.shape[2]) * (images.shape[3] // weight.shape[3])
 
 
-def _factors(
+def pixel_factors(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
     """The one multiplication and addition of a pixel that division and normalisation amount to."""
