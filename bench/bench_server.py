@@ -6,7 +6,7 @@ or ``pytest bench/bench_server.py``. Server and load are processes of their own 
 machine's cores; the load generator writes prepared bytes, so that it costs a few per cent of what
 the server does. Measured are
 
-1. the model called directly, in batches of 32 normalised tensors: in one thread, in all, and in as
+1. the model called directly, in batches of 32 normalized tensors: in one thread, in all, and in as
    many concurrent calls as there are cores. The best of them is what the server is held against
    (wanted: 0.8 of it). The same concurrent calls of the recording that the server runs stand
    beside them (``recorded``), to tell its gain from the server's losses;

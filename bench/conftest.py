@@ -40,7 +40,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 def measure(benchmark: Any, quick: bool) -> Callable[..., None]:
     """``measure(run, group=..., flops=..., bytes=..., **facts)``: time ``run()``.
 
-    Rounds are started by a warm-up and ended by a synchronisation. ``flops`` and ``bytes`` are the
+    Rounds are started by a warm-up and ended by a synchronization. ``flops`` and ``bytes`` are the
     least that the task needs (each tensor once), not what an implementation happens to do.
     """
 

@@ -23,7 +23,7 @@ inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-// An uninitialised tensor on the device of `like`, contiguous unless `strides` are given; a
+// An uninitialized tensor on the device of `like`, contiguous unless `strides` are given; a
 // fraction of the cost of torch::stable::new_empty, which looks its op up by name.
 template <size_t N>
 Tensor empty(const Tensor& like, ScalarType dtype, const std::array<int64_t, N>& sizes,

@@ -219,7 +219,7 @@ def encode_plain(images: Tensor | Sequence[bytes]) -> list[bytes]:
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise ValueError(
             f"images must be uint8 levels (B, 3, H, W), got {images.dtype} {tuple(images.shape)}. "
-            "Undo a normalisation first, and round to 0 ... 255."
+            "Undo a normalization first, and round to 0 ... 255."
         )
     return [_png(levels) for levels in images.permute(0, 2, 3, 1).cpu().contiguous().numpy()]
 

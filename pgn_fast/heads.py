@@ -29,7 +29,7 @@ class ZeroShotHead(nn.Module):
 
         logits = logit_scale * normalize(features) @ normalize(class_embeddings).T
 
-    The class embeddings (C, E) are normalised once, here. Features are the backbone's projected
+    The class embeddings (C, E) are normalized once, here. Features are the backbone's projected
     ones where its head projects to E (CLIP's image projection), else the pooled ones.
 
     Source: Radford et al., arXiv:2103.00020, section 3.1.2.
@@ -53,8 +53,8 @@ class ZeroShotHead(nn.Module):
         self._projector = (backbone if projects else None,)
         self.logit_scale = float(logit_scale)
         self.class_embeddings: Tensor
-        normalised = F.normalize(class_embeddings.detach(), dim=-1)
-        self.register_buffer("class_embeddings", normalised)
+        normalized = F.normalize(class_embeddings.detach(), dim=-1)
+        self.register_buffer("class_embeddings", normalized)
 
     def forward(self, pooled: Tensor) -> Tensor:
         projector = self._projector[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .frozen.explain import backend_of, explain
-from .frozen.images import check_images, normalised
+from .frozen.images import check_images, normalized
 from .frozen.load import load_backbone
 from .frozen.plan import FastOptions
 from .frozen.reference import pool, pool_mean, rows_read
@@ -31,8 +31,8 @@ TOKEN_LOCATIONS = ("prepend", "add", "add-1")
 class PromptedViT(nn.Module):
     """A frozen timm vision transformer, something that makes prompts for it, and a head.
 
-    Images (B, C, H, W), normalised as the backbone wants them, to logits (B, num_classes); uint8
-    images are normalised by the backbone's own mean and standard deviation. Built by ``PGN`` or
+    Images (B, C, H, W), normalized as the backbone wants them, to logits (B, num_classes); uint8
+    images are normalized by the backbone's own mean and standard deviation. Built by ``PGN`` or
     ``VPT``. Only the prompter and the head are trained; the backbone stays in eval mode
     and without gradients, and ``train()`` does not change that.
 
@@ -379,7 +379,7 @@ class PGN(PromptedViT):
 
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         check_images(self.backbone, images)
-        pixels = normalised(self.backbone, images)
+        pixels = normalized(self.backbone, images)
         prompts = self.prompter(pixels, backend=backend)
         # a library that is trained for a canvas knows what stands where (inversion.GamutLibrary)
         place = getattr(self.prompter.token_library, "place", None)
@@ -393,13 +393,13 @@ class PGN(PromptedViT):
 
     def prompts(self, images: Tensor) -> Tensor:
         """The prompt tokens of each image, (B, P, D); of a GamutLibrary, what a patch adds to the
-        token of a mid-grey one."""
+        token of a mid-gray one."""
         check_images(self.backbone, images)
-        return self.prompter(normalised(self.backbone, images), backend=self.backend)
+        return self.prompter(normalized(self.backbone, images), backend=self.backend)
 
 
 class VPT(PromptedViT):
-    """A frozen ViT with learnt prompts, the same for every image: VPT-Deep, -Shallow and ablations.
+    """A frozen ViT with learned prompts, the same for every image: VPT-Deep, -Shallow and ablations.
 
     Prompts stand behind the prefix tokens and before the patch tokens. Those of block 0 enter
     before ``norm_pre`` where the backbone has one (CLIP), those of other blocks before the block.
@@ -512,7 +512,7 @@ class VPT(PromptedViT):
             return images, PromptSchedule(position, layers, keep=self.config["expand"])
         if location.startswith("prepend-pixel"):
             return images, PromptSchedule("prepend", {0: prompter.tokens(self.backbone)})
-        images = normalised(self.backbone, images)
+        images = normalized(self.backbone, images)
         patch_weight = prompter.patch_projection(images.dtype)
         return prompter.images(images), PromptSchedule("add", {}, patch_weight=patch_weight)
 

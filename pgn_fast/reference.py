@@ -37,7 +37,7 @@ def mix_prompts_backward(
     return coefficients * (1 - coefficients) * grad_coefficients, grad_library
 
 
-def normalise(images: Tensor, dtype: torch.dtype, scale: list[float], shift: list[float]) -> Tensor:
+def normalize(images: Tensor, dtype: torch.dtype, scale: list[float], shift: list[float]) -> Tensor:
     """Pixels (B, C, H, W) -> pixel * scale[c] + shift[c], rounded once to ``dtype``."""
     if not scale:
         return images.to(dtype)
@@ -70,7 +70,7 @@ def prompted_patch_embed(
     ``prefix`` (S, D) holds its position embedding already, ``pos_embed`` (N, D) is the patches';
     prompts are mixed from ``logits`` (B, P, K), or given: (P, D) or (B, P, D), or absent.
     """
-    pixels = normalise(images, weight.dtype, scale, shift)  # (B, C, H, W)
+    pixels = normalize(images, weight.dtype, scale, shift)  # (B, C, H, W)
     patches = F.conv2d(pixels, weight, bias, stride=weight.shape[2:]).flatten(2).mT  # (B, N, D)
     if pos_embed is not None:
         patches = patches + pos_embed
@@ -94,7 +94,7 @@ def patch_embed_grad_weight(
     grad_patches: Tensor, images: Tensor, shape: torch.Size, scale: list[float], shift: list[float]
 ) -> Tensor:
     """Gradient of the patch embedding, (B, D, rows, columns), for the weight of ``shape``."""
-    pixels = normalise(images, grad_patches.dtype, scale, shift)
+    pixels = normalize(images, grad_patches.dtype, scale, shift)
     return conv2d_weight(pixels, shape, grad_patches, stride=shape[2:])
 
 
@@ -104,7 +104,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def add_layer_norm(x: Tensor, y: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """total = x + y, its normalisation over the last dimension, and 1 / sqrt(var + eps)."""
+    """total = x + y, its normalization over the last dimension, and 1 / sqrt(var + eps)."""
     total = x + y
     normed, _, rstd = torch.native_layer_norm(total, total.shape[-1:], None, None, eps)
     wide = torch.promote_types(x.dtype, torch.float32)

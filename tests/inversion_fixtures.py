@@ -1,7 +1,7 @@
 """Inputs of the inversion tests: patch embeddings of known spectrum, published PGNs, photographs.
 
 No trained backbone is at hand, so every figure belongs to one of these patch embeddings:
-"rand" is a convolution's default initialisation (well conditioned), "a1" and "a2" have smooth
+"rand" is a convolution's default initialization (well conditioned), "a1" and "a2" have smooth
 filters with singular values (1 + f/2)^-1 and ^-2 over the frequency f (condition 10 to 12000).
 """
 
@@ -26,7 +26,7 @@ CLIP_STATISTICS = {
 }
 IMAGENET_STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALVES = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-# embedding width, patch size and normalisation of the four shapes
+# embedding width, patch size and normalization of the four shapes
 SHAPES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "B/32": (768, 32, CLIP_STATISTICS),
     "S/16": (384, 16, IMAGENET_STATISTICS),
@@ -43,17 +43,17 @@ def _dct(p: int) -> np.ndarray:
 
 
 def frequency_basis(p: int) -> tuple[np.ndarray, np.ndarray]:
-    """Orthonormal patches (3 p^2, 3 p^2), opponent colours times cosines, and their frequencies.
+    """Orthonormal patches (3 p^2, 3 p^2), opponent colors times cosines, and their frequencies.
 
     Chroma counts as twice the frequency plus two.
     """
     cosines = _dct(p)
-    colours = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], float)
-    colours /= np.linalg.norm(colours, axis=1, keepdims=True)
+    colors = np.array([[1, 1, 1], [1, 0, -1], [-1, 2, -1]], float)
+    colors /= np.linalg.norm(colors, axis=1, keepdims=True)
     k = np.arange(p)
     radius = np.sqrt(k[:, None] ** 2 + k[None] ** 2)
     frequencies = np.concatenate([radius.ravel(), *[(2 * radius + 2).ravel()] * 2])
-    patches = np.einsum("ab,ky,lx->aklbyx", colours, cosines, cosines)
+    patches = np.einsum("ab,ky,lx->aklbyx", colors, cosines, cosines)
     order = np.argsort(frequencies, kind="stable")
     return patches.reshape(3 * p * p, -1)[order], frequencies[order]
 
@@ -93,7 +93,7 @@ def patch_weight(shape: str, kind: str) -> Tensor:
     random = torch.randn(D, rank, generator=generator, dtype=torch.float64)
     weight = (torch.linalg.qr(random)[0] * spectrum) @ torch.from_numpy(patches[:rank])
     natural = (
-        to_patches(ServerSpec(**statistics).normalise(photo_crops(4)), p).double().flatten(0, 1)
+        to_patches(ServerSpec(**statistics).normalize(photo_crops(4)), p).double().flatten(0, 1)
     )
     return weight * (10 / (natural @ weight.T).norm(dim=1).mean())
 
@@ -147,9 +147,9 @@ def published(name: str = "pgn_clip_cifar100", images: int = 8) -> tuple[Tensor,
     from pgn_fast.prompts import PromptGenerator
 
     generator = PromptGenerator.from_official(OFFICIAL / f"{name}.pt").eval()
-    server = ServerSpec(**CLIP_STATISTICS)  # the official code normalises so for every backbone
+    server = ServerSpec(**CLIP_STATISTICS)  # the official code normalizes so for every backbone
     with torch.no_grad():
-        coefficients = generator.mixture(server.normalise(photo_crops(images)))
+        coefficients = generator.mixture(server.normalize(photo_crops(images)))
     return generator.library().detach().double(), coefficients.double().flatten(0, 1)
 
 

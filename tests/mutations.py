@@ -86,7 +86,7 @@ FILES = [
     "test_prompt_attention.py",
     "test_prompted_patch_embed.py",
 ]
-# the sanitised run takes the random shapes too; opcheck and the other backends say nothing about it
+# the sanitized run takes the random shapes too; opcheck and the other backends say nothing about it
 SELECT = "cpu and not triton and not cuda and not reference"
 
 

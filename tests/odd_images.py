@@ -38,9 +38,9 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png_of(width: int, height: int, depth: int, colour: int, pixels: bytes) -> bytes:
+def png_of(width: int, height: int, depth: int, color: int, pixels: bytes) -> bytes:
     """A PNG written by hand, so that it may declare what Pillow would not write."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + png_chunk(b"IHDR", header)
@@ -122,15 +122,15 @@ _KINDS: dict[str, tuple[Callable[[random.Random], bytes], set[int]]] = {
     "rgb webp": (lambda rng: encode(noise(rng), "WEBP", lossless=True), OK),
     "rgba png": (lambda rng: encode(noise(rng, "RGBA")), OK),
     "rgba webp": (lambda rng: encode(noise(rng, "RGBA"), "WEBP"), OK),
-    "grey and alpha": (lambda rng: encode(noise(rng, "LA")), OK),
-    "grey": (lambda rng: encode(noise(rng, "L")), OK),
+    "gray and alpha": (lambda rng: encode(noise(rng, "LA")), OK),
+    "gray": (lambda rng: encode(noise(rng, "L")), OK),
     "one bit": (lambda rng: encode(noise(rng, "L").convert("1")), OK),
     "palette": (lambda rng: encode(noise(rng).quantize(16)), OK),
     "palette, transparent": (lambda rng: encode(noise(rng).quantize(16), transparency=3), OK),
-    "colour key": (lambda rng: encode(noise(rng), transparency=(1, 2, 3)), OK),
+    "color key": (lambda rng: encode(noise(rng), transparency=(1, 2, 3)), OK),
     "cmyk jpeg": (lambda rng: encode(noise(rng, "CMYK"), "JPEG"), OK),
     "oriented": (oriented, OK),
-    "16 bit grey": (lambda rng: encode(Image.new("I;16", (9, 9), rng.randint(0, 65535))), KIND),
+    "16 bit gray": (lambda rng: encode(Image.new("I;16", (9, 9), rng.randint(0, 65535))), KIND),
     "16 bit rgb": (deep_rgb, KIND),
     "animated png": (lambda rng: animated(rng, "PNG"), KIND),
     "animated webp": (lambda rng: animated(rng, "WEBP"), KIND),

@@ -40,7 +40,7 @@ def levels() -> torch.Tensor:
     return torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)
 
 
-def normalised(levels: torch.Tensor, model) -> torch.Tensor:
+def normalized(levels: torch.Tensor, model) -> torch.Tensor:
     transform = create_transform(
         **resolve_data_config({"crop_pct": 1.0}, model=model), is_training=False
     )
@@ -57,7 +57,7 @@ class Inverting:
 def test_features_and_logits_are_the_models(url, served, levels):
     """70 images go in calls of 32; the model sees the same batches here."""
     with RgbClient(url) as client, torch.inference_mode():
-        batches = normalised(levels, served.model).split(32)
+        batches = normalized(levels, served.model).split(32)
         tokens = [served.model.forward_features(batch) for batch in batches]
         features = torch.cat([served.model.forward_head(t, pre_logits=True) for t in tokens])
         logits = torch.cat([served.model(batch) for batch in batches])
@@ -85,7 +85,7 @@ def test_a_padded_canvas_reaches_the_model_as_it_is(crop_pct, resize, levels):
         spec = client.server_spec()
         assert (spec.resize, spec.crop) == (resize, 32)
         with torch.inference_mode():
-            expected = served.model(spec.normalise(levels[:4]))
+            expected = served.model(spec.normalize(levels[:4]))
         torch.testing.assert_close(client.logits(spec.pad(levels[:4])), expected)
 
 
@@ -113,7 +113,7 @@ def test_a_canvas_of_the_servers_own_size_needs_no_padding(size, levels):
     with serving(create_app(served)) as (url, _), RgbClient(url) as client:
         spec = client.server_spec()
         with torch.inference_mode():
-            expected = served.model(spec.normalise(canvases))
+            expected = served.model(spec.normalize(canvases))
         torch.testing.assert_close(client.features(spec.pad(canvases)), expected)
 
 

@@ -265,7 +265,7 @@ def test_prompted_patch_embed(kernels, B, C, size, patch, D, bare, channels_last
         tokens=tokens,
         first=S,
         uint8=uint8,
-        normalise=bool(scale),
+        normalize=bool(scale),
         scale=factors[0],
         shift=factors[1],
     )
@@ -290,7 +290,7 @@ def test_prompted_patch_embed(kernels, B, C, size, patch, D, bare, channels_last
 
     inputs = [x if x is None else x.double() for x in (weight, bias, pos, prefix, logits, library)]
     # the pixel is rounded to the operand type once, as in the reference
-    pixels = reference.normalise(images, dtype, scale, shift).double()
+    pixels = reference.normalize(images, dtype, scale, shift).double()
     expected = reference.prompted_patch_embed(pixels, *inputs, None, [], [], "softmax", "append")
     assert_matches("tokens", out, expected)
     assert intact(out)
@@ -333,13 +333,13 @@ def test_patch_embed_on_hopper(kernels, B, C, size, patch, D, bare, uint8, dtype
         tokens=tokens,
         first=first,
         uint8=uint8,
-        normalise=True,
+        normalize=True,
         scale=(cuda_host.single * 64)(*scale),
         shift=(cuda_host.single * 64)(*shift),
     )
     kernels.launch_with_scratch("patch_embed_sm90", args, dtype)
 
-    # the weight is rounded once after the normalisation is folded in; pixels are exact
+    # the weight is rounded once after the normalization is folded in; pixels are exact
     factors = torch.tensor([scale, shift], dtype=torch.float64)[:, None, :, None, None]
     folded = (weight.float() * factors[0].float()).to(dtype).double()
     expected = torch.nn.functional.conv2d(images.double(), folded, stride=patch)

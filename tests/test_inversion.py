@@ -37,7 +37,7 @@ from pgn_fast.inversion import (
     UnreachablePromptError,
     UnsupportedPatchEmbedError,
     UnsupportedPromptError,
-    analyse,
+    analyze,
     invert_library,
     verify,
 )
@@ -86,19 +86,19 @@ def test_training_sees_what_is_served():
     """The latent path of a gamut-trained PGN against its canvases through the bare backbone, before
     rounding: the same numbers, not merely near ones."""
     model = gamut_pgn()
-    normalised = ServerSpec.from_backbone(model.backbone).normalise(IMAGES)
+    normalized = ServerSpec.from_backbone(model.backbone).normalize(IMAGES)
     prompter = pgn_fast.invert(model)
     patches = to_patches(shrink(IMAGES, prompter.layout, 16), 16)
-    exact = prompter.layout.compose(patches, prompter.levels(normalised), 16)
+    exact = prompter.layout.compose(patches, prompter.levels(normalized), 16)
     with torch.no_grad():
-        features = model.backbone.forward_features(prompter.server.normalise(exact))
+        features = model.backbone.forward_features(prompter.server.normalize(exact))
         served = model.head(model.backbone.forward_head(features, pre_logits=True))
-        torch.testing.assert_close(model(normalised), served, rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(model(normalized), served, rtol=1e-4, atol=2e-6)
         torch.testing.assert_close(
-            model.forward_reference(normalised), served, rtol=1e-4, atol=2e-6
+            model.forward_reference(normalized), served, rtol=1e-4, atol=2e-6
         )
         without = model.backbone.forward_head(
-            model.backbone.forward_features(prompter.server.normalise(IMAGES)), pre_logits=True
+            model.backbone.forward_features(prompter.server.normalize(IMAGES)), pre_logits=True
         )
     assert (model.head(without) - served).abs().max() > 0.01
 
@@ -142,9 +142,9 @@ def test_library_starts_as_a_plain_one_would():
     """Near zero the tokens are theta, up to the direction that no norm lets through."""
     patch_map = PatchMap.from_backbone(small_vit())
     library = GamutLibrary(32, patch_map)
-    centred = library.theta - library.theta.mean(dim=1, keepdim=True)
+    centered = library.theta - library.theta.mean(dim=1, keepdim=True)
     contents = library() - library().mean(dim=1, keepdim=True)
-    assert (contents - centred).norm() < 1e-3 * centred.norm()
+    assert (contents - centered).norm() < 1e-3 * centered.norm()
 
 
 def test_from_latent_keeps_what_is_in_reach():
@@ -166,9 +166,9 @@ def test_saved_and_loaded(tmp_path, fast):
     model = gamut_pgn(fast=fast)
     pgn_fast.adapters.save_pretrained(model, tmp_path)
     loaded = pgn_fast.from_pretrained(tmp_path, small_vit())
-    normalised = ServerSpec.from_backbone(model.backbone).normalise(IMAGES)
+    normalized = ServerSpec.from_backbone(model.backbone).normalize(IMAGES)
     with torch.no_grad():
-        assert torch.equal(loaded(normalised), model(normalised))
+        assert torch.equal(loaded(normalized), model(normalized))
     assert torch.equal(pgn_fast.invert(loaded)(IMAGES), pgn_fast.invert(model)(IMAGES))
     with pytest.raises(ValueError, match="not those that this GamutLibrary was trained with"):
         pgn_fast.from_pretrained(tmp_path, small_vit(seed=1))
@@ -183,8 +183,8 @@ def test_canvases_uint8_and_float_inputs_and_files():
     server = prompter.server
     canvases = prompter(IMAGES)
     assert canvases.dtype == torch.uint8 and canvases.shape == (2, 3, 168, 168)
-    # the same images, normalised by the caller
-    assert torch.equal(prompter(server.normalise(IMAGES)), canvases)
+    # the same images, normalized by the caller
+    assert torch.equal(prompter(server.normalize(IMAGES)), canvases)
     for file, canvas in zip(prompter.encode(IMAGES), canvases, strict=True):
         picture = Image.open(io.BytesIO(file))
         assert picture.format == "PNG" and picture.mode == "RGB"
@@ -221,8 +221,8 @@ def test_verify_on_latent_prompts_and_shallow_vpt():
         # without the prompts the features are elsewhere
         server = prompter.server
         with torch.no_grad():
-            plain = backbone.forward_features(server.normalise(IMAGES))
-            prompted = model.forward_features(server.normalise(IMAGES))
+            plain = backbone.forward_features(server.normalize(IMAGES))
+            prompted = model.forward_features(server.normalize(IMAGES))
         assert (plain - prompted)[:, 0].norm() > 20 * 2e-3 * prompted[:, 0].norm()
 
 
@@ -308,7 +308,7 @@ def test_prompts_that_no_image_carries(options, reason):
     "name, reason",
     [
         ("vit_tiny_r_s16_p8_224", "hybrid stem"),
-        ("aimv2_large_patch14_224", "normalises inside the patch embedding"),
+        ("aimv2_large_patch14_224", "normalizes inside the patch embedding"),
     ],
 )
 def test_patch_embeddings_that_are_not_affine(name, reason):
@@ -430,8 +430,8 @@ def test_layouts_that_were_not_trained():
     [
         ({}, 14, "patch size 14 is not on the 8-pixel JPEG grid"),
         ({"resize": 248}, 16, "crops 12 pixels at each side"),
-        ({"subsampling": 2}, 8, "4:2:0 needs grey-only patches.*averages the colours.*8² = 64"),
-        ({"subsampling": 1}, 24, "4:2:2 stores colours in blocks of 16 pixels, patch size 24"),
+        ({"subsampling": 2}, 8, "4:2:0 needs gray-only patches.*averages the colors.*8² = 64"),
+        ({"subsampling": 1}, 24, "4:2:2 stores colors in blocks of 16 pixels, patch size 24"),
         ({"subsampling": 2, "resize": 240}, 16, "in blocks of 16 pixels, the server's crop of 8"),
     ],
 )
@@ -450,9 +450,9 @@ def test_codecs_that_destroy_prompts(options, patch, message):
         (lambda: ServerSpec(resize=200, crop=224), "resize=200 is smaller than crop=224"),
         (lambda: ServerSpec(std=(0.0, 1.0, 1.0)), "three positive stds"),
         (lambda: GamutLibrary(0, synthetic_map("S/16", "rand")), "n_tokens must be at least 1"),
-        (lambda: analyse(synthetic_map("S/16", "rand"), prompt_pos="left"), "known: canvas, none"),
+        (lambda: analyze(synthetic_map("S/16", "rand"), prompt_pos="left"), "known: canvas, none"),
         (lambda: pgn_fast.invert(gamut_pgn())(IMAGES[:, :, :100]), r"\(B, 3, 160, 160\)"),
-        (lambda: pgn_fast.invert(gamut_pgn())(IMAGES.int()), "uint8 or normalised floats"),
+        (lambda: pgn_fast.invert(gamut_pgn())(IMAGES.int()), "uint8 or normalized floats"),
     ],
 )
 def test_wrong_arguments(make, message):
@@ -481,7 +481,7 @@ def test_patch_map_is_the_patch_embedding():
     backbone = small_vit()
     patch_map = PatchMap.from_backbone(backbone)
     with torch.no_grad():
-        tokens = backbone._pos_embed(backbone.patch_embed(patch_map.server.normalise(IMAGES)))
+        tokens = backbone._pos_embed(backbone.patch_embed(patch_map.server.normalize(IMAGES)))
     expected = patch_map.tokens(to_patches(IMAGES, 16)) + patch_map.positions
     torch.testing.assert_close(tokens[:, 1:].double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -505,7 +505,7 @@ def test_layout_and_server_survive_json():
 def test_verdicts(shape, kind, free, verdict):
     patch_map = synthetic_map(shape, kind, scale_free=free)
     tokens = 4 * torch.nn.functional.normalize(torch.randn(16, patch_map.embed_dim), dim=1)
-    report = analyse(patch_map, tokens, iters=60)
+    report = analyze(patch_map, tokens, iters=60)
     assert report.verdict == verdict
     assert json.loads(json.dumps(report.to_dict()))["verdict"] == verdict
     assert f": {verdict} (" in str(report)

@@ -30,7 +30,7 @@ from pgn_fast.inversion import (
     PreprocessError,
     RgbPrompter,
     ServerSpec,
-    analyse,
+    analyze,
     invert_library,
     verify,
 )
@@ -191,19 +191,19 @@ def test_image_in_is_token_in(name, options, prefix, scale_free, backbone_of):
     inverted = invert_library(library, patch_map)
     prompts = inverted.to_uint8(inverted.mix(torch.eye(6)))[None]
     image = torch.randint(0, 256, (1, 4, 3 * p * p), dtype=torch.uint8)
-    normalise = server.normalise
+    normalize = server.normalize
 
-    # the wanted token sequence: grey prompt cells, and what the prompts add to them
-    grey = layout.compose(image.float(), None, p)
+    # the wanted token sequence: gray prompt cells, and what the prompts add to them
+    gray = layout.compose(image.float(), None, p)
     with torch.no_grad():
-        tokens = backbone._pos_embed(backbone.patch_embed(normalise(grey)))
+        tokens = backbone._pos_embed(backbone.patch_embed(normalize(gray)))
         cells = [prefix + cell for cell in layout.prompt_cells]
         tokens[:, cells] += contents.float()
         run = lambda x: backbone.forward_head(backbone.norm(backbone.blocks(backbone.norm_pre(x))))
         wanted = run(tokens)
         canvas = layout.compose(image, prompts, p)
-        served = backbone(normalise(canvas))
-        unprompted = run(backbone._pos_embed(backbone.patch_embed(normalise(grey))))
+        served = backbone(normalize(canvas))
+        unprompted = run(backbone._pos_embed(backbone.patch_embed(normalize(gray))))
 
         # number 13: what no norm lets through never matters
         shifted = tokens.clone()
@@ -264,7 +264,7 @@ def test_verdict_of_a_backbone(name, verdict, backbone_of):
     options = {b[0]: b[1] for b in BACKBONES}[name]
     backbone = backbone_of(name, options)
     patch_map = PatchMap.from_backbone(backbone, layout=CanvasLayout.border((4, 4), (2, 2), 6))
-    report = analyse(patch_map)
+    report = analyze(patch_map)
     assert report.verdict == verdict
     assert report.unreachable_share == pytest.approx(0 if verdict == "exact" else 0.652, abs=0.02)
     assert verdict in str(report)

@@ -174,7 +174,7 @@ def test_a_full_disk_leaves_the_older_files_whole(adapter, tmp_path, monkeypatch
 
 
 def test_verdict(capsys):
-    assert main(["invert", "--analyse", "test_vit", "--random-weights"]) == 0
+    assert main(["invert", "--analyze", "test_vit", "--random-weights"]) == 0
     out = capsys.readouterr().out
     assert "test_vit: exact" in out and "random weights" in out
 
@@ -182,11 +182,11 @@ def test_verdict(capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["invert"], "give an ADAPTER and --out DIR, or --analyse NAME"),
+        (["invert"], "give an ADAPTER and --out DIR, or --analyze NAME"),
         (["invert", "nowhere", "--out", "x"], "nowhere"),
         (["invert", "nowhere", "--out", "x", "-n", "0"], "-n/--count: is 0; give 1 or more"),
-        (["invert", "nowhere", "--analyse", "test_vit"], "give one of them"),
-        (["invert", "--analyse", "resnet18", "--random-weights"], "resnet18|ResNet"),
+        (["invert", "nowhere", "--analyze", "test_vit"], "give one of them"),
+        (["invert", "--analyze", "resnet18", "--random-weights"], "resnet18|ResNet"),
         (["train", "--deploy", "rgb", "--method", "vpt-deep"], "--deploy rgb trains --method pgn"),
         (["train", "--deploy", "rgb", "--num-prompts", "20"], "leave no room for an image"),
         (
@@ -197,12 +197,12 @@ def test_verdict(capsys):
         (["train", "--deploy", "rgb", "--layout", "enlarged"], "pgn_demo_vit here has one size"),
         (["train", "--deploy", "rgb", "--canvas-grid", "4x6"], "belong to layout enlarged"),
         (["train", "--deploy", "rgb", "--image-grid", "4x"], "is '4x'; give rows and columns"),
-        (["train", "--deploy", "rgb", "--server", "codec=jpeg", "subsampling=2"], "grey-only"),
-        (["train", "--deploy", "rgb", "--server", "colour=1"], "ServerSpec has no colour; known"),
-        (["invert", "--analyse", "pgn_demo_vit", "--layout", "enlarged"], "has one size"),
+        (["train", "--deploy", "rgb", "--server", "codec=jpeg", "subsampling=2"], "gray-only"),
+        (["train", "--deploy", "rgb", "--server", "color=1"], "ServerSpec has no color; known"),
+        (["invert", "--analyze", "pgn_demo_vit", "--layout", "enlarged"], "has one size"),
         (
             ["train", "--deploy", "rgb", "--mean", "0.4", "0.4", "0.4"],
-            "normalised as the server does, by 0.5 0.5 0.5",
+            "normalized as the server does, by 0.5 0.5 0.5",
         ),
     ],
 )

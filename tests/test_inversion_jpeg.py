@@ -23,7 +23,7 @@ from pgn_fast.inversion import (
     verify,
 )
 from pgn_fast.inversion.compensation import PositionCompensation
-from pgn_fast.inversion.jpeg import coefficient_basis, quantisation_tables
+from pgn_fast.inversion.jpeg import coefficient_basis, quantization_tables
 from pgn_fast.inversion.layout import from_patches, image_patches, to_patches
 
 
@@ -36,7 +36,7 @@ def behind(patch_map: PatchMap, subsampling: int) -> PatchMap:
 def predicted(patch_map: PatchMap, wanted: torch.Tensor) -> float:
     """The mean relative token error that rounding should cost; the encoder's own arithmetic and
     coefficients that it flips come on top."""
-    return (patch_map.rounding.token_error / patch_map.centre(wanted).norm(dim=1)).mean().item()
+    return (patch_map.rounding.token_error / patch_map.center(wanted).norm(dim=1)).mean().item()
 
 
 def through(server: ServerSpec, cells: torch.Tensor, grid: tuple[int, int], p: int):
@@ -50,7 +50,7 @@ def test_tables_are_the_encoders(quality):
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "JPEG", quality=quality, subsampling=0)
     written = Image.open(buffer).quantization  # rows of the 8 x 8 tables
-    luminance, chrominance, _ = quantisation_tables(quality).flatten(1).long().tolist()
+    luminance, chrominance, _ = quantization_tables(quality).flatten(1).long().tolist()
     assert (written[0], written[1]) == (luminance, chrominance)
 
 
@@ -97,14 +97,14 @@ def test_jpeg_aware_rounding_at_b32(tmp_path):
     assert torch.equal(loaded.to_uint8(levels), patches)
 
 
-def test_grey_patches_at_b32(tmp_path):
+def test_gray_patches_at_b32(tmp_path):
     """B/32 rand, quality 95, the published PGN's 128 prompts (prototype 0.061): what carries them
-    is grey, so the file says the same at 4:4:4, 4:2:2 and 4:2:0."""
+    is gray, so the file says the same at 4:4:4, 4:2:2 and 4:2:0."""
     png = synthetic_map("B/32", "rand")
     jpeg = behind(png, subsampling=2)
     tokens, coefficients = published()
     wanted = coefficients @ tokens
-    # twice the levels of colour patches: three of these prompts do not quite fit the margin
+    # twice the levels of color patches: three of these prompts do not quite fit the margin
     aware = invert_library(wanted, jpeg, on_unreachable="project")
     assert aware.margin == 24 and (aware.reach_err > 1e-3).sum() <= 3
     levels = 127.5 + aware.patches
@@ -127,56 +127,56 @@ def test_grey_patches_at_b32(tmp_path):
     loaded = InvertedLibrary.load(tmp_path / "library.safetensors", jpeg)
     assert torch.equal(loaded.to_uint8(levels), patches)
 
-    # beside a coloured image: the decoder's interpolated colours do not reach the prompts
+    # beside a colored image: the decoder's interpolated colors do not reach the prompts
     layout = CanvasLayout.border()
     mine = list(layout.prompt_cells)
 
-    def error_beside_photo(*, grey_rim: bool, subsampling: int) -> float:
-        shown = image_patches(photo_crops(2)[1:], layout, 32, grey_rim=grey_rim).to(torch.uint8)
+    def error_beside_photo(*, gray_rim: bool, subsampling: int) -> float:
+        shown = image_patches(photo_crops(2)[1:], layout, 32, gray_rim=gray_rim).to(torch.uint8)
         cells = to_patches(layout.compose(shown, patches[None, :16], 32), 32)[0]
         seen = through(behind(png, subsampling).server, cells, (7, 7), 32)[mine]
         contents = (seen.double() - 127.5) @ png.A.T
         return png.relative_error(contents, wanted[:16]).mean().item()
 
-    alone = error_beside_photo(grey_rim=False, subsampling=0)
-    assert error_beside_photo(grey_rim=False, subsampling=2) > 1.3 * alone
+    alone = error_beside_photo(gray_rim=False, subsampling=0)
+    assert error_beside_photo(gray_rim=False, subsampling=2) > 1.3 * alone
     for subsampling in (1, 2):
-        beside = error_beside_photo(grey_rim=True, subsampling=subsampling)
+        beside = error_beside_photo(gray_rim=True, subsampling=subsampling)
         assert beside == pytest.approx(alone, rel=0.03) and beside <= 0.07
 
 
 @pytest.mark.parametrize("p, tinted", [(8, True), (16, False), (24, True), (32, False)])
-def test_colours_are_stored_in_blocks_of_16_pixels(p, tinted):
+def test_colors_are_stored_in_blocks_of_16_pixels(p, tinted):
     """Why 4:2:0 wants patches on the 16-pixel grid, where luminance is content with 8."""
     layout = CanvasLayout((3, 3), (1, 1), (4,), (0, 1, 2, 3, 5, 6, 7, 8))
-    grey = torch.randint(60, 196, (1, 8, p * p), generator=torch.Generator().manual_seed(0))
-    grey = grey.to(torch.uint8).repeat(1, 1, 3)
+    gray = torch.randint(60, 196, (1, 8, p * p), generator=torch.Generator().manual_seed(0))
+    gray = gray.to(torch.uint8).repeat(1, 1, 3)
     red = torch.tensor([200.0, 40.0, 40.0])[None, :, None, None].expand(1, 3, p, p)
-    shown = image_patches(red, layout, p, grey_rim=True).to(torch.uint8)
-    cells = to_patches(layout.compose(shown, grey, p), p)[0]
+    shown = image_patches(red, layout, p, gray_rim=True).to(torch.uint8)
+    cells = to_patches(layout.compose(shown, gray, p), p)[0]
     seen = through(
         ServerSpec(codec="jpeg", subsampling=2, resize=None, crop=None), cells, (3, 3), p
     )
-    colours = seen[list(layout.prompt_cells)].view(8, 3, -1).float()
-    assert ((colours - colours.mean(dim=1, keepdim=True)).abs().max() > 4) == tinted
+    colors = seen[list(layout.prompt_cells)].view(8, 3, -1).float()
+    assert ((colors - colors.mean(dim=1, keepdim=True)).abs().max() > 4) == tinted
 
 
 @pytest.mark.parametrize(
     "shape, kind, message",
     [
-        ("S/16", "rand", r"4:2:0 needs grey-only patches \(p² >= D\).*16² = 256 .* 384 values"),
+        ("S/16", "rand", r"4:2:0 needs gray-only patches \(p² >= D\).*16² = 256 .* 384 values"),
         ("B/32", "a1", "those of B/32 a1 reach 532 of 767 token directions"),
         ("L/14", "rand", "patch size 14 is not on the 8-pixel JPEG grid"),
     ],
 )
-def test_backbones_that_grey_patches_do_not_reach(shape, kind, message):
+def test_backbones_that_gray_patches_do_not_reach(shape, kind, message):
     with pytest.raises(CodecError, match=message):
         GamutLibrary(4, behind(synthetic_map(shape, kind), subsampling=2))
 
 
-def test_compensated_positions_want_colours():
+def test_compensated_positions_want_colors():
     patch_map = behind(synthetic_map("B/32", "rand"), subsampling=2)
-    with pytest.raises(CodecError, match="subsampled colours does not keep"):
+    with pytest.raises(CodecError, match="subsampled colors does not keep"):
         PositionCompensation(patch_map)
 
 
@@ -209,7 +209,7 @@ def test_a_model_behind_a_jpeg_server(subsampling):
             canvas = prompter(images)[0]
             prompts = to_patches(sent.preprocess(sent.encode(canvas))[None], 16)
             prompts = prompts[0, list(prompter.layout.prompt_cells)]
-            wanted = prompter.levels(server.normalise(images))[0].double() - 127.5
+            wanted = prompter.levels(server.normalize(images))[0].double() - 127.5
             patch_map = prompter.patch_map
             seen = (prompts.double() - 127.5) @ patch_map.A.T
             errors["png"] = patch_map.relative_error(seen, wanted @ patch_map.A.T).mean().item()

@@ -37,7 +37,7 @@ def prompts_of(shape: str, kind: str) -> tuple[PatchMap, InvertedLibrary, Tensor
 def content_errors(patch_map: PatchMap, levels: Tensor, wanted: Tensor) -> Tensor:
     """|content of the patch - wanted|, one a prompt, without what no norm lets through."""
     contents = (levels.double() - 127.5) @ patch_map.A.T
-    return patch_map.centre(contents - wanted).norm(dim=1)
+    return patch_map.center(contents - wanted).norm(dim=1)
 
 
 @pytest.mark.parametrize("shape, kind", CASES)
@@ -65,7 +65,7 @@ def test_gain_of_feedback_rounding(shape, kind):
     patch_map, inverted, levels, wanted = prompts_of(shape, kind)
     nearest = content_errors(patch_map, inverted.to_uint8(levels, "nearest"), wanted)
     feedback = content_errors(patch_map, inverted.to_uint8(levels), wanted)
-    size = patch_map.centre(wanted).norm(dim=1)
+    size = patch_map.center(wanted).norm(dim=1)
     assert (nearest / size).mean() / (feedback / size).mean() >= REQUIRED_GAIN[shape, kind]
     # the closed form is for the root mean square
     measured = nearest.square().mean().sqrt() / feedback.square().mean().sqrt()
@@ -82,7 +82,7 @@ def test_absolute_token_error_at_b32(kind, allowed):
     levels = inverted.mix(coefficients)
     wanted = coefficients @ (inverted.patches.double() @ patch_map.A.T)
     error = content_errors(patch_map, inverted.to_uint8(levels), wanted)
-    assert (error / patch_map.centre(wanted).norm(dim=1)).mean() <= allowed
+    assert (error / patch_map.center(wanted).norm(dim=1)).mean() <= allowed
 
 
 def test_box_solve_beats_clipping():
@@ -96,8 +96,8 @@ def test_box_solve_beats_clipping():
     directions = torch.randn(64, 384, generator=torch.Generator().manual_seed(3)).double()
     norms = 3 * published("pgn_vit_eurosat", 1)[0].norm(dim=1)[:64, None]
     tokens = norms * torch.nn.functional.normalize(directions, dim=1)
-    y = patch_map.centre(tokens - patch_map.d - patch_map.positions[3])
-    size = patch_map.centre(tokens).norm(dim=1)
+    y = patch_map.center(tokens - patch_map.d - patch_map.positions[3])
+    size = patch_map.center(tokens).norm(dim=1)
     relative = lambda levels: ((levels @ solver.A.T - y).norm(dim=1) / size).mean().item()
     clipped = relative(solver.min_norm(y, mid).clamp(0, 255))
     solved = solver.in_box(y, 0.0, 255.0, mid, iterations=200)

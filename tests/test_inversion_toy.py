@@ -98,7 +98,7 @@ def train(model: pgn_fast.PGN, epochs: int, lr: float = 3e-3) -> pgn_fast.PGN:
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(TRAINING).split(64):
-            loss = F.cross_entropy(model(SERVER.normalise(images[batch])), labels[batch])
+            loss = F.cross_entropy(model(SERVER.normalize(images[batch])), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -110,11 +110,11 @@ def train(model: pgn_fast.PGN, epochs: int, lr: float = 3e-3) -> pgn_fast.PGN:
 def classes(model: pgn_fast.PGN) -> tuple[Tensor, Tensor]:
     """Predicted classes of the test images: by the latent path, and from uint8 canvases."""
     images = digits()[0][TRAINING:]
-    latent = model(SERVER.normalise(images)).argmax(dim=1)
+    latent = model(SERVER.normalize(images)).argmax(dim=1)
     canvases = pgn_fast.invert(model)(images)
     assert canvases.dtype == torch.uint8 and canvases.shape[-2:] == (32, 40)
     backbone = model.backbone
-    features = backbone.forward_features(SERVER.normalise(canvases))  # the server
+    features = backbone.forward_features(SERVER.normalize(canvases))  # the server
     pooled = backbone.forward_head(features, pre_logits=True)
     return latent, model.head(pooled).argmax(dim=1)
 
@@ -150,7 +150,7 @@ def test_latent_libraries_can_be_converted():
     for seed in range(3):
         latent = train(pgn(LatentLibrary(LIBRARY, patch_map), seed), epochs=11)
         with torch.no_grad():
-            images = SERVER.normalise(digits()[0][TRAINING:])
+            images = SERVER.normalize(digits()[0][TRAINING:])
             latent_accuracies.append(accuracy(latent(images).argmax(dim=1)))
         tokens = latent.prompter.token_library.theta.detach()
         with pytest.raises(UnreachablePromptError):
@@ -162,5 +162,5 @@ def test_latent_libraries_can_be_converted():
         converted.load_adapter_state_dict(state)
         _, served = classes(train(converted, epochs=5))
         drops.append(latent_accuracies[-1] - accuracy(served))
-    assert min(latent_accuracies) > 65  # it learnt: a guess has 10, the bare features 60
+    assert min(latent_accuracies) > 65  # it learned: a guess has 10, the bare features 60
     assert sum(drops) / 3 <= 2, f"drops {drops} of {latent_accuracies}"

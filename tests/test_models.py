@@ -398,7 +398,7 @@ def test_zero_shot_head():
     assert list(model.head.parameters()) == []
     assert not any(n.startswith("head") for n, p in model.named_parameters() if p.requires_grad)
 
-    # normalised once, at construction, and the caller's tensor is not looked at again
+    # normalized once, at construction, and the caller's tensor is not looked at again
     torch.testing.assert_close(model.head.class_embeddings.norm(dim=-1), torch.ones(4))
     embeddings.zero_()
     torch.testing.assert_close(model(x), want)
@@ -628,7 +628,7 @@ def test_bad_images_are_refused(build, bad, message):
 @pytest.mark.parametrize(
     ("build", "options"), [(pgn, {}), (vpt, {}), (vpt, {"location": "pad", "num_prompts": 2})]
 )
-def test_uint8_images_are_normalised_by_the_backbone(build, options, name):
+def test_uint8_images_are_normalized_by_the_backbone(build, options, name):
     size = 32 - 2 * options.get("num_prompts", 0) if options else 32
     pixels = torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8)
     model = build(tiny(name), **options)

@@ -15,7 +15,7 @@ CHECKPOINTS = ["pgn_clip_cifar100", "pgn_vit_eurosat"]
 
 @pytest.fixture(params=CHECKPOINTS, scope="module")
 def golden(request):
-    """The path of published weights, and the official numbers; images normalised."""
+    """The path of published weights, and the official numbers; images normalized."""
     tensors, config = load(f"official_pgn/{request.param}.golden")
     mean, std = (tensors[name].view(3, 1, 1) for name in ("norm_mean", "norm_std"))
     tensors["images"] = (tensors["images_u8"].float() / 255 - mean) / std

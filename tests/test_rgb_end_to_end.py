@@ -96,7 +96,7 @@ def test_a_plain_client_gets_the_unadapted_model(model, digits, url):
         name: spec.levels(getattr(digits, name)).to(torch.uint8)
         for name in ("train_images", "test_images")
     }
-    features = {name: backbone(spec.normalise(value)) for name, value in levels.items()}
+    features = {name: backbone(spec.normalize(value)) for name, value in levels.items()}
     # nearest class mean: the unadapted features' accuracy, nothing trained
     means = torch.stack(
         [features["train_images"][digits.train_labels == c].mean(dim=0) for c in range(NUM_CLASSES)]

@@ -80,7 +80,7 @@ def test_preprocessing_is_timms_bit_by_bit(changed):
     ours, timms = Preprocessing(config), create_transform(**config, is_training=False)
     for size in [(32, 32), (35, 35), (40, 24), (7, 90), (1, 1), (200, 130)]:
         pictures = images(2, size)
-        batch = ours.normalise(ours.stack([ours.geometry(picture) for picture in pictures]))
+        batch = ours.normalize(ours.stack([ours.geometry(picture) for picture in pictures]))
         assert torch.equal(batch, torch.stack([timms(picture) for picture in pictures])), size
 
 
@@ -93,7 +93,7 @@ def test_images_of_the_models_size_skip_only_a_geometry_that_does_nothing():
 @pytest.mark.parametrize(
     "changed", [{"std": (0.5, 0.0, 0.5)}, {"input_size": (1, 32, 32)}, {"mean": (0.5,)}], ids=str
 )
-def test_normalisations_that_are_none_are_refused(changed):
+def test_normalizations_that_are_none_are_refused(changed):
     with pytest.raises(ValueError, match="three channels, means and positive stds are needed"):
         Preprocessing({k: v for k, v in CONFIG.items() if k != "architecture"} | changed)
 
@@ -148,7 +148,7 @@ def test_one_batch_of_many_calls_is_cut_where_they_end(served):
     geometry = served.preprocessing.geometry
     levels = [geometry(picture) for picture in images(6)]
     calls = [(levels[:1], "features"), (levels[1:4], "logits"), (levels[4:], "features")]
-    batch = served.preprocessing.normalise(served.preprocessing.stack(levels))
+    batch = served.preprocessing.normalize(served.preprocessing.stack(levels))
     with torch.inference_mode():
         # those that ask for the same output go through the model together
         logits, tokens = served.model(batch[1:4]), served.model.forward_features(batch[[0, 4, 5]])
@@ -244,9 +244,9 @@ def test_transparency_is_over_white():
     assert (decoded(encode(palette, transparency=0))[np.asarray(palette) == 0] == 255).all()
 
 
-def test_grey_palette_and_cmyk_become_rgb():
-    grey = noise(random.Random(0), "L", (5, 4))
-    assert (decoded(encode(grey)) == np.asarray(grey)[..., None]).all()
+def test_gray_palette_and_cmyk_become_rgb():
+    gray = noise(random.Random(0), "L", (5, 4))
+    assert (decoded(encode(gray)) == np.asarray(gray)[..., None]).all()
     palette = noise(random.Random(0), size=(8, 8)).quantize(4)
     assert (decoded(encode(palette)) == np.asarray(palette.convert("RGB"))).all()
     cmyk = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)

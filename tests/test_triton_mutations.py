@@ -69,7 +69,7 @@ MUTANTS = {
         "within = c.to(tl.int64) * image_c + y * image_y + k % PATCH_W",
         "within = c.to(tl.int64) * image_c + k % PATCH_W * image_y + y",
     ),
-    "uint8 pixels are not centred": (
+    "uint8 pixels are not centered": (
         "prompted_patch_embed",
         "pixels.to(tl.float32) - 128.0",
         "pixels.to(tl.float32)",

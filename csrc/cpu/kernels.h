@@ -84,7 +84,7 @@ struct AddLayerNorm {
   int64_t D;
   float eps;
 };
-// rows [begin, end) of total = x + y and of its normalisation
+// rows [begin, end) of total = x + y and of its normalization
 PGN_DECLARE_ISA(void add_layer_norm_rows(const AddLayerNorm& task, Number number, int64_t begin,
                                          int64_t end))
 

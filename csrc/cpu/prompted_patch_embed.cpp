@@ -1,7 +1,7 @@
 // CPU kernel of pgn_fast.ops.prompted_patch_embed:
 //   tokens[b] = [prefix, patches(images[b]) @ weight^T + bias + pos_embed, prompts[b]]
 //
-// A chunk of images at a time: its pixels are normalised on their way into rows of patches, a
+// A chunk of images at a time: its pixels are normalized on their way into rows of patches, a
 // library's GEMM multiplies them, and one pass adds bias and position embedding while it writes
 // the sequence. A chunk is small enough to stay in the cache and large enough for the GEMM.
 #include <optional>

@@ -148,7 +148,7 @@ __device__ inline uint32_t pack(float low, float high) {
 __device__ inline int lane_id() { return threadIdx.x % 32; }
 __device__ inline int warp_id() { return threadIdx.x / 32; }
 
-// kLanes neighbouring lanes, a power of two, all get the result
+// kLanes neighboring lanes, a power of two, all get the result
 template <int kLanes>
 __device__ inline float lanes_max(float x) {
 #pragma unroll
@@ -236,7 +236,7 @@ __device__ inline void load_left(uint32_t (&a)[4], const T* tile, int stride, in
   }
 }
 
-// Two neighbouring 16 x 8 blocks of the right operand: b[0], b[1] the first, b[2], b[3] the second.
+// Two neighboring 16 x 8 blocks of the right operand: b[0], b[1] the first, b[2], b[3] the second.
 template <typename T, Inner kInner>
 __device__ inline void load_right(uint32_t (&b)[4], const T* tile, int stride, int n, int k) {
   const int lane = lane_id();

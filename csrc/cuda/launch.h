@@ -45,7 +45,7 @@ struct PatchEmbed {
   void* out;           // [B, tokens, D], patches from row `first` of each image
   int64_t stride_b, stride_c, stride_y, stride_x;
   int B, C, H, W, p_h, p_w, D, tokens, first;
-  bool uint8, normalise;
+  bool uint8, normalize;
   float scale[kMaxChannels], shift[kMaxChannels];  // of each channel
 };
 cudaError_t patch_embed(const PatchEmbed& args, Number number, cudaStream_t stream);

@@ -4,10 +4,10 @@
 // A thread of a warpgroup product holds four numbers of a patch in each step of 16: 2t, 2t + 1, 2t
 // + 8 and 2t + 9 for t = lane % 4. The order of the inner dimension is ours to choose, so number 16
 // t + 4 j
-// + i of a panel of 64 is taken to step j: a thread's pixels of a whole panel are 16 neighbours in
+// + i of a panel of 64 is taken to step j: a thread's pixels of a whole panel are 16 neighbors in
 // memory, one or two loads, and never pass through shared memory. prepare_kernel brings the weight
-// into that order, and folds the normalisation into it: weight * scale, and a float32 bias that
-// holds the shifts. uint8 pixels are centred by 128, which leaves them exact in either 16-bit type.
+// into that order, and folds the normalization into it: weight * scale, and a float32 bias that
+// holds the shifts. uint8 pixels are centered by 128, which leaves them exact in either 16-bit type.
 //
 // A block makes 128 patches x 128 columns: two warpgroups of 64 patches, and one warp that keeps
 // kStages panels of the weight coming. The result leaves through shared memory in rows of 256
@@ -18,7 +18,7 @@ namespace pgn_fast::cuda {
 namespace {
 
 constexpr int kStages = 4, kRows = 128, kColumns = 128, kThreads = 2 * 128 + 32;
-constexpr int kPixels = 16;  // neighbours that a thread takes of every panel
+constexpr int kPixels = 16;  // neighbors that a thread takes of every panel
 constexpr int kBoxBytes = kColumns * kPanel * 2;
 
 // Where number k of a row of the weight stands in the order of the products.
@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(128) prepare_kernel(PatchEmbed a, T* weight, f
   const T* row = static_cast<const T*>(a.weight) + int64_t{d} * K;
   float sum = 0.0f;
   for (int k = lane_id(); k < K; k += 32) {
-    const float w = to_float(row[k]), scale = a.normalise ? a.scale[k / area] : 1.0f;
-    const float shift = a.normalise ? a.shift[k / area] : 0.0f;
+    const float w = to_float(row[k]), scale = a.normalize ? a.scale[k / area] : 1.0f;
+    const float shift = a.normalize ? a.shift[k / area] : 0.0f;
     const T folded = from_float<T>(w * scale);
     weight[int64_t{d} * K + product_order(k)] = folded;
     sum += w * shift + (a.uint8 ? 128.0f * to_float(folded) : 0.0f);
@@ -47,14 +47,14 @@ __global__ void __launch_bounds__(128) prepare_kernel(PatchEmbed a, T* weight, f
   }
 }
 
-// kPixels neighbours as they come from memory, and pairs of them as operands.
+// kPixels neighbors as they come from memory, and pairs of them as operands.
 template <typename T, typename Pixel>
 struct alignas(16) Pixels {
   Pixel values[kPixels];
 
   __device__ uint32_t pair(int i) const {
     if constexpr (sizeof(Pixel) == 1) {
-      return pack<T>(centred(values[i]), centred(values[i + 1]));
+      return pack<T>(centered(values[i]), centered(values[i + 1]));
     } else {
       uint32_t bits;
       memcpy(&bits, values + i, 4);
@@ -62,7 +62,7 @@ struct alignas(16) Pixels {
     }
   }
   // value - 128: the byte as the last of a float of 2^23, which needs no integer conversion
-  static __device__ float centred(uint8_t value) {
+  static __device__ float centered(uint8_t value) {
     const uint32_t bits = 0x4b000000u | value;
     float x;
     memcpy(&x, &bits, 4);

@@ -4,7 +4,7 @@
 //
 // The patch embedding is a product of B * N patches with the weight, without a matrix of patches in
 // memory: a block makes 128 patches x 128 columns, its 8 warps 64 x 32 each. Pixels are fetched
-// into registers one step ahead, normalised, rounded to the operand type and put into shared
+// into registers one step ahead, normalized, rounded to the operand type and put into shared
 // memory; the weight's tile comes by background copies. Bias and position are added to the float32
 // sums.
 #include "device.cuh"
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   float pixels[kPasses][kVector];
   auto fetch = [&](int step) {
     const int k = step * kStep + group * kVector;
-    if (vectors) {  // the kVector pixels are neighbours in memory
+    if (vectors) {  // the kVector pixels are neighbors in memory
       const int c = k / area, y = k % area / a.p_w, x = k % a.p_w;
       const int64_t offset = c * a.stride_c + y * a.stride_y + x;
 #pragma unroll
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int j = 0; j < kVector; ++j) {
           const float value = inside ? to_float(loaded.values[j]) : 0.0f;
-          pixels[i][j] = inside && a.normalise ? fmaf(value, a.scale[c], a.shift[c]) : value;
+          pixels[i][j] = inside && a.normalize ? fmaf(value, a.scale[c], a.shift[c]) : value;
         }
       }
     } else {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kPasses; ++i) {
           const bool inside = corner[i] != nullptr && k + j < K;
           const float value = inside ? to_float(corner[i][offset]) : 0.0f;
-          pixels[i][j] = inside && a.normalise ? fmaf(value, a.scale[c], a.shift[c]) : value;
+          pixels[i][j] = inside && a.normalize ? fmaf(value, a.scale[c], a.shift[c]) : value;
         }
       }
     }

@@ -43,9 +43,9 @@ def _forward_kernel(
         rounded = cast(total + y, total_ptr.dtype.element_ty)
         tl.store(total_ptr + r * D + d, rounded, mask=d < D)
         total = rounded.to(tl.float32)
-    centred = tl.where(d < D, total - tl.sum(total, axis=0) / D, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + eps)
-    normed = cast(centred * rstd, normed_ptr.dtype.element_ty)
+    centered = tl.where(d < D, total - tl.sum(total, axis=0) / D, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / D + eps)
+    normed = cast(centered * rstd, normed_ptr.dtype.element_ty)
     tl.store(normed_ptr + r * D + d, normed, mask=d < D)
     tl.store(rstd_ptr + r, rstd)
 

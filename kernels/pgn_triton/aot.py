@@ -168,7 +168,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, int]:
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
-        # as the JIT specialises: ones are constants, pointers and multiples of 16 are marked
+        # as the JIT specializes: ones are constants, pointers and multiples of 16 are marked
         if parameter.is_constexpr or value is None or _is_one(value):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):

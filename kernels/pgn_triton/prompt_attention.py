@@ -120,7 +120,7 @@ def _forward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # query blocks of one image and head are neighbours: its keys are then read from the L2 cache
+    # query blocks of one image and head are neighbors: its keys are then read from the L2 cache
     q_blocks = tl.cdiv(Q, BLOCK_Q)
     bh = (tl.program_id(0) // q_blocks).to(tl.int64)
     b, h = bh // H, bh % H

@@ -7,7 +7,7 @@ Every kernel writes its rows of the one result (B, L, D), L = S + N + P; nothing
     prompts  mixed by the kernel of mix_prompts, or copied
     prefix   copied to every image
 
-Normalisation happens in the weights. With a_c and s_c the factor and the shift of channel c, and
+Normalization happens in the weights. With a_c and s_c the factor and the shift of channel c, and
 z = 128 for uint8 pixels (then x - z is exact in bfloat16), else 0:
 
     sum_k (a_c x_k + s_c) w_k = a * sum_k (x_k - z) (a_c / a) w_k + sum_k (a_c z + s_c) w_k
@@ -109,7 +109,7 @@ def _patch_kernel(
     BLOCK_K: tl.constexpr,
 ):
     K: tl.constexpr = C * PATCH_H * PATCH_W
-    # column blocks of the same patches are neighbours: the pixels are then read once from memory
+    # column blocks of the same patches are neighbors: the pixels are then read once from memory
     d_blocks = tl.cdiv(D, BLOCK_N)
     m = (tl.program_id(0) // d_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = (tl.program_id(0) % d_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -112,15 +112,15 @@ def _in_turns(
 ) -> tuple[float, float]:
     import torch
 
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds: tuple[list[float], list[float]] = ([], [])
     # the first two rounds warm up caches and choose kernels
     for round_ in range(rounds + 2):
         for step, kept in zip((first, second), seconds, strict=True):
-            synchronise()
+            synchronize()
             start = time.perf_counter()
             step()
-            synchronise()
+            synchronize()
             if round_ >= 2:
                 kept.append(time.perf_counter() - start)
     return statistics.median(seconds[0]), statistics.median(seconds[1])

@@ -1,4 +1,4 @@
-"""``pgn-fast eval``: score an adapter on labelled images."""
+"""``pgn-fast eval``: score an adapter on labeled images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ._options import (
 if TYPE_CHECKING:
     from ..train.data import Split
 
-HELP = "score an adapter on labelled images"
+HELP = "score an adapter on labeled images"
 EPILOG = """\
 examples:
   pgn-fast eval runs/pgn/best                              the 797 test digits

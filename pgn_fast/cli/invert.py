@@ -19,7 +19,7 @@ examples:
   pgn-fast invert runs/rgb/best --out inverted              canvases of eight test digits
   pgn-fast invert runs/rgb/best --out inverted --images cat.jpg dog.png
   pgn-fast invert runs/pgn/best --out inverted --layout enlarged         trained in latent space
-  pgn-fast invert --analyse vit_base_patch16_224            a verdict before anybody trains
+  pgn-fast invert --analyze vit_base_patch16_224            a verdict before anybody trains
 
 what comes out, in --out: canvas_*.png (what the server is sent), library.png (the token library as
 patches), overview.png, errors.png, report.json, and library.safetensors (the inverted library,
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="library tokens outside the gamut: refuse (default), or deploy the nearest",
     )
     parser.add_argument(
-        "--analyse",
+        "--analyze",
         metavar="NAME",
         nargs="+",
         help="print the verdict for these timm backbones instead; no adapter is needed",
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--random-weights",
         action="store_true",
-        help="with --analyse: weights of timm's initialisation, seed 0, instead of pretrained ones "
+        help="with --analyze: weights of timm's initialization, seed 0, instead of pretrained ones "
         "(shapes and limits only)",
     )
 
@@ -78,26 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..errors import as_user_error
 
-    if args.analyse:
+    if args.analyze:
         if args.adapter:
-            raise UserError(f"--analyse needs no adapter, got {args.adapter}: give one of them.")
+            raise UserError(f"--analyze needs no adapter, got {args.adapter}: give one of them.")
         with as_user_error(TypeError):
-            return _analyse(args)
+            return _analyze(args)
     if not args.adapter or not args.out:
-        raise UserError("give an ADAPTER and --out DIR, or --analyse NAME.")
+        raise UserError("give an ADAPTER and --out DIR, or --analyze NAME.")
     with as_user_error(TypeError):
         return _invert(args)
 
 
-def _analyse(args: argparse.Namespace) -> int:
+def _analyze(args: argparse.Namespace) -> int:
     import torch
 
     from ..frozen.load import load_backbone
-    from ..inversion import PatchMap, ServerSpec, analyse
+    from ..inversion import PatchMap, ServerSpec, analyze
     from ..train.methods import any_size
 
     words = canvas_fields(args)
-    for name in args.analyse:
+    for name in args.analyze:
         kwargs = dict(args.model_kwargs or {})
         if args.random_weights:
             torch.manual_seed(0)
@@ -112,7 +112,7 @@ def _analyse(args: argparse.Namespace) -> int:
             ) from error
         server = ServerSpec.from_backbone(backbone, **(args.server or {}))
         layout = _layout(words, backbone, 16) if words else None
-        print(analyse(PatchMap.from_backbone(backbone, server, layout)))
+        print(analyze(PatchMap.from_backbone(backbone, server, layout)))
         if args.random_weights:
             print("  (random weights: the spectrum of trained ones is another)")
     return 0
@@ -120,7 +120,7 @@ def _analyse(args: argparse.Namespace) -> int:
 
 def _invert(args: argparse.Namespace) -> int:
     from ..adapters.atomic import write_files
-    from ..inversion import GamutLibrary, analyse, invert, verify
+    from ..inversion import GamutLibrary, analyze, invert, verify
     from ..inversion.pictures import save_error_histogram, save_library, save_overview
 
     words = canvas_fields(args)
@@ -170,7 +170,7 @@ def _invert(args: argparse.Namespace) -> int:
 
     patch_map = prompter.patch_map
     assert patch_map is not None  # invert() gives one
-    # the inverted library as contents: what its patches add to mid grey
+    # the inverted library as contents: what its patches add to mid gray
     tokens = prompter.inverted.patches.double().cpu() @ patch_map.A.T
     content: dict[str, Any] = {
         "adapter": str(args.adapter),
@@ -180,7 +180,7 @@ def _invert(args: argparse.Namespace) -> int:
         "margin": prompter.inverted.margin,
         "layout": layout.to_dict(),
         "server": prompter.server.to_dict(),
-        "reachability": analyse(patch_map, tokens).to_dict(),
+        "reachability": analyze(patch_map, tokens).to_dict(),
         "library": prompter.report.to_dict(),
         "canvases": {"images": names, "unreadable": unreadable, **checked.to_dict()},
     }
@@ -241,7 +241,7 @@ def _server(overrides: dict[str, Any], backbone: Any, library: Any) -> Any:
 
 
 def _images(args: argparse.Namespace, model: Any) -> tuple[Any, list[str], list[str]]:
-    """Normalised images (N, 3, H, W) as the model takes them, their names, and what is unreadable
+    """Normalized images (N, 3, H, W) as the model takes them, their names, and what is unreadable
     among the files before the last of them."""
     import torch
 

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     canvas = parser.add_argument_group("prompts as pixels (with --deploy rgb)")
     add_canvas_arguments(canvas, "border")
 
-    recipe = parser.add_argument_group("optimisation (defaults differ by --method)")
+    recipe = parser.add_argument_group("optimization (defaults differ by --method)")
     recipe.add_argument("--recipe", choices=tuple(RECIPES), help="a published recipe's values")
     _add(recipe, "opt", str, "optimizer, by timm's name")
     _add(recipe, "lr", float, "highest learning rate; vpt-*, linear: 0.01, full: 1e-4")

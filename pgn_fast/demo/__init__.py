@@ -37,7 +37,7 @@ PRETRAINED_CFG: dict[str, Any] = {
 
 
 def build() -> VisionTransformer:
-    """The architecture, freshly initialised: D = 128, 6 blocks of 4 heads, 16 patches of 8 × 8."""
+    """The architecture, freshly initialized: D = 128, 6 blocks of 4 heads, 16 patches of 8 × 8."""
     from timm.models import VisionTransformer
 
     # "jax": Xavier weights; timm's default deviation of 0.02 is too small to learn at this width

@@ -37,7 +37,7 @@ VALIDATION_SIZE = 200
 
 @dataclass(frozen=True)
 class Digits:
-    """Normalised images (n, 3, 32, 32) float32 and labels (n,) int64 of both sides of a split."""
+    """Normalized images (n, 3, 32, 32) float32 and labels (n,) int64 of both sides of a split."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -46,7 +46,7 @@ class Digits:
 
 
 def load(split: str = "test", seed: int = 0) -> Digits:
-    """scikit-learn's 1,797 handwritten digits, 8 × 8 grey, enlarged to what the backbone takes.
+    """scikit-learn's 1,797 handwritten digits, 8 × 8 gray, enlarged to what the backbone takes.
 
     Args:
         split: "test": 1,000 to train and 797 to test, stratified, whatever ``seed`` says.

@@ -65,14 +65,14 @@ class Settings:
         return self.lr * 0.5 * (1 + math.cos(math.pi * done)) * cooling
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """Pixels in [0, 1] → what the backbone takes."""
     mean, std = (torch.tensor(PRETRAINED_CFG[key]).view(3, 1, 1) for key in ("mean", "std"))
     return (images - mean) / std
 
 
 class Pretrained(nn.Module):
-    """The backbone with its two throw-away heads: normalised images → rule and mask logits."""
+    """The backbone with its two throw-away heads: normalized images → rule and mask logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def patches(masks: Tensor, size: int = 8) -> Tensor:
 
 
 class Pretraining:
-    """A run: model, optimiser, step and log, all of which ``checkpoint`` keeps.
+    """A run: model, optimizer, step and log, all of which ``checkpoint`` keeps.
 
     Args:
         settings: the recipe.
@@ -166,7 +166,7 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.step)
         batch = self.data.batch(self.step, self.settings.batch_size)
-        rule, mask = self.model(normalise(batch.images))
+        rule, mask = self.model(normalize(batch.images))
         naming = functional.cross_entropy(
             rule, batch.labels, label_smoothing=self.settings.label_smoothing
         )
@@ -188,7 +188,7 @@ class Pretraining:
         right = total = 0
         for step in HELD_OUT:
             batch = self.data.batch(step, 256)
-            rule, _ = self.model(normalise(batch.images))
+            rule, _ = self.model(normalize(batch.images))
             right += int((rule.argmax(1) == batch.labels).sum())
             total += len(batch.labels)
         self.model.train()

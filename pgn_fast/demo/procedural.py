@@ -1,4 +1,4 @@
-"""Procedural images to pretrain on: seeded, vectorised, made from formulas and nothing else.
+"""Procedural images to pretrain on: seeded, vectorized, made from formulas and nothing else.
 
 Every class is a fixed drawing rule, every image one random execution of it:
 
@@ -8,7 +8,7 @@ Every class is a fixed drawing rule, every image one random execution of it:
     textures   three gratings through a soft threshold       fills the whole image
 
 An image is its object under a random affine map, thickness and softness, blended in a random
-colour over a random background; half the images are grey, some are re-sampled from a coarser grid,
+color over a random background; half the images are gray, some are re-sampled from a coarser grid,
 all carry pixel noise. Which rule belongs to which class depends on ``seed`` alone, and a batch on
 ``(seed, step)`` alone, so that training can be repeated and resumed without any stored data.
 """
@@ -54,7 +54,7 @@ def _generator(*words: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images, the rule behind each, and the object in it before colour and noise.
+    """Images, the rule behind each, and the object in it before color and noise.
 
     images: (B, 3, 32, 32) float32 in [0, 1]; labels: (B,) int64 below ``NUM_CLASSES``;
     masks: (B, 32, 32) float32, how much of each pixel the object covers, in [0, 1].
@@ -240,10 +240,10 @@ def _paint(masks: Tensor, generator: torch.Generator, pixels: Tensor) -> Tensor:
     """Blend object over background: masks (B, H * W) → images (B, 3, H, W) in [0, 1]."""
     size = len(masks)
     ink = torch.rand(size, 3, 1, generator=generator)
-    paper = torch.rand(size, 2, 3, 1, generator=generator)  # two paper colours
-    grey = torch.rand(size, 1, 1, generator=generator) < 0.5
-    ink = torch.where(grey, ink[:, :1], ink)
-    paper = torch.where(grey[:, None], paper[:, :, :1], paper)
+    paper = torch.rand(size, 2, 3, 1, generator=generator)  # two paper colors
+    gray = torch.rand(size, 1, 1, generator=generator) < 0.5
+    ink = torch.where(gray, ink[:, :1], ink)
+    paper = torch.where(gray[:, None], paper[:, :, :1], paper)
     # push ink and paper apart in brightness: an invisible object has no class
     gap = ink.mean(1, keepdim=True) - paper[:, 0].mean(1, keepdim=True)
     push = torch.where(gap >= 0, 1.0, -1.0) * (0.45 - gap.abs()).clamp_min(0)

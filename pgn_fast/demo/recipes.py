@@ -65,7 +65,7 @@ class Result:
     Attributes:
         method, seed: a key of ``RECIPES``; what initial values, order and augmentation came from.
         correct, images: rightly named images, of how many (the split is the report's).
-        trained_parameters: numbers that the optimiser changed.
+        trained_parameters: numbers that the optimizer changed.
         seconds: wall-clock from before the first training step (or cached feature) to behind the
             last.
         peak_bytes: growth of the process's resident memory from the loaded libraries to its peak,

@@ -154,5 +154,5 @@ def _classes(model: PGN, pixels: Tensor) -> Tensor:
     """What the untouched backbone, and the head behind it, make of pixels (n, 3, 32, 32)."""
     server = ServerSpec.from_backbone(model.backbone)
     return torch.cat(
-        [model.head(model.backbone(server.normalise(p))).argmax(dim=1) for p in pixels.split(256)]
+        [model.head(model.backbone(server.normalize(p))).argmax(dim=1) for p in pixels.split(256)]
     )

@@ -36,7 +36,7 @@ def project(w: BlockWeights, x: Tensor, num_queries: int, separate: bool = False
     else:
         q = split_heads(w.q(n[..., :num_queries, :]), w.num_heads)
         k, v = w.kv(n).unflatten(-1, (2, w.num_heads, -1)).transpose(-4, -2).unbind(-3)
-    return _normalise(w.q_norm, q), _normalise(w.k_norm, k), v
+    return _normalize(w.q_norm, q), _normalize(w.k_norm, k), v
 
 
 def project_entering(w: BlockWeights, x: Tensor, prompts: Tensor) -> Projected:
@@ -57,10 +57,10 @@ def prompt_keys_values(w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor
     """Prompts (P, D) or (B, P, D) to keys and values (h, P, d) or (B, h, P, d)."""
     kv = w.kv(w.norm1(prompts)).unflatten(-1, (2, w.num_heads, -1))
     k, v = kv.transpose(-4, -2).unbind(-3)
-    return _normalise(w.k_norm, k), v
+    return _normalize(w.k_norm, k), v
 
 
-def _normalise(norm: Norm | None, x: Tensor) -> Tensor:
+def _normalize(norm: Norm | None, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
@@ -104,13 +104,13 @@ def attend(
             for p, t in zip(prompts, (k, v), strict=True)
         )
         o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
-    return _normalise(w.inner_norm, o.transpose(-3, -2).flatten(-2))
+    return _normalize(w.inner_norm, o.transpose(-3, -2).flatten(-2))
 
 
 def attend_absorbed(w: BlockWeights, x: Tensor, num_queries: int, prompts: Tensor | None) -> Tensor:
     """Attention of the first M rows of x (B, T, D), keys and values never formed: (B, M, A).
 
-    For each head, with n the normalised tokens and prompts (P, D) or (B, P, D):
+    For each head, with n the normalized tokens and prompts (P, D) or (B, P, D):
 
         score_j = s q . (W_k n_j) = (s W_k^T q) . n_j
         output  = sum_j p_j (W_v n_j) = W_v (sum_j p_j n_j)
@@ -120,7 +120,7 @@ def attend_absorbed(w: BlockWeights, x: Tensor, num_queries: int, prompts: Tenso
     """
     (B, T, D), h, M, A = x.shape, w.num_heads, num_queries, w.attn_dim
     n = w.norm1(x).to(w.kv.weight.dtype)  # (B, T, D)
-    q = _normalise(w.q_norm, split_heads(w.q(n[:, :M]), h)) * w.scale  # (B, h, M, d)
+    q = _normalize(w.q_norm, split_heads(w.q(n[:, :M]), h)) * w.scale  # (B, h, M, d)
     key_weight, value_weight = w.kv.weight.view(2, h, A // h, D)
     u = q.transpose(0, 1).flatten(1, 2) @ key_weight  # (h, B M, D)
     u = u.unflatten(1, (B, M)).transpose(0, 1).flatten(1, 2)  # (B, h M, D)
@@ -136,7 +136,7 @@ def attend_absorbed(w: BlockWeights, x: Tensor, num_queries: int, prompts: Tenso
     o = (z @ value_weight.mT).unflatten(1, (B, M)).permute(1, 2, 0, 3).flatten(2)  # (B, M, A)
     if w.kv.bias is not None:
         o = o + w.kv.bias[A:]
-    return _normalise(w.inner_norm, o)
+    return _normalize(w.inner_norm, o)
 
 
 def gelu_kind(act: nn.Module) -> str | None:
@@ -157,7 +157,7 @@ def hidden(w: BlockWeights, u: Tensor, overwrite: bool = False) -> Tensor:
         u = torch.ops.aten.silu_(u)
     else:
         u = w.act(u)
-    return _normalise(w.hidden_norm, u)
+    return _normalize(w.hidden_norm, u)
 
 
 def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

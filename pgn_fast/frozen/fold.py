@@ -60,7 +60,7 @@ class Norm:
     def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
         """The gradient of x from that of the output; the statistics are computed again.
 
-        With n the normalised x and g = grad * weight, means over the last dimension:
+        With n the normalized x and g = grad * weight, means over the last dimension:
         LayerNorm (g - mean(g) - n mean(g n)) / std, RMSNorm (g - n mean(g n)) / rms.
         """
         dtype = x.dtype

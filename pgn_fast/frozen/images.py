@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..ops.prompted_patch_embed import pixel_factors
-from ..reference import normalise
+from ..reference import normalize
 
 
 def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -> None:
@@ -15,7 +15,7 @@ def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -
 
     Args:
         backbone: a timm vision transformer.
-        images: should be normalised floating-point images (B, C, H, W), or uint8 ones where the
+        images: should be normalized floating-point images (B, C, H, W), or uint8 ones where the
             backbone knows its mean and standard deviation.
         border: pixels that will be added on every side before the backbone sees the images.
 
@@ -32,7 +32,7 @@ def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -
         mean_and_std(backbone)
     elif not images.is_floating_point():
         raise ValueError(
-            f"images must be normalised and floating-point, or uint8, got {images.dtype}; "
+            f"images must be normalized and floating-point, or uint8, got {images.dtype}; "
             "images.to(torch.uint8) holds pixels from 0 to 255"
         )
     if images.device != weight.device:
@@ -68,19 +68,19 @@ def mean_and_std(backbone: VisionTransformer) -> tuple[list[float], list[float]]
     if len(mean) != backbone.in_chans or len(std) != backbone.in_chans:
         raise ValueError(
             f"images are uint8, and this backbone of {backbone.in_chans} channels does not say by "
-            f"which mean and standard deviation to normalise them (its pretrained_cfg has "
-            f"mean={mean or None}, std={std or None}); pass normalised floating-point images"
+            f"which mean and standard deviation to normalize them (its pretrained_cfg has "
+            f"mean={mean or None}, std={std or None}); pass normalized floating-point images"
         )
     return mean, std
 
 
-def normalised(backbone: VisionTransformer, images: Tensor) -> Tensor:
+def normalized(backbone: VisionTransformer, images: Tensor) -> Tensor:
     """uint8 images as the backbone's floating-point ones: (pixel / 255 - mean) / std. Others as
     they are."""
     if images.is_floating_point():
         return images
     factors = pixel_factors(images, *mean_and_std(backbone))
-    return normalise(images, next(backbone.patch_embed.parameters()).dtype, *factors)
+    return normalize(images, next(backbone.patch_embed.parameters()).dtype, *factors)
 
 
 def _check_size(backbone: VisionTransformer, height: int, width: int, border: int) -> None:

@@ -33,7 +33,7 @@ _REFUSED = {
         "not meet where VPT and PGN need them"
     ),
     "xcit": (
-        "XCiT attends between channels and mixes neighbouring patches by convolution on the image "
+        "XCiT attends between channels and mixes neighboring patches by convolution on the image "
         "grid, so a prompt token is not one more key"
     ),
     "vision_transformer_relpos": (

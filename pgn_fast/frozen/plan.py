@@ -38,9 +38,9 @@ class FastOptions:
         packed: frozen weights are packed once for the library that multiplies (CPU, float32):
             oneDNN, or MKL on Intel's processors. Costs a further copy of the weights for each
             direction, with MKL also for each number of rows; up to a tenth less time.
-        embed: patches are cut, normalised, embedded and put beside prefix and position embedding
+        embed: patches are cut, normalized, embedded and put beside prefix and position embedding
             in one op, where a kernel runs it.
-        memory: what backward stores of a block of D wide tokens. "fast": the normalised inputs,
+        memory: what backward stores of a block of D wide tokens. "fast": the normalized inputs,
             queries, keys, values, attention output and the hidden layer (10 D per token);
             "balanced": all but the hidden layer, whose GEMM runs again (6 D, about an eighth more
             time); "min": the block's input, the block runs again (1 D, about 40 % more time).
@@ -165,7 +165,7 @@ def absorb_refusal(block: Any, has_rope: bool) -> str | None:
     if has_rope:
         return "keys are rotated by their place in the image"
     if not isinstance(getattr(block.attn, "k_norm", nn.Identity()), nn.Identity):
-        return "keys are normalised"
+        return "keys are normalized"
     return None
 
 
@@ -177,7 +177,7 @@ def embed_refusal(backbone: Any) -> str | None:
     if type(patch_embed) is not timm.layers.PatchEmbed or type(patch_embed.proj) is not nn.Conv2d:
         return f"{type(patch_embed).__name__} is no plain patch embedding"
     if not isinstance(patch_embed.norm, nn.Identity) or not patch_embed.flatten:
-        return "its patches are normalised or kept as a map"
+        return "its patches are normalized or kept as a map"
     if backbone.dynamic_img_size or patch_embed.dynamic_img_pad:
         return "its images may have any size"
     if any(i % p for i, p in zip(patch_embed.img_size, patch_embed.patch_size, strict=True)):

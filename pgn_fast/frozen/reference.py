@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .images import normalised
+from .images import normalized
 from .schedule import Position, PromptSchedule
 
 
@@ -33,7 +33,7 @@ def encode_reference(
 
     Args:
         backbone: a timm ``VisionTransformer`` or one of its relatives (see ``load_backbone``).
-        images: normalised images (B, C, H, W), in the backbone's dtype, or uint8.
+        images: normalized images (B, C, H, W), in the backbone's dtype, or uint8.
         schedule: the prompts; those of another dtype are cast to the tokens'.
         rows: return only the first ``rows`` tokens, where the caller reads no others; None all.
 
@@ -72,13 +72,13 @@ def embed(
     """Patch embedding, prefix tokens and position embedding: what stands before ``norm_pre``.
 
     Args:
-        images: normalised images, or uint8 ones (see ``images.check_images``).
+        images: normalized images, or uint8 ones (see ``images.check_images``).
 
     Returns:
         Tokens (B, S + N, D), and for class ``Eva`` its rotary position embedding, sine and cosine
         side by side: (N, 2 d), or (depth, h, N, 2 d) where every block has its own.
     """
-    images = normalised(backbone, images)
+    images = normalized(backbone, images)
     if patch_weight is None:
         patches = backbone.patch_embed(images)
     else:

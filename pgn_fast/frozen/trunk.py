@@ -195,7 +195,7 @@ class FastTrunk:
         """Images and prompts to tokens after the final norm; see ``encode_reference``.
 
         Args:
-            images: normalised images (B, C, H, W), or uint8 ones.
+            images: normalized images (B, C, H, W), or uint8 ones.
             schedule: which prompts enter where.
             rows: return only the first ``rows`` tokens; None all.
             prompts_read: False: nobody reads the prompts that are left; they are not returned.

@@ -32,5 +32,5 @@ from .prompter import RgbPrompter as RgbPrompter
 from .prompter import verify as verify
 from .report import InversionReport as InversionReport
 from .report import ReachabilityReport as ReachabilityReport
-from .report import analyse as analyse
+from .report import analyze as analyze
 from .server_spec import ServerSpec as ServerSpec

@@ -26,7 +26,7 @@ class PositionCompensation:
         check_compensation(patch_map)
         cells = list(patch_map.layout.image_cells)
         self.patch_map = patch_map
-        self.moved = patch_map.centre(patch_map.image_positions - patch_map.positions[cells])
+        self.moved = patch_map.center(patch_map.image_positions - patch_map.positions[cells])
 
     def __call__(self, image_patches: Tensor) -> Tensor:
         """Image patches (B, N, n) in levels to uint8 patches of the same shape."""
@@ -57,10 +57,10 @@ def check_compensation(patch_map: PatchMap) -> None:
             f"{patch_map.name} rotates queries and keys by position, which no pixel compensates. "
             "Train in a border layout, or in an enlarged one without compensation."
         )
-    if patch_map.server.grey_only:
+    if patch_map.server.gray_only:
         raise CodecError(
-            "compensated positions change the image's patches in colours that a JPEG with "
-            "subsampled colours does not keep. Send PNG, or JPEG with subsampling=0 (4:4:4)."
+            "compensated positions change the image's patches in colors that a JPEG with "
+            "subsampled colors does not keep. Send PNG, or JPEG with subsampling=0 (4:4:4)."
         )
     cells = len(patch_map.layout.image_cells)
     if len(patch_map.image_positions) != cells:

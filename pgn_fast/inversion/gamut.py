@@ -26,9 +26,9 @@ class GamutLibrary(nn.Module):
         h = 127.5 - margin;  pixels_k = 127.5 + h * tanh((theta_k P^T) / h),  P = A^+
         token_k = A (pixels_k - 127.5)
 
-    Near theta = 0 the token is theta (its part that pixels can produce at all), so initialisation
+    Near theta = 0 the token is theta (its part that pixels can produce at all), so initialization
     and learning rates of latent training carry over; far out it saturates smoothly at the gamut.
-    The tokens are contents: what a patch adds to the token of a mid-grey cell. A PGN that is given
+    The tokens are contents: what a patch adds to the token of a mid-gray cell. A PGN that is given
     this library trains in the canvas layout of ``patch_map``: the image in its cells, every prompt
     in its own cell with that cell's position embedding, blank cells as tokens, just as the server
     will see it.
@@ -68,12 +68,12 @@ class GamutLibrary(nn.Module):
     def _constants(self) -> dict[str, Tensor]:
         cells = list(self.patch_map.layout.prompt_cells)
         blanks = list(self.patch_map.layout.blank_cells)
-        grey = torch.full((1, self.patch_map.patch_values), BLANK_LEVEL)
+        gray = torch.full((1, self.patch_map.patch_values), BLANK_LEVEL)
         constants = {
             "A": self.patch_map.A,
             "pseudo_inverse": self.patch_map.solver.pseudo_inverse,
             "offset": self.patch_map.constant + self.patch_map.positions[cells],  # (P, D)
-            "blanks": self.patch_map.tokens(grey) + self.patch_map.positions[blanks],
+            "blanks": self.patch_map.tokens(gray) + self.patch_map.positions[blanks],
         }
         return {name: value.float().contiguous() for name, value in constants.items()}
 
@@ -102,7 +102,7 @@ class GamutLibrary(nn.Module):
             tokens: (K, D). Solved for in the box first, then theta is fitted to what was found.
             patch_map, margin: as for the constructor.
             prompt_pos: "none": whole tokens, as latent training has them; the constant of a
-                mid-grey cell is taken off. "canvas": contents, as this class yields them.
+                mid-gray cell is taken off. "canvas": contents, as this class yields them.
             iters: of the solver, at most.
         """
         library = cls(len(tokens), patch_map, margin)
@@ -114,7 +114,7 @@ class GamutLibrary(nn.Module):
         solver, margin = patch_map.solver, library.margin
         h = MID_LEVEL - margin
         mid = torch.full((patch_map.patch_values,), MID_LEVEL, dtype=torch.float64)
-        y = patch_map.centre(contents) + mid @ solver.A.T
+        y = patch_map.center(contents) + mid @ solver.A.T
         levels = solver.in_box(y.float(), margin, 255 - margin, mid, iterations=iters).double()
         # the inverse of the squashing, which at the bounds is infinite, brings theta near
         unsquashed = h * torch.atanh(((levels - mid) / h).clamp(-0.98, 0.98))
@@ -165,11 +165,11 @@ class GamutLibrary(nn.Module):
         """What the backbone gets in training: the canvas, and what its prompt cells hold.
 
         Args:
-            images: normalised images (B, 3, H, W).
+            images: normalized images (B, 3, H, W).
             prompts: contents of the prompts (B, P, D).
 
         Returns:
-            Normalised canvases with mid-grey prompt cells, and the schedule that adds the contents
+            Normalized canvases with mid-gray prompt cells, and the schedule that adds the contents
             to those cells' tokens. With compensated positions: the images themselves, and behind
             the patches the prompts and the blank cells, each with the token and position of its
             cell.
@@ -186,8 +186,8 @@ class GamutLibrary(nn.Module):
             return images, PromptSchedule("append", {0: torch.cat([whole, blanks], dim=1)})
         p, prefix = patch_map.patch_size, patch_map.num_prefix
         server = patch_map.server
-        shown = image_patches(server.levels(images), layout, p, grey_rim=server.grey_only)
-        canvases = server.normalise(layout.compose(shown, None, p))
+        shown = image_patches(server.levels(images), layout, p, gray_rim=server.gray_only)
+        canvases = server.normalize(layout.compose(shown, None, p))
         tokens = prefix + layout.grid[0] * layout.grid[1]
         contents = prompts.new_zeros(len(prompts), tokens, prompts.shape[2])
         contents[:, [prefix + cell for cell in layout.prompt_cells]] = prompts
@@ -206,6 +206,6 @@ class GamutLibrary(nn.Module):
 
 def _stale() -> StaleInversionError:
     return StaleInversionError(
-        "the patch embedding, the position embedding, the normalisation or the server's settings "
+        "the patch embedding, the position embedding, the normalization or the server's settings "
         "are not those that this GamutLibrary was trained with; use the same backbone and server."
     )

@@ -1,8 +1,8 @@
 """Rounding for JPEG (experimental): to the coefficients that the file stores, not to pixels.
 
 A JPEG keeps k = round(DCT(YCbCr(pixels)) / table). Feedback rounding in the basis of those k gives
-a patch that the encoder finds already quantised, and leaves alone. Where the colours are
-subsampled, only luminance is used: a grey patch has the same file at 4:4:4 and at 4:2:0.
+a patch that the encoder finds already quantized, and leaves alone. Where the colors are
+subsampled, only luminance is used: a gray patch has the same file at 4:4:4 and at 4:2:0.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -
 MARGIN = 24.0  # levels: a coefficient moves a whole block
 
 
-def quantisation_tables(quality: int) -> Tensor:
+def quantization_tables(quality: int) -> Tensor:
     """libjpeg's tables for a quality from 1 to 100: luminance and twice chrominance, (3, 8, 8)."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     base = [np.array(text.split(), int).reshape(8, 8) for text in (_LUMINANCE, _CHROMINANCE)]
@@ -49,19 +49,19 @@ def _to_rgb() -> Tensor:
     return torch.linalg.inv(torch.tensor(_YCBCR, dtype=torch.float64))
 
 
-def coefficient_basis(patch_size: int, quality: int, *, grey: bool = False) -> Tensor:
+def coefficient_basis(patch_size: int, quality: int, *, gray: bool = False) -> Tensor:
     """Levels of a patch that each coefficient contributes, (n, n): levels = 128 + basis @ k.
 
-    With ``grey`` the luminance coefficients alone, (n, n / 3).
+    With ``gray`` the luminance coefficients alone, (n, n / 3).
     """
     p, blocks = patch_size, patch_size // 8
     x, f = torch.arange(8).double(), torch.arange(8).double()[:, None]
     cosines = torch.cos(torch.pi * (2 * x + 1) * f / 16) / 2  # orthonormal, but for f = 0
     cosines[0] /= 2**0.5
     atoms = torch.einsum(
-        "ckl,ky,lx,rc->cklryx", quantisation_tables(quality), cosines, cosines, _to_rgb()
+        "ckl,ky,lx,rc->cklryx", quantization_tables(quality), cosines, cosines, _to_rgb()
     )
-    if grey:
+    if gray:
         atoms = atoms[:1]
     basis = torch.zeros(len(atoms), blocks, blocks, 8, 8, 3, p, p, dtype=torch.float64)
     for i in range(blocks):
@@ -78,25 +78,25 @@ class JpegRounding(FeedbackRounding):
     second for n = 3072, whatever the number of prompts.
 
     Attributes:
-        grey: round luminance only, and give all three channels its value: for 4:2:2 and 4:2:0.
+        gray: round luminance only, and give all three channels its value: for 4:2:2 and 4:2:0.
     """
 
     patch_size: int = 0
     quality: int = 95
-    grey: bool = False
+    gray: bool = False
 
     @classmethod
     def from_patch_map(
-        cls, A: Tensor, patch_size: int, quality: int, *, grey: bool = False
+        cls, A: Tensor, patch_size: int, quality: int, *, gray: bool = False
     ) -> JpegRounding:
         """For a token map A (D, n) of levels; see ``FeedbackRounding.from_map``."""
-        basis = coefficient_basis(patch_size, quality, grey=grey)
+        basis = coefficient_basis(patch_size, quality, gray=gray)
         plain = FeedbackRounding.from_map(A.double() @ basis)
-        # a decoder rounds Y, Cb and Cr to whole levels, and what it makes of them to RGB; of a grey
+        # a decoder rounds Y, Cb and Cr to whole levels, and what it makes of them to RGB; of a gray
         # patch only Y, which is the level of all channels
         rgb = A.double().reshape(len(A), 3, -1)
         ycbcr = torch.einsum("dcp,ck->kdp", rgb, _to_rgb())
-        noise = ycbcr[0].square().sum() if grey else ycbcr.square().sum() + rgb.square().sum()
+        noise = ycbcr[0].square().sum() if gray else ycbcr.square().sum() + rgb.square().sum()
         levels = math.sqrt(noise.item() / 12)
         return cls(
             plain.feedback,
@@ -106,17 +106,17 @@ class JpegRounding(FeedbackRounding):
             plain.swing,
             patch_size=patch_size,
             quality=quality,
-            grey=grey,
+            gray=gray,
         )
 
     @cached_property
     def basis(self) -> Tensor:
-        return coefficient_basis(self.patch_size, self.quality, grey=self.grey)
+        return coefficient_basis(self.patch_size, self.quality, gray=self.gray)
 
     @cached_property
     def to_coefficients(self) -> Tensor:
-        """The inverse of ``basis``, for grey patches its pseudo-inverse: the channels' mean."""
-        if self.grey:  # orthogonal columns
+        """The inverse of ``basis``, for gray patches its pseudo-inverse: the channels' mean."""
+        if self.gray:  # orthogonal columns
             return self.basis.T / self.basis.square().sum(dim=0)[:, None]
         return torch.linalg.inv(self.basis)
 
@@ -125,7 +125,7 @@ class JpegRounding(FeedbackRounding):
         return MARGIN
 
     def settings(self) -> dict[str, Any]:
-        own = {"patch_size": self.patch_size, "quality": self.quality, "grey": self.grey}
+        own = {"patch_size": self.patch_size, "quality": self.quality, "gray": self.gray}
         return {**super().settings(), **own}
 
     def __call__(self, levels: Tensor, *, backend: str | None = None) -> Tensor:

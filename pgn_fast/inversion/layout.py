@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .errors import LayoutError
 
-BLANK_LEVEL = 128  # of cells without image or prompt, and of the grey around a padded canvas
+BLANK_LEVEL = 128  # of cells without image or prompt, and of the gray around a padded canvas
 MID_LEVEL = 127.5  # the middle of the gamut: prompts are counted from it
-# a decoder interpolates subsampled colours over this many pixels across an edge
+# a decoder interpolates subsampled colors over this many pixels across an edge
 _CHROMA_REACH = 2
 _LUMA = (0.299, 0.587, 0.114)  # JFIF
 
@@ -206,7 +206,7 @@ class CanvasLayout:
 
     @property
     def blank_cells(self) -> tuple[int, ...]:
-        """Cells that hold neither image nor prompt, of one grey level."""
+        """Cells that hold neither image nor prompt, of one gray level."""
         used = {*self.image_cells, *self.prompt_cells}
         return tuple(cell for cell in range(math.prod(self.grid)) if cell not in used)
 
@@ -239,7 +239,7 @@ class CanvasLayout:
 
         Args:
             image_patches: levels (B, N, n), n = 3 * patch_size**2.
-            prompt_patches: levels (B, P, n), same dtype; None leaves those cells at mid grey,
+            prompt_patches: levels (B, P, n), same dtype; None leaves those cells at mid gray,
                 which in an integer dtype is BLANK_LEVEL.
             patch_size: in pixels.
 
@@ -284,32 +284,32 @@ def shrink(levels: Tensor, layout: CanvasLayout, patch_size: int) -> Tensor:
 
 
 def image_patches(
-    levels: Tensor, layout: CanvasLayout, patch_size: int, *, grey_rim: bool = False
+    levels: Tensor, layout: CanvasLayout, patch_size: int, *, gray_rim: bool = False
 ) -> Tensor:
     """What the image's cells of a canvas hold, in training and when served.
 
     Args:
         levels: images (B, 3, H, W), 0 to 255.
         layout, patch_size: of the canvas.
-        grey_rim: take the colour out of the two pixels next to a prompt. A JPEG decoder
-            interpolates subsampled colours, and would tint the prompt's edge: at B/32 that doubles
+        gray_rim: take the color out of the two pixels next to a prompt. A JPEG decoder
+            interpolates subsampled colors, and would tint the prompt's edge: at B/32 that doubles
             its token error.
 
     Returns:
         Whole levels (B, N, 3 * p * p), float32.
     """
     patches = to_patches(shrink(levels, layout, patch_size), patch_size)
-    if not grey_rim:
+    if not gray_rim:
         return patches
-    colours = patches.unflatten(2, (3, -1))
-    luma = torch.einsum("bncp,c->bnp", colours, colours.new_tensor(_LUMA)).round()[:, :, None]
+    colors = patches.unflatten(2, (3, -1))
+    luma = torch.einsum("bncp,c->bnp", colors, colors.new_tensor(_LUMA)).round()[:, :, None]
     rim = _next_to_prompts(layout, patch_size).to(patches.device)[:, None]
-    return torch.where(rim, luma, colours).flatten(2)
+    return torch.where(rim, luma, colors).flatten(2)
 
 
 @functools.cache
 def _next_to_prompts(layout: CanvasLayout, patch_size: int) -> Tensor:
-    """Pixels of the image's cells that subsampled colours carry into a prompt, (N, p * p) bool."""
+    """Pixels of the image's cells that subsampled colors carry into a prompt, (N, p * p) bool."""
     rows, columns = layout.grid
     prompts = torch.zeros(rows * columns, 3 * patch_size**2)
     prompts[list(layout.prompt_cells)] = 1

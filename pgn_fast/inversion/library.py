@@ -49,7 +49,7 @@ class InvertedLibrary(nn.Module):
 
     Attributes:
         patches: (K, n) float32, offsets from the baseline, in levels.
-        baseline: (1, n) mid grey, or (P, n) where each prompt's cell has its position cancelled.
+        baseline: (1, n) mid gray, or (P, n) where each prompt's cell has its position cancelled.
         reach_err: (K,) relative token error of each library token before rounding.
         rounding: how levels become uint8.
         prompt_pos: "canvas": the prompts were trained with their cell's position embedding;
@@ -151,7 +151,7 @@ class InvertedLibrary(nn.Module):
             )
         if self.key != patch_map.key:
             raise StaleInversionError(
-                "the patch embedding, the position embedding, the normalisation or the server's "
+                "the patch embedding, the position embedding, the normalization or the server's "
                 "settings changed since this library was inverted; call invert_library again."
             )
 
@@ -202,7 +202,7 @@ def invert_library(
 
     Args:
         library: tokens (K, D), or a module that yields them. With ``prompt_pos="canvas"`` they are
-            contents: what a patch adds to the token of a mid-grey cell. With "none" they are whole
+            contents: what a patch adds to the token of a mid-gray cell. With "none" they are whole
             tokens, as a PGN or VPT trained in latent space has them.
         patch_map: of the backbone, for the server and layout of the deployment.
         prompt_pos: "canvas", or "none" to cancel the position embedding of each prompt's cell.
@@ -294,7 +294,7 @@ def _in_gamut(
         baseline = mid + cancel
         wanted = tokens - patch_map.constant
     solver = patch_map.solver
-    y = patch_map.centre(wanted)
+    y = patch_map.center(wanted)
     target = y + mid @ solver.A.T
     levels = solver.in_box(
         target.to(_LIBRARY_DTYPE), low, high, mid[0], iterations=iters, tolerance=1e-6
@@ -302,7 +302,7 @@ def _in_gamut(
     patches = levels - mid
     # relative to the prompt itself, which is what the blocks see
     missed = (patches @ solver.A.T - y).norm(dim=1)
-    return patches, baseline, missed / patch_map.centre(tokens).norm(dim=1).clamp_min(1e-30)
+    return patches, baseline, missed / patch_map.center(tokens).norm(dim=1).clamp_min(1e-30)
 
 
 def _exposed(
@@ -321,10 +321,10 @@ def _exposed(
     solver = patch_map.solver
     mid = torch.full((patch_map.patch_values,), MID_LEVEL, dtype=torch.float64)
     cells = list(patch_map.layout.prompt_cells)
-    position = patch_map.centre(patch_map.positions[cells])
-    y = -patch_map.centre(patch_map.d + patch_map.positions[cells])
-    largest = position.norm(dim=1).clamp_min(patch_map.centre(patch_map.constant).norm())
-    # a baseline near grey leaves most room for the prompt; where it does not exist, a wider one
+    position = patch_map.center(patch_map.positions[cells])
+    y = -patch_map.center(patch_map.d + patch_map.positions[cells])
+    largest = position.norm(dim=1).clamp_min(patch_map.center(patch_map.constant).norm())
+    # a baseline near gray leaves most room for the prompt; where it does not exist, a wider one
     for room in (40.0, max(15.0, margin)):
         baseline = solver.in_box(y, room, 255 - room, mid, iterations=2 * iters)
         missed = (baseline @ solver.A.T - y).norm(dim=1) / largest.clamp_min(1e-30)
@@ -333,7 +333,7 @@ def _exposed(
     else:
         cell = cells[int(missed.argmax())]
         raise _position_error(cell, (baseline - MID_LEVEL).abs().max().item())
-    wanted = patch_map.centre(tokens)
+    wanted = patch_map.center(tokens)
     zero = torch.zeros(1, patch_map.patch_values, dtype=torch.float64)
     patches = solver.min_norm(wanted, zero)
     reached = (patches @ solver.A.T - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)
@@ -353,7 +353,7 @@ def _exposed(
 def _position_patches(patch_map: PatchMap, margin: float) -> Tensor:
     """The smallest offsets (P, n) that take away the position embedding of each prompt's cell."""
     solver = patch_map.solver
-    positions = patch_map.centre(patch_map.positions[list(patch_map.layout.prompt_cells)])
+    positions = patch_map.center(patch_map.positions[list(patch_map.layout.prompt_cells)])
     zero = torch.zeros(1, patch_map.patch_values, dtype=torch.float64)
     cancel = solver.min_norm(-positions, zero)
     peak = cancel.abs().amax(dim=1)
@@ -380,7 +380,7 @@ def _unreachable(
     tol: float,
 ) -> UnreachablePromptError | ColumnSpaceError:
     """The refusal with the figures that decide it."""
-    outside = patch_map.solver.unreachable(patch_map.centre(tokens)).norm() / tokens.norm()
+    outside = patch_map.solver.unreachable(patch_map.center(tokens)).norm() / tokens.norm()
     if patch_map.embed_dim > patch_map.patch_values and outside > tol:
         p = patch_map.patch_size
         return ColumnSpaceError(
@@ -389,7 +389,7 @@ def _unreachable(
             "GamutLibrary."
         )
     mid = torch.full((1, patch_map.patch_values), MID_LEVEL, dtype=torch.float64)
-    whole = patch_map.centre(tokens if prompt_pos == "canvas" else tokens - patch_map.constant)
+    whole = patch_map.center(tokens if prompt_pos == "canvas" else tokens - patch_map.constant)
     offsets = patch_map.solver.min_norm(whole, torch.zeros_like(mid))
     room = largest_scale(mid, offsets, margin).min().item()
     bad = reached > tol

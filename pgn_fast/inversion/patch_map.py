@@ -143,28 +143,28 @@ class PatchMap:
 
     @cached_property
     def constant(self) -> Tensor:
-        """The token of a mid-grey patch without its position, (D,): what a prompt cell adds to
+        """The token of a mid-gray patch without its position, (D,): what a prompt cell adds to
         the content of a prompt that is trained with ``prompt_pos="canvas"``."""
         return self.A.sum(dim=1) * MID_LEVEL + self.d
 
     @cached_property
     def solver(self) -> BoxSolver:
-        """For token differences as ``centre`` leaves them, by patches that the codec carries.
+        """For token differences as ``center`` leaves them, by patches that the codec carries.
 
         Raises:
-            CodecError: patches must be grey, and the grey ones do not reach every token.
+            CodecError: patches must be gray, and the gray ones do not reach every token.
         """
-        usable = self.centre(self.A.T).T.contiguous()
-        if not self.server.grey_only:
+        usable = self.center(self.A.T).T.contiguous()
+        if not self.server.gray_only:
             return BoxSolver(usable)
-        # a map that sees the mean of the channels: what is solved for grey starts stays grey
+        # a map that sees the mean of the channels: what is solved for gray starts stays gray
         p2 = self.patch_size**2
-        grey = usable.reshape(-1, 3, p2).mean(dim=1, keepdim=True).expand(-1, 3, -1)
-        solver = BoxSolver(grey.reshape(usable.shape).contiguous())
+        gray = usable.reshape(-1, 3, p2).mean(dim=1, keepdim=True).expand(-1, 3, -1)
+        solver = BoxSolver(gray.reshape(usable.shape).contiguous())
         needed = self.embed_dim - self.shift_free
         if solver.rank < needed:
             raise CodecError(
-                f"jpeg {CHROMA[self.server.subsampling]} needs grey-only patches, and those of "
+                f"jpeg {CHROMA[self.server.subsampling]} needs gray-only patches, and those of "
                 f"{self.name or 'this backbone'} reach {solver.rank} of {needed} token directions. "
                 "Send PNG, or JPEG with subsampling=0 (4:4:4)."
             )
@@ -175,7 +175,7 @@ class PatchMap:
         """How patches are rounded to 8 bits, or to what a JPEG file keeps of them."""
         if self.server.codec == "jpeg":
             return JpegRounding.from_patch_map(
-                self.A, self.patch_size, self.server.quality, grey=self.server.grey_only
+                self.A, self.patch_size, self.server.quality, gray=self.server.gray_only
             )
         return FeedbackRounding.from_map(self.A)
 
@@ -186,7 +186,7 @@ class PatchMap:
         text = self.fingerprint + json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def centre(self, tokens: Tensor) -> Tensor:
+    def center(self, tokens: Tensor) -> Tensor:
         """Tokens (..., D) without what no norm lets through: their mean, where it is free."""
         return tokens - tokens.mean(dim=-1, keepdim=True) if self.shift_free else tokens
 
@@ -196,8 +196,8 @@ class PatchMap:
 
     def relative_error(self, tokens: Tensor, wanted: Tensor) -> Tensor:
         """|tokens - wanted| / |wanted| over the last dimension, modulo what never matters."""
-        difference = self.centre(tokens.double() - wanted.double()).norm(dim=-1)
-        return difference / self.centre(wanted.double()).norm(dim=-1).clamp_min(1e-30)
+        difference = self.center(tokens.double() - wanted.double()).norm(dim=-1)
+        return difference / self.center(wanted.double()).norm(dim=-1).clamp_min(1e-30)
 
 
 def _projection(backbone: Any) -> nn.Conv2d:
@@ -219,7 +219,7 @@ def _projection(backbone: Any) -> nn.Conv2d:
     if not isinstance(projection, nn.Conv2d):
         raise refuse(f"its patch embedding {type(embed).__name__} is not one convolution")
     if not isinstance(getattr(embed, "norm", nn.Identity()), nn.Identity):
-        raise refuse("it normalises inside the patch embedding")
+        raise refuse("it normalizes inside the patch embedding")
     kernel = tuple(projection.kernel_size)
     if kernel != tuple(projection.stride) or projection.padding not in ((0, 0), "valid"):
         raise refuse(f"its patches overlap (kernel {kernel}, stride {tuple(projection.stride)})")

@@ -15,13 +15,13 @@ from .layout import MID_LEVEL, CanvasLayout, to_patches
 from .prompter import RgbPrompter
 from .report import InversionReport
 
-_GREY = 235
+_GRAY = 235
 
 
 def contact_sheet(
     patches: Tensor, patch_size: int, *, columns: int = 16, zoom: int | None = None
 ) -> Image.Image:
-    """Patches side by side with a gap of grey, row by row.
+    """Patches side by side with a gap of gray, row by row.
 
     Args:
         patches: uint8 (K, 3 * p * p).
@@ -33,7 +33,7 @@ def contact_sheet(
     zoom = max(1, round(48 / p)) if zoom is None else zoom
     columns = min(columns, len(patches))
     rows = math.ceil(len(patches) / columns)
-    sheet = np.full((rows * (p + gap) + gap, columns * (p + gap) + gap, 3), _GREY, np.uint8)
+    sheet = np.full((rows * (p + gap) + gap, columns * (p + gap) + gap, 3), _GRAY, np.uint8)
     pixels = patches.reshape(-1, 3, p, p).permute(0, 2, 3, 1).cpu().numpy()
     for k, patch in enumerate(pixels):
         y, x = gap + k // columns * (p + gap), gap + k % columns * (p + gap)
@@ -65,13 +65,13 @@ def save_library(prompter: RgbPrompter, path: Path | IO[bytes]) -> None:
     stretched = (MID_LEVEL + offsets * (MID_LEVEL / peak)).round().to(torch.uint8)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(11.6, 0.6 + 5.5 * rows / columns), layout="constrained")
-    titles = ("as sent: grey adds nothing", "the same, each stretched to full contrast")
+    titles = ("as sent: gray adds nothing", "the same, each stretched to full contrast")
     for axes, shown, title in zip(figure.subplots(1, 2), (patches, stretched), titles, strict=True):
         sheet = np.asarray(contact_sheet(shown, p, columns=columns))
         axes.imshow(sheet, interpolation="nearest")
         axes.set_title(title, fontsize=10)
         axes.set_xticks([])
-        # the middle of each row, labelled with the number of its first token
+        # the middle of each row, labeled with the number of its first token
         axes.set_yticks([(row + 0.5) * sheet.shape[0] / rows for row in range(rows)])
         axes.set_yticklabels([str(row * columns) for row in range(rows)], fontsize=7)
         axes.tick_params(length=0)
@@ -101,18 +101,18 @@ def save_error_histogram(reports: list[InversionReport], path: Path | IO[bytes])
     low, high = every.min() * 0.8, every.max() * 1.25
     edges = np.geomspace(low, high, 41) if low > 0 else np.linspace(low, high, 41)
     bins = edges.tolist()
-    for report, values, colour in zip(reports, errors, ("#8a8a8a", "#1f6fb4"), strict=False):
+    for report, values, color in zip(reports, errors, ("#8a8a8a", "#1f6fb4"), strict=False):
         what = {"library": "library tokens", "canvases": "prompts of the images"}[report.source]
         axes.hist(
             values,
             bins,
-            color=colour,
+            color=color,
             alpha=0.75,
             weights=np.full(len(values), 1 / len(values)),
             label=f"{what} ({len(values)})",
         )
         predicted = float(np.mean(report.predicted_round_err))
-        axes.axvline(predicted, color=colour, linestyle="--", linewidth=1.2)
+        axes.axvline(predicted, color=color, linestyle="--", linewidth=1.2)
     axes.set_xscale("log")
     ticks = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
     axes.xaxis.set_major_formatter(ticks)
@@ -186,7 +186,7 @@ def _number_prompts(
     style: dict[str, Any] = {"fontsize": 7, "color": "white", "ha": "left", "va": "top"}
     style["bbox"] = {"facecolor": "black", "alpha": 0.6, "pad": 1, "linewidth": 0}
     for i, cell in enumerate(layout.prompt_cells):
-        # pixel centres are whole numbers, so a cell begins half a pixel before its first
+        # pixel centers are whole numbers, so a cell begins half a pixel before its first
         y, x = (patch_size * c - 0.5 for c in divmod(cell, layout.grid[1]))
         frame = Rectangle((x, y), patch_size, patch_size, fill=False, color="white", linewidth=0.8)
         canvas.add_patch(frame)

@@ -97,19 +97,19 @@ class RgbPrompter(nn.Module):
         """Images to the canvases that the server is sent.
 
         Args:
-            images: (B, 3, H, W) of the model's own image size; floating point: normalised, as the
-                model takes them; uint8: the same images before normalisation.
+            images: (B, 3, H, W) of the model's own image size; floating point: normalized, as the
+                model takes them; uint8: the same images before normalization.
 
         Returns:
             uint8 (B, 3, H', W'), padded so that the server's resize and crop leave them as they
             are.
         """
-        normalised, levels = self._inputs(images)
+        normalized, levels = self._inputs(images)
         patch_size = self.inverted.patch_size
-        shown = image_patches(levels, self.layout, patch_size, grey_rim=self.server.grey_only)
+        shown = image_patches(levels, self.layout, patch_size, gray_rim=self.server.gray_only)
         if self._compensate is not None:
             shown = self._compensate(shown)
-        prompt_patches = self.inverted.to_uint8(self.levels(normalised))
+        prompt_patches = self.inverted.to_uint8(self.levels(normalized))
         canvases = self.layout.compose(
             shown.to(torch.uint8), prompt_patches.to(images.device), patch_size
         )
@@ -120,21 +120,21 @@ class RgbPrompter(nn.Module):
         return [self.server.encode(canvas) for canvas in self(images)]
 
     @torch.no_grad()
-    def levels(self, normalised: Tensor) -> Tensor:
+    def levels(self, normalized: Tensor) -> Tensor:
         """The prompts' patches before rounding, (B, P, n) float levels."""
-        return self.inverted.place(self._offsets(normalised))
+        return self.inverted.place(self._offsets(normalized))
 
-    def _offsets(self, normalised: Tensor) -> Tensor:
+    def _offsets(self, normalized: Tensor) -> Tensor:
         """The mixed patches as offsets from the baseline, (B, P, n)."""
         if self.generator is None:
-            return self.inverted.patches.expand(len(normalised), -1, -1)
+            return self.inverted.patches.expand(len(normalized), -1, -1)
         own = next(self.generator.parameters())
-        logits = self.generator.mixture_logits(normalised.to(own.device, own.dtype)).float()
+        logits = self.generator.mixture_logits(normalized.to(own.device, own.dtype)).float()
         # pixel mixing is token mixing with 3 p^2 values a token
         return mix_prompts(logits, self.inverted.patches, self.generator.activation)
 
     def _inputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images and their levels, both float32."""
+        """Normalized images and their levels, both float32."""
         size = self.inverted.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size):
             raise ValueError(
@@ -142,9 +142,9 @@ class RgbPrompter(nn.Module):
                 f"model, got {tuple(images.shape)}"
             )
         if images.dtype == torch.uint8:
-            return self.server.normalise(images), images.float()
+            return self.server.normalize(images), images.float()
         if not images.is_floating_point():
-            raise ValueError(f"images must be uint8 or normalised floats, got {images.dtype}")
+            raise ValueError(f"images must be uint8 or normalized floats, got {images.dtype}")
         return images.float(), self.server.levels(images)
 
     @cached_property
@@ -190,7 +190,7 @@ class RgbPrompter(nn.Module):
 def verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionReport:
     """Send images through the real path and compare the server's tokens with the wanted ones.
 
-    Canvas, file, the server's decode, resize and crop, normalisation, the backbone's own patch
+    Canvas, file, the server's decode, resize and crop, normalization, the backbone's own patch
     embedding. With a PromptedViT whose latent path has the same tokens, its features too.
 
     Args:
@@ -216,11 +216,11 @@ def _verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionRepor
     server, inverted, layout = prompter.server, prompter.inverted, prompter.layout
     patch_map = PatchMap.from_backbone(backbone, server, layout)
     inverted.check(patch_map)
-    normalised, _ = prompter._inputs(images)
+    normalized, _ = prompter._inputs(images)
     canvases = prompter(images)
     cells, p = list(layout.prompt_cells), inverted.patch_size
     seen = torch.stack([server.preprocess(server.encode(canvas)) for canvas in canvases])
-    rounded = inverted.to_uint8(prompter.levels(normalised)).cpu()
+    rounded = inverted.to_uint8(prompter.levels(normalized)).cpu()
     if tuple(seen.shape[-2:]) != (layout.grid[0] * p, layout.grid[1] * p):
         raise PreprocessError(
             f"the server makes images of {seen.shape[-2]}x{seen.shape[-1]} pixels of a canvas of "
@@ -234,16 +234,16 @@ def _verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionRepor
             f"of the prompt pixels; send the {server.resize}x{server.resize} padded canvas."
         )
     weight = backbone.patch_embed.proj.weight
-    inputs = server.normalise(seen).to(weight.device, weight.dtype)
+    inputs = server.normalize(seen).to(weight.device, weight.dtype)
     tokens = backbone.patch_embed(inputs).cpu()
     tokens = tokens.reshape(len(images), -1, tokens.shape[-1])[:, cells]  # dynamic sizes keep 2-D
 
-    offsets = prompter._offsets(normalised)
+    offsets = prompter._offsets(normalized)
     R = len(images) * len(cells)
     positions = None
     if inverted.prompt_pos == "none":
         positions = patch_map.positions[cells].repeat(len(images), 1)
-    wanted = _latent_prompts(prompter, model, normalised)
+    wanted = _latent_prompts(prompter, model, normalized)
     if wanted is None:  # a bare backbone: the tokens of the exact patches are what was wanted
         wanted = offsets.double().cpu() @ patch_map.A.T
         if inverted.prompt_pos == "none" and inverted.scale == "fixed":
@@ -252,28 +252,28 @@ def _verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionRepor
         patch_map,
         "canvases",
         wanted=wanted.double().cpu().reshape(R, -1),
-        levels=prompter.levels(normalised).cpu().reshape(R, -1),
+        levels=prompter.levels(normalized).cpu().reshape(R, -1),
         rounded_tokens=tokens.reshape(R, -1),
         rounded=rounded.reshape(R, -1),
         scale=inverted.exposure(offsets).cpu().reshape(R),
         positions=positions,
         round_err=inverted.rounding.token_error,
-        output_rel_err=_output_errors(model, backbone, layout, normalised, inputs),
+        output_rel_err=_output_errors(model, backbone, layout, normalized, inputs),
     )
 
 
-def _latent_prompts(prompter: RgbPrompter, model: Any, normalised: Tensor) -> Tensor | None:
+def _latent_prompts(prompter: RgbPrompter, model: Any, normalized: Tensor) -> Tensor | None:
     """The prompts (B, P, D) that the latent path would use: contents, or whole tokens."""
     if not hasattr(model, "prompts"):
         return None
     if prompter.generator is None:
-        return model.prompts(normalised)
+        return model.prompts(normalized)
     own = next(prompter.generator.parameters())
-    return prompter.generator(normalised.to(own.device, own.dtype))
+    return prompter.generator(normalized.to(own.device, own.dtype))
 
 
 def _output_errors(
-    model: Any, backbone: Any, layout: CanvasLayout, normalised: Tensor, inputs: Tensor
+    model: Any, backbone: Any, layout: CanvasLayout, normalized: Tensor, inputs: Tensor
 ) -> list[float]:
     """Relative error of the pooled features, one an image, where the latent path is comparable."""
     trained_on_canvas = hasattr(
@@ -282,7 +282,7 @@ def _output_errors(
     same_tokens = layout.compensate_positions and not layout.blank_cells
     if not hasattr(model, "prompts") or not (trained_on_canvas or same_tokens):
         return []
-    latent = model.forward_features(normalised.to(inputs))
+    latent = model.forward_features(normalized.to(inputs))
     wanted = backbone.forward_head(latent, pre_logits=True)
     served = backbone.forward_head(backbone.forward_features(inputs), pre_logits=True)
     return ((served - wanted).norm(dim=1) / wanted.norm(dim=1)).tolist()

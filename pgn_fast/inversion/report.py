@@ -19,7 +19,7 @@ VERDICTS = {
     "needs_gamut_training": "tokens lie outside the gamut: train with GamutLibrary",
     "column_space_restricted": "no image produces these tokens: train with GamutLibrary",
 }
-# what analyse() asks of a backbone when it is given no library
+# what analyze() asks of a backbone when it is given no library
 PROBE_TOKENS, PROBE_NORM = 64, 8.0
 
 
@@ -102,7 +102,7 @@ def _yes(value: bool) -> str:
 
 
 @torch.no_grad()
-def analyse(
+def analyze(
     patch_map: PatchMap,
     library: Tensor | None = None,
     alphas: Tensor | None = None,
@@ -129,7 +129,7 @@ def analyse(
     directions = torch.randn(
         PROBE_TOKENS, patch_map.embed_dim, generator=generator, dtype=torch.float64
     )
-    directions = torch.nn.functional.normalize(patch_map.centre(directions), dim=1)
+    directions = torch.nn.functional.normalize(patch_map.center(directions), dim=1)
     if library is None:
         tokens, probe = PROBE_NORM * directions, f"random directions of norm {PROBE_NORM:g}"
     else:
@@ -139,12 +139,12 @@ def analyse(
 
     solver, rounding = patch_map.solver, patch_map.rounding
     mid = torch.full((patch_map.patch_values,), MID_LEVEL, dtype=torch.float64)
-    wanted = tokens  # what a patch has to add to mid grey
+    wanted = tokens  # what a patch has to add to mid gray
     if prompt_pos == "none":
         positions = patch_map.positions[list(patch_map.layout.prompt_cells)]
-        worst = positions[patch_map.centre(positions).norm(dim=1).argmax()]
+        worst = positions[patch_map.center(positions).norm(dim=1).argmax()]
         wanted = tokens - patch_map.constant - worst
-    wanted, norm = patch_map.centre(wanted), patch_map.centre(tokens).norm(dim=1)
+    wanted, norm = patch_map.center(wanted), patch_map.center(tokens).norm(dim=1)
     y = wanted + mid @ solver.A.T
 
     def error(levels: Tensor) -> Tensor:
@@ -155,8 +155,8 @@ def analyse(
     best = solver.in_box(y.float(), low, high, mid.float(), iterations=iters, tolerance=1e-6)
     residual = error(best)
     unreachable = (solver.unreachable(wanted).norm() / norm.norm()).item()
-    fits = largest_scale(mid, solver.min_norm(patch_map.centre(tokens), 0 * mid), rounding.margin)
-    dimmed = fits[:, 0] * patch_map.centre(tokens).std(dim=1, correction=0)
+    fits = largest_scale(mid, solver.min_norm(patch_map.center(tokens), 0 * mid), rounding.margin)
+    dimmed = fits[:, 0] * patch_map.center(tokens).std(dim=1, correction=0)
 
     verdict = "needs_gamut_training"
     if bool((residual <= tol).all()):
@@ -294,10 +294,10 @@ def measure(
     factor = scale.double()[:, None]
     offset = patch_map.constant if positions is None else -positions
     target = factor * wanted + offset  # the token that the server should compute, scaled
-    size = patch_map.centre(factor * wanted).norm(dim=1).clamp_min(1e-30)
+    size = patch_map.center(factor * wanted).norm(dim=1).clamp_min(1e-30)
 
     def relative(tokens: Tensor) -> Tensor:
-        return patch_map.centre(tokens.double() - target).norm(dim=1) / size
+        return patch_map.center(tokens.double() - target).norm(dim=1) / size
 
     ln_error: list[float] = []
     if patch_map.scale_free:

@@ -43,7 +43,7 @@ class FeedbackRounding:
 
     @classmethod
     def from_map(cls, A: Tensor, damping: float = DAMPING) -> FeedbackRounding:
-        """Factorise A^T A, float64, O(n^3): about 2 s for n = 3072 on one core.
+        """Factorize A^T A, float64, O(n^3): about 2 s for n = 3072 on one core.
 
         Args:
             A: token change per level, (D, n).

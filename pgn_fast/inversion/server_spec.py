@@ -26,19 +26,19 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """An image API's preprocessing: shorter side to ``resize``, centre crop, /255, mean and std.
+    """An image API's preprocessing: shorter side to ``resize``, center crop, /255, mean and std.
 
     The defaults are the common ImageNet evaluation; ``from_backbone`` reads those of a timm model.
 
     Attributes:
         resize: pixels of the shorter side after resizing; None: the server does not resize.
-        crop: pixels of the square centre crop; None: it does not crop.
+        crop: pixels of the square center crop; None: it does not crop.
         interpolation: the resizing filter, "bicubic", "bilinear", "lanczos" or "nearest".
         mean, std: of the three channels, in units where 255 levels are 1.
         codec: "png" (also right for lossless WebP) or "jpeg".
         quality: of the JPEG files, 1 to 100, by libjpeg's tables.
-        subsampling: of their colours, as Pillow counts: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0. With 1
-            and 2 prompts are grey, because colours of neighbouring pixels are averaged.
+        subsampling: of their colors, as Pillow counts: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0. With 1
+            and 2 prompts are gray, because colors of neighboring pixels are averaged.
         dtype: of the server's weights: "float32", "float16" or "bfloat16".
         dynamic_size: the server takes images of any size unchanged (timm's ``dynamic_img_size``).
     """
@@ -134,13 +134,13 @@ class ServerSpec:
 
     @property
     def border(self) -> int:
-        """Pixels that the centre crop removes at the top and at the left of a square image."""
+        """Pixels that the center crop removes at the top and at the left of a square image."""
         if self.resize is None or self.crop is None:
             return 0
         return round((self.resize - self.crop) / 2.0)  # as torchvision's CenterCrop
 
     def pad(self, canvases: Tensor) -> Tensor:
-        """Surround canvases with grey so that resize and centre crop give them back bit by bit.
+        """Surround canvases with gray so that resize and center crop give them back bit by bit.
 
         A resize to the size that an image already has is skipped by every common implementation,
         and the crop then removes exactly what is added here.
@@ -170,7 +170,7 @@ class ServerSpec:
         return buffer.getvalue()
 
     def preprocess(self, file: bytes) -> Tensor:
-        """A file to the uint8 (3, H, W) that the server normalises: decode, resize, centre crop."""
+        """A file to the uint8 (3, H, W) that the server normalizes: decode, resize, center crop."""
         picture = Image.open(io.BytesIO(file)).convert("RGB")
         if self.resize is not None and min(picture.size) != self.resize:
             short = min(picture.size)
@@ -183,13 +183,13 @@ class ServerSpec:
         left = round((pixels.shape[2] - self.crop) / 2.0)
         return pixels[:, top : top + self.crop, left : left + self.crop]
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 or float levels (B, 3, H, W) to the float32 input of the network."""
         mean, std = self._statistics(images)
         return (images.float() / 255 - mean) / std
 
     def levels(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) back to 8-bit levels, float32, whole numbers in 0..255."""
+        """Normalized images (B, 3, H, W) back to 8-bit levels, float32, whole numbers in 0..255."""
         mean, std = self._statistics(images)
         return ((images.float() * std + mean) * 255).round().clamp(0, 255)
 
@@ -198,8 +198,8 @@ class ServerSpec:
         return mean.view(3, 1, 1), std.view(3, 1, 1)
 
     @property
-    def grey_only(self) -> bool:
-        """Whether the codec keeps single pixels' brightness but not their colour."""
+    def gray_only(self) -> bool:
+        """Whether the codec keeps single pixels' brightness but not their color."""
         return self.codec == "jpeg" and self.subsampling != 0
 
     def check_codec(self, patch_size: int, embed_dim: int) -> None:
@@ -209,27 +209,27 @@ class ServerSpec:
         if patch_size % 8:
             raise CodecError(
                 f"jpeg: patch size {patch_size} is not on the 8-pixel JPEG grid, so that a block "
-                "would mix a prompt with its neighbours. Send PNG."
+                "would mix a prompt with its neighbors. Send PNG."
             )
         if self.border % 8:
             raise CodecError(
                 f"jpeg: the server crops {self.border} pixels at each side, which is not on the "
                 "8-pixel JPEG grid. Send PNG."
             )
-        if not self.grey_only:
+        if not self.gray_only:
             return
         chroma, values = CHROMA[self.subsampling], patch_size**2
         if values < embed_dim:
             raise CodecError(
-                f"jpeg {chroma} needs grey-only patches (p² >= D): it averages the colours of "
-                f"neighbouring pixels, and {patch_size}² = {values} grey values do not reach "
+                f"jpeg {chroma} needs gray-only patches (p² >= D): it averages the colors of "
+                f"neighboring pixels, and {patch_size}² = {values} gray values do not reach "
                 f"tokens of {embed_dim} values. Send PNG, or JPEG with subsampling=0 (4:4:4)."
             )
-        # a block of colours spans 16 pixels: where a prompt shares it with the image, it is tinted
+        # a block of colors spans 16 pixels: where a prompt shares it with the image, it is tinted
         for what, pixels in (("patch size", patch_size), ("the server's crop of", self.border)):
             if pixels % 16:
                 raise CodecError(
-                    f"jpeg {chroma} stores colours in blocks of 16 pixels, {what} {pixels} is not "
-                    "on that grid: prompts would take on the colours of the image beside them. "
+                    f"jpeg {chroma} stores colors in blocks of 16 pixels, {what} {pixels} is not "
+                    "on that grid: prompts would take on the colors of the image beside them. "
                     "Send PNG, or JPEG with subsampling=0 (4:4:4)."
                 )

@@ -25,7 +25,7 @@ _LARGEST = 16384  # columns that a Triton program holds
 def add_layer_norm(
     x: Tensor, y: Tensor, eps: float = 1e-6, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Add two tensors and normalise the sum's last dimension.
+    """Add two tensors and normalize the sum's last dimension.
 
         total = x + y;   normed = (total - mean(total)) / sqrt(var(total) + eps)
 

@@ -36,7 +36,7 @@ def mix_prompts(
         prompts[b, p] = sum_k softmax(logits[b, p])[k] * token_library[k]
 
     Args:
-        logits: unnormalised mixture coefficients, (B, P, K); float32, float16 or bfloat16
+        logits: unnormalized mixture coefficients, (B, P, K); float32, float16 or bfloat16
             (float64 in plain torch).
         token_library: library tokens, (K, D); same dtype and device as ``logits``.
         activation: "softmax" (the paper's) or "sigmoid" (an option of the official code; the

@@ -71,10 +71,10 @@ def prompted_patch_embed(
             tokens' first, either with a leading dimension of 1; None: no position embedding.
         prefix: class and register tokens, (S, D), with or without a leading dimension of 1; None:
             none.
-        logits: unnormalised mixture coefficients, (B, P, K), as for ``mix_prompts``.
+        logits: unnormalized mixture coefficients, (B, P, K), as for ``mix_prompts``.
         token_library: library tokens, (K, D).
         activation: "softmax" or "sigmoid", as for ``mix_prompts``.
-        mean, std: of each channel, in units of [0, 1]; pixels are normalised with them. uint8
+        mean, std: of each channel, in units of [0, 1]; pixels are normalized with them. uint8
             images are divided by 255 first, also where these are None.
         position: "append" puts the prompts behind the patches (PGN), "prepend" between prefix and
             patches (VPT).
@@ -130,7 +130,7 @@ def _num_patches(images: Tensor, weight: Tensor) -> int:
 def pixel_factors(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
-    """The one multiplication and addition of a pixel that division and normalisation amount to."""
+    """The one multiplication and addition of a pixel that division and normalization amount to."""
     C, largest = images.shape[1], 1.0 if images.is_floating_point() else 255.0
     if mean is None and std is None and images.is_floating_point():
         return [], []

@@ -1,4 +1,4 @@
-"""The Prompt Generation Network: an image chooses its prompts from a learnt token library."""
+"""The Prompt Generation Network: an image chooses its prompts from a learned token library."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class PromptGenerator(nn.Module):
         """Images (B, C, H, W) to mixture coefficients before the activation, (B, P, K)."""
         if images.ndim != 4 or not images.is_floating_point():
             raise ValueError(
-                "images must be normalised and floating-point, (B, C, H, W), got "
+                "images must be normalized and floating-point, (B, C, H, W), got "
                 f"{images.dtype} of shape {tuple(images.shape)}"
             )
         images = resize_shorter_side(images, self.resolution)

@@ -16,7 +16,7 @@ LOCATIONS = ("pad", "below", "prepend-pixel", "prepend-pixel-imgnettransform")
 
 
 class PixelPrompts(nn.Module):
-    """Learnt pixels that enter the images, or go through the patch embedding as tokens.
+    """Learned pixels that enter the images, or go through the patch embedding as tokens.
 
     C channels, H x W pixels, D the width of tokens.
 
@@ -26,9 +26,9 @@ class PixelPrompts(nn.Module):
     channels, a trained copy that lives here; the backbone's own stays as it is.
     "prepend-pixel": a strip of ``num_prompts`` patches that goes through the patch embedding; its
     tokens stand behind the prefix tokens and get no position embedding.
-    "prepend-pixel-imgnettransform": the same with the strip in [0, 1], normalised like an image.
+    "prepend-pixel-imgnettransform": the same with the strip in [0, 1], normalized like an image.
 
-    Values in [0, 1] are normalised with ImageNet's mean and standard deviation, as in the official
+    Values in [0, 1] are normalized with ImageNet's mean and standard deviation, as in the official
     code, whatever the backbone was trained with: an affine change that training can undo.
 
     Attributes:
@@ -60,7 +60,7 @@ class PixelPrompts(nn.Module):
         if location in ("pad", "prepend-pixel-imgnettransform"):
             if channels != 3:
                 raise ValueError(
-                    f"location={location!r} normalises with ImageNet's mean and standard deviation "
+                    f"location={location!r} normalizes with ImageNet's mean and standard deviation "
                     f"of 3 channels; this backbone has {channels}"
                 )
             uniform = (0.0, 1.0)
@@ -104,8 +104,8 @@ class PixelPrompts(nn.Module):
         if self.location == "below":
             return torch.cat([images, self._batch(self.prompts, images)], dim=1)
         n = self.num_prompts
-        sides = self._batch(self._normalised(self.prompts_lr), images)
-        ends = self._batch(self._normalised(self.prompts_tb), images)
+        sides = self._batch(self._normalized(self.prompts_lr), images)
+        ends = self._batch(self._normalized(self.prompts_tb), images)
         images = torch.cat([sides[..., :n], images, sides[..., n:]], dim=3)
         return torch.cat([ends[..., :n, :], images, ends[..., n:, :]], dim=2)
 
@@ -120,14 +120,14 @@ class PixelPrompts(nn.Module):
         """The strip's tokens (num_prompts, D) behind the backbone's patch embedding."""
         strip: Tensor = self.prompts
         if self.location == "prepend-pixel-imgnettransform":
-            strip = self._normalised(strip)
+            strip = self._normalized(strip)
         patch_embed = backbone.patch_embed
         patches = patch_embed.proj(
             strip.to(patch_embed.proj.weight.dtype)
         )  # (1, D, 1, num_prompts)
         return patch_embed.norm(patches.flatten(2).mT)[0]
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def _normalized(self, pixels: Tensor) -> Tensor:
         return (pixels - self.mean) / self.std
 
     def _batch(self, pixels: Tensor, images: Tensor) -> Tensor:

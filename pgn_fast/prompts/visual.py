@@ -26,7 +26,7 @@ class VisualPrompts(nn.Module):
         prompts: Parameter (len(layers) or 1, P, d), uniform in +-sqrt(6 / (3 p^2 + d)).
         projection: nn.Linear(d, D), Kaiming normal (fan-out), or None.
 
-    Source: Jia et al., arXiv:2203.12119, section 3.2; the official code's behaviour.
+    Source: Jia et al., arXiv:2203.12119, section 3.2; the official code's behavior.
     """
 
     def __init__(

@@ -5,8 +5,8 @@ and no memory taken, for an image that will be refused. What is accepted and how
 
 - PNG, JPEG and WebP, known by their first bytes (never by a file name or content type);
 - an EXIF orientation is applied: the model sees the image as a viewer shows it;
-- grey, palette and one-bit images: the same image in RGB; transparency: over white;
-- CMYK JPEG: the plain formula; colour profiles are ignored, as in timm's data sets;
+- gray, palette and one-bit images: the same image in RGB; transparency: over white;
+- CMYK JPEG: the plain formula; color profiles are ignored, as in timm's data sets;
 - sixteen bits a channel and animations are refused, and so is every broken or truncated image.
 """
 

@@ -93,10 +93,10 @@ class _Pass(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        self._normalise = preprocessing.normalise
+        self._normalize = preprocessing.normalize
         self._pre_logits = output == "features"
         self._device = device
 
     def forward(self, levels: Tensor) -> Tensor:
-        tokens = self.model.forward_features(self._normalise(levels).to(self._device))
+        tokens = self.model.forward_features(self._normalize(levels).to(self._device))
         return self.model.forward_head(tokens, pre_logits=self._pre_logits).float().cpu()

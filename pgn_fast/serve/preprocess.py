@@ -1,6 +1,6 @@
 """The served model's own preprocessing: timm's transform, with the arithmetic done in batch.
 
-timm's evaluation transform is geometry (resize, crop), then uint8 → float, then normalisation. The
+timm's evaluation transform is geometry (resize, crop), then uint8 → float, then normalization. The
 geometry runs image by image and is timm's own code; the rest runs once for a batch, by the same
 three operations in the same order and precision, so that each bit is that of timm's transform.
 """
@@ -21,7 +21,7 @@ Levels = NDArray[np.uint8]
 
 
 class Preprocessing:
-    """Upright RGB images → normalised float32 batches.
+    """Upright RGB images → normalized float32 batches.
 
     Args:
         data_config: what ``timm.data.resolve_data_config`` returns: ``input_size`` (C, H, W),
@@ -57,7 +57,7 @@ class Preprocessing:
         """One batch (B, C, H, W), uint8, of images that went through ``geometry``."""
         return torch.from_numpy(np.stack(levels)).contiguous()
 
-    def normalise(self, levels: Tensor) -> Tensor:
+    def normalize(self, levels: Tensor) -> Tensor:
         """Model input (B, C, H, W), float32, of a batch of levels (B, C, H, W), uint8."""
         return levels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
 

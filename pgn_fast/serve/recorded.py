@@ -32,7 +32,7 @@ def recorded(module: nn.Module, example: Tensor) -> nn.Module:
     """
     try:
         with warnings.catch_warnings():
-            # torch.jit is deprecated in favour of torch.compile, which needs a C++ compiler where
+            # torch.jit is deprecated in favor of torch.compile, which needs a C++ compiler where
             # the server runs, and torch.export, which runs from Python: without it the model runs
             # from Python, too. The tracer's doubts about branches are checked below.
             warnings.simplefilter("ignore")

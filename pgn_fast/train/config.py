@@ -57,7 +57,7 @@ class TrainConfig:
     fast: bool = True
     backend: str | None = None
 
-    # optimisation
+    # optimization
     opt: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.0
@@ -255,7 +255,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "full": {"lr": 1e-4, "weight_decay": 0.05},
 }
 
-# The published recipes, as far as they are known. The official PGN run also solarises a fifth of
+# The published recipes, as far as they are known. The official PGN run also solarizes a fifth of
 # its images, at an unknown threshold, and picks the model by test images: neither is done here.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

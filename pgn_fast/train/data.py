@@ -30,7 +30,7 @@ _FOLDERS = {
 
 
 class Images(Protocol):
-    """A list of labelled images, opened when they are asked for."""
+    """A list of labeled images, opened when they are asked for."""
 
     def __len__(self) -> int: ...
 

@@ -30,7 +30,7 @@ Transform = Callable[[Image.Image], Tensor]
 class Batch(NamedTuple):
     """B images that could be read, and the names of those that could not."""
 
-    images: Tensor  # (B, 3, H, W) float32, normalised
+    images: Tensor  # (B, 3, H, W) float32, normalized
     labels: Tensor  # (B,) int64; -1 where unknown
     indices: Tensor  # (B,) int64, into the split's images
     unreadable: list[str]  # "name: reason"
@@ -94,7 +94,7 @@ def _named_policy(aa: str | None) -> Iterator[None]:
 
 
 def eval_transform(pixels: dict[str, Any]) -> Transform:
-    """timm's evaluation transform: resize, centre crop, normalise."""
+    """timm's evaluation transform: resize, center crop, normalize."""
     from timm.data import create_transform
 
     return create_transform(**pixels)

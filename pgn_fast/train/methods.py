@@ -56,7 +56,7 @@ def deployment_library(
 
     Raises:
         UserError: no room for the prompts, no such patch embedding, a server that the canvas does
-            not survive, a pool over the patches of an enlarged canvas, or a normalisation that is
+            not survive, a pool over the patches of an enlarged canvas, or a normalization that is
             not the server's.
     """
     if config.deploy is None:
@@ -68,7 +68,7 @@ def deployment_library(
             if given != own:
                 raise UserError(
                     f"--{name} {' '.join(map(str, given))}: with --deploy rgb images are "
-                    f"normalised as the server does, by {' '.join(map(str, own))}. Leave it out."
+                    f"normalized as the server does, by {' '.join(map(str, own))}. Leave it out."
                 )
         rows, columns = backbone.patch_embed.grid_size
         layout = CanvasLayout.named(
@@ -97,7 +97,7 @@ def build_model(
     *,
     token_library: nn.Module | None = None,
 ) -> nn.Module:
-    """The model of ``config.method``, freshly initialised from torch's generator.
+    """The model of ``config.method``, freshly initialized from torch's generator.
 
     Args:
         backbone: from ``load_backbone``; "full" trains it.

@@ -128,7 +128,7 @@ class PatchEmbed(Arguments):
         *((name, pointer) for name in ("images", "weight", "bias", "pos", "out")),
         *((name, long) for name in ("stride_b", "stride_c", "stride_y", "stride_x")),
         *((name, integer) for name in ("B", "C", "H", "W", "p_h", "p_w", "D", "tokens", "first")),
-        *((name, boolean) for name in ("uint8", "normalise")),
+        *((name, boolean) for name in ("uint8", "normalize")),
         *((name, single * 64) for name in ("scale", "shift")),
     )
 

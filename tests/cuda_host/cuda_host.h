@@ -243,7 +243,7 @@ struct BarrierState {
 };
 inline std::map<Barrier*, BarrierState> barriers;
 inline BarrierState& state(Barrier* barrier) {
-  if (!barriers.count(barrier)) fail("a barrier that nobody initialised");
+  if (!barriers.count(barrier)) fail("a barrier that nobody initialized");
   return barriers[barrier];
 }
 inline void turn(BarrierState& b) {

@@ -103,7 +103,7 @@ def vpt(weights: dict[str, Tensor], config: dict[str, Any]) -> VisionTransformer
 
 
 class DINOHead(nn.Module):
-    """Three linear layers with GELU between, L2 normalisation, a linear layer without bias."""
+    """Three linear layers with GELU between, L2 normalization, a linear layer without bias."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()

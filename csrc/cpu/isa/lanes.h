@@ -64,7 +64,7 @@ inline float largest_of(Lanes lanes) {
 inline Lanes exp_of(Lanes x) {
   const Lanes lowest = all(-87.3f);
   const Lanes clamped = x < lowest ? lowest : x;
-  // truncation, so this rounds to nearest; adding and subtracting 1.5 * 2^23 would be optimised
+  // truncation, so this rounds to nearest; adding and subtracting 1.5 * 2^23 would be optimized
   // away
   const Ints rounded = __builtin_convertvector(clamped * 1.44269504f - 0.5f, Ints);
   const Lanes n = __builtin_convertvector(rounded, Lanes);
