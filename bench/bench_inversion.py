@@ -17,7 +17,7 @@ import torch
 from pgn_fast.inversion import GamutLibrary, PatchMap, RgbPrompter, invert_library
 from pgn_fast.inversion.rounding import FeedbackRounding
 from pgn_fast.ops import feedback_round
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 from pgn_fast.prompts import PromptGenerator
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

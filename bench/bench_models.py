@@ -39,7 +39,7 @@ from models_common import (
 )
 from torch import nn
 
-from pgn_fast.frozen.plan import FastOptions
+from pgn_fast.backbone.support import FastOptions
 
 B16, B32, L14 = "vit_base_patch16_224", "vit_base_patch32_224", "vit_large_patch14_clip_224"
 SHORT = [Case("deep", B16, 8, P) for P in (1, 10, 50, 100, 200)]

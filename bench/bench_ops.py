@@ -23,7 +23,7 @@ from pgn_fast.ops import (
     prompt_attention,
     prompted_patch_embed,
 )
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32

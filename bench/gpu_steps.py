@@ -217,7 +217,7 @@ def mix_prompts(bench: Bench) -> None:
 
 def backends(bench: Bench, op: str, *tensors: Tensor) -> list[str]:
     """The kernels of ``op`` that this machine runs; in a rehearsal all but the interpreted."""
-    from pgn_fast.ops.backends import BACKENDS, refusal
+    from pgn_fast.ops.dispatch import BACKENDS, refusal
 
     skipped = ("reference", "triton") if bench.tiny else ("reference",)
     return [b for b in BACKENDS if b not in skipped and refusal(b, op, *tensors) is None]

@@ -20,8 +20,8 @@ _EXPORTS = {
     "GamutLibrary": "inversion",
     "invert": "inversion",
     "from_pretrained": "adapters",
-    "capture": "frozen.capture",
-    "backends": "ops.backends",
+    "capture": "cuda_graphs",
+    "backends": "ops.dispatch",
 }
 _MODULES = ("adapters", "client", "inversion", "kernels", "models", "ops", "prompts", "reference")
 
@@ -29,13 +29,13 @@ __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
     from .adapters import from_pretrained as from_pretrained
-    from .frozen.capture import capture as capture
+    from .cuda_graphs import capture as capture
     from .inversion import GamutLibrary as GamutLibrary
     from .inversion import invert as invert
     from .models import PGN as PGN
     from .models import VPT as VPT
     from .models import PromptedViT as PromptedViT
-    from .ops.backends import backends as backends
+    from .ops.dispatch import backends as backends
     from .prompts import PromptGenerator as PromptGenerator
 
 

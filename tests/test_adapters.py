@@ -15,9 +15,10 @@ from small_world import MODEL, tiny_vit
 from torch import nn
 
 import pgn_fast
-from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, atomic, save_pretrained
-from pgn_fast.adapters.baselines import FineTuned, LinearProbe
+from pgn_fast import _files
+from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, save_pretrained
 from pgn_fast.errors import UserError
+from pgn_fast.models.baselines import FineTuned, LinearProbe
 
 IMAGES = torch.linspace(-2, 2, 3 * 3 * 16 * 16).reshape(3, 3, 16, 16).sin()
 
@@ -144,7 +145,7 @@ def save_and_die(model, folder, at):
 
             return call
 
-        atomic.os.fsync, atomic.os.replace = counted(os.fsync), counted(os.replace)
+        _files.os.fsync, _files.os.replace = counted(os.fsync), counted(os.replace)
         pgn_fast.adapters.save_pretrained(model, folder)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -183,7 +184,7 @@ def test_full_disk_leaves_the_old_adapter_whole(tmp_path, monkeypatch, at):
         if next(calls) == at:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic.os, "fsync", full)
+    monkeypatch.setattr(_files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         vpt(tiny_vit(), num_prompts=4).save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

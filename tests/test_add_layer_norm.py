@@ -8,7 +8,7 @@ from numerics import assert_matches, leaves64
 
 from pgn_fast.ops import add_layer_norm
 from pgn_fast.ops.add_layer_norm import with_rstd
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 
 BACKENDS = ["reference", "cpu", "triton", None]
 

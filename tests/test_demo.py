@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from pgn_fast import cli
+from pgn_fast.backbone.load import load_backbone
 from pgn_fast.demo import WEIGHTS, backbone, build, experiment, pretrain, pretraining_record
 from pgn_fast.demo.procedural import FAMILIES, NUM_CLASSES, ProceduralImages
 from pgn_fast.demo.recipes import RECIPES, Recipe, Result
 from pgn_fast.demo.report import Report, differences
-from pgn_fast.frozen.load import load_backbone
 
 
 def test_images_are_a_function_of_seed_and_step():

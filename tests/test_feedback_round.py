@@ -9,7 +9,7 @@ from torch import Tensor
 from pgn_fast import _native, reference
 from pgn_fast.inversion.rounding import FeedbackRounding
 from pgn_fast.ops import feedback_round
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 
 
 def problem(D: int, n: int, R: int) -> tuple[Tensor, FeedbackRounding, Tensor]:

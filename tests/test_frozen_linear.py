@@ -8,11 +8,11 @@ from numerics import assert_matches, leaves64
 from torch import nn
 
 from pgn_fast import reference
-from pgn_fast.frozen import packed
-from pgn_fast.frozen.fold import FrozenLinear
-from pgn_fast.frozen.packed import PackedLinear
+from pgn_fast.backbone import packed
+from pgn_fast.backbone.fold import FrozenLinear
+from pgn_fast.backbone.packed import PackedLinear
 from pgn_fast.ops import frozen_linear
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 
 BACKENDS = ["reference", "cpu", None]
 

@@ -12,7 +12,8 @@ import timm
 import torch
 from PIL import Image
 
-from pgn_fast.adapters import atomic, backbone_pixels
+from pgn_fast import _files
+from pgn_fast.adapters import backbone_pixels
 from pgn_fast.cli import main
 from pgn_fast.errors import UserError
 from pgn_fast.train.config import TrainConfig
@@ -168,7 +169,7 @@ def test_a_full_disk_leaves_the_older_files_whole(adapter, tmp_path, monkeypatch
     def fsync(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(_files.os, "fsync", fsync)
     assert main([*words, "2"]) == 1
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 

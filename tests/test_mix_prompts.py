@@ -10,7 +10,7 @@ from numerics import assert_matches, leaves64
 
 from pgn_fast import reference
 from pgn_fast.ops import mix_prompts
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
 

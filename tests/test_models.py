@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from pgn_fast import PGN, VPT, PromptedViT, PromptGenerator
-from pgn_fast.frozen.load import load_backbone
-from pgn_fast.models import POOLS, TOKEN_LOCATIONS
+from pgn_fast.backbone.load import load_backbone
+from pgn_fast.models.base import POOLS
+from pgn_fast.models.vpt import TOKEN_LOCATIONS
 from pgn_fast.prompts.pixels import LOCATIONS as PIXEL_LOCATIONS
 
 # name -> what about it is special; built small, see `backbone`

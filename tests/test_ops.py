@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pgn_fast import _C, _native
 from pgn_fast.ops import mix_prompts, prompt_attention, prompted_patch_embed
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 
 ROOT = Path(__file__).parents[1]
 needs_cpu_kernels = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""The house's rules that no other test holds: who may import whom, and what importing costs."""
+"""Rules that no other test holds: who may import whom, and what importing costs."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pgn_fast"
 
-# A room may import what stands behind it in this list, and its own files.
-ROOMS = [
+# A module may import what is listed after it in this list, and its own files.
+LAYERS = [
     {"cli"},
     {"train", "serve", "demo", "client"},
     {"tasks", "inversion", "adapters"},
     {"models"},
-    {"heads", "frozen", "prompts"},
+    {"prompts", "cuda_graphs"},
+    {"backbone"},
     {"ops"},
     {"reference", "kernels", "_native"},
     {"_C"},
-    {"errors", "atomic", "digits"},
+    {"errors", "_files", "digits"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # imports inside functions that close a circle on purpose, with the reason
 ALLOWED = {
-    ("models", "adapters"),  # save_pretrained is a method, its code is a room of its own
+    ("models", "adapters"),  # save_pretrained is a method, its code is a module of its own
     ("adapters", "inversion"),  # an adapter that was trained in gamut rebuilds its library
-    ("frozen", "demo"),  # load_backbone("pgn_demo_vit") reads the packaged weights
+    ("backbone", "demo"),  # load_backbone("pgn_demo_vit") reads the packaged weights
 }
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Top-level rooms of pgn_fast that a file imports, anywhere in it."""
+def imported_modules(path: Path) -> set[str]:
+    """Top-level modules of pgn_fast that a file imports, anywhere in it."""
     package = ("pgn_fast", *path.relative_to(PACKAGE).parent.parts)
-    rooms = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         targets: list[tuple[str, ...]] = []
         if isinstance(node, ast.Import):
@@ -45,8 +46,8 @@ def imported_rooms(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = (*base, *(node.module.split(".") if node.module else ()))
             targets = [(*module, alias.name) for alias in node.names]
-        rooms |= {t[1] for t in targets if t[0] == "pgn_fast" and len(t) > 1 and t[1] in LEVEL}
-    return rooms
+        modules |= {t[1] for t in targets if t[0] == "pgn_fast" and len(t) > 1 and t[1] in LEVEL}
+    return modules
 
 
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
@@ -54,11 +55,11 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert room in LEVEL, f"{room} has no place in the house: add it to ROOMS"
-    for other in imported_rooms(path) - {room}:
-        if (room, other) not in ALLOWED:
-            assert LEVEL[other] > LEVEL[room], f"{path.name} ({room}) imports {other}"
+    module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert module in LEVEL, f"{module} is not listed: add it to LAYERS"
+    for other in imported_modules(path) - {module}:
+        if (module, other) not in ALLOWED:
+            assert LEVEL[other] > LEVEL[module], f"{path.name} ({module}) imports {other}"
 
 
 def test_import_is_light():

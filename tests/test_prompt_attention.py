@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pgn_fast import reference
 from pgn_fast.ops import prompt_attention
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
 NAMES = ("q", "k", "v", "prompt_k", "prompt_v")

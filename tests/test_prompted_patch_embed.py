@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numerics import assert_matches, leaves64
 
 from pgn_fast.ops import mix_prompts, prompted_patch_embed
-from pgn_fast.ops.backends import refusal
+from pgn_fast.ops.dispatch import refusal
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)

@@ -18,7 +18,8 @@ import torch
 from small_world import MODEL, tiny_vit_kwargs, write_images
 
 import pgn_fast
-from pgn_fast.adapters import WEIGHTS_FILE, atomic, backbone_pixels, read_adapter
+from pgn_fast import _files
+from pgn_fast.adapters import WEIGHTS_FILE, backbone_pixels, read_adapter
 from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.train import checkpoints, data, loop
 from pgn_fast.train.config import METHODS, TrainConfig
@@ -115,7 +116,7 @@ def test_every_method_trains(world, tmp_path, method):
     }
     if method != "full":
         # the frozen backbone is the file's, to the bit: the same logits around a fresh copy
-        backbone = pgn_fast.frozen.load.load_backbone(MODEL, **tiny_vit_kwargs(world))
+        backbone = pgn_fast.backbone.load.load_backbone(MODEL, **tiny_vit_kwargs(world))
         model = pgn_fast.from_pretrained(tmp_path / "run" / "best", backbone)
         images = torch.stack(
             [
@@ -142,7 +143,7 @@ def test_training_learns_and_keeps_the_backbone(world, tmp_path):
 
 def quick_plot(output, history, title):
     """A file where the plot would be, in the time of a file."""
-    atomic.write_files({output / "learning_curve.png": b"plot"})
+    _files.write_files({output / "learning_curve.png": b"plot"})
 
 
 class Killed(BaseException):
@@ -158,7 +159,7 @@ def interrupt(monkeypatch, at):
             raise Killed
         os.rename(source, target)
 
-    monkeypatch.setattr(atomic.os, "replace", replace)
+    monkeypatch.setattr(_files.os, "replace", replace)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_full_disk_stops_and_loses_nothing(world, tmp_path, monkeypatch, at):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, "fsync", fsync)
+        patch.setattr(_files.os, "fsync", fsync)
         with pytest.raises(OSError, match="No space left"):
             loop.train(config, tmp_path / "full", device=CPU, show=False)
     for adapter in (p.parent for p in (tmp_path / "full").glob("*/adapter_model.safetensors")):

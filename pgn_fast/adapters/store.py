@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from .._files import write_files
+from ..backbone.load import DEMO_NAME, load_backbone
 from ..errors import UserError
-from ..frozen.load import DEMO_NAME, load_backbone
-from ..heads import KeptHead, ZeroShotHead, count_classes
 from ..inversion.gamut import GamutLibrary
 from ..models import PGN, VPT, PromptedViT
-from .atomic import write_files
-from .baselines import FineTuned, LinearProbe
+from ..models.baselines import FineTuned, LinearProbe
+from ..models.heads import KeptHead, ZeroShotHead, count_classes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

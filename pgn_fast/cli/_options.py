@@ -142,8 +142,8 @@ def load_adapter(args: argparse.Namespace) -> Any:
         UserError: no adapter, a damaged one, or a backbone that does not fit.
     """
     from ..adapters import from_pretrained, read_adapter
+    from ..backbone.load import load_backbone
     from ..errors import as_user_error
-    from ..frozen.load import load_backbone
 
     with as_user_error(TypeError, RuntimeError):
         if args.model is None and not args.model_kwargs:

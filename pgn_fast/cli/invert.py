@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def _analyze(args: argparse.Namespace) -> int:
     import torch
 
-    from ..frozen.load import load_backbone
+    from ..backbone.load import load_backbone
     from ..inversion import PatchMap, ServerSpec, analyze
     from ..train.methods import any_size
 
@@ -119,7 +119,7 @@ def _analyze(args: argparse.Namespace) -> int:
 
 
 def _invert(args: argparse.Namespace) -> int:
-    from ..adapters.atomic import write_files
+    from .._files import write_files
     from ..inversion import GamutLibrary, analyze, invert, verify
     from ..inversion.pictures import save_error_histogram, save_library, save_overview
 
@@ -200,7 +200,7 @@ def _load(args: argparse.Namespace, words: dict[str, Any]) -> Any:
         UserError: no such adapter, or a backbone of one size that would need more.
     """
     from ..adapters import read_adapter
-    from ..frozen.load import DEMO_NAME
+    from ..backbone.load import DEMO_NAME
     from ..train.methods import any_size
 
     config, _ = read_adapter(args.adapter)

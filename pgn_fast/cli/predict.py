@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
 
-    from ..adapters.atomic import write_files
+    from .._files import write_files
     from ..train.data import image_files
 
     images = image_files(args.images)

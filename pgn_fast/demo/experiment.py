@@ -24,10 +24,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters.baselines import LinearProbe
 from ..digits import split_digits
 from ..errors import TrainingStopped
 from ..models import PGN, VPT, PromptedViT
+from ..models.baselines import LinearProbe
 from . import PRETRAINED_CFG, backbone
 from .recipes import RECIPES, Recipe, Result
 

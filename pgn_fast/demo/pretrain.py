@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..adapters.atomic import write_files
+from .._files import write_files
 from . import PRETRAINED_CFG, RECORD, WEIGHTS, build
 from .procedural import FAMILIES, NUM_CLASSES, ProceduralImages
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..adapters.atomic import write_files
+from .._files import write_files
 from ..errors import TrainingStopped
 from .recipes import RECIPES, Recipe, Result
 

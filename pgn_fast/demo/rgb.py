@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.atomic import write_files
+from .._files import write_files
 from ..inversion import CanvasLayout, GamutLibrary, PatchMap, ServerSpec, invert, verify
 from ..inversion.pictures import save_overview
 from ..models import PGN

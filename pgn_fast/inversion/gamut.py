@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..frozen.schedule import PromptSchedule
+from ..backbone.schedule import PromptSchedule
 from .compensation import check_compensation
 from .errors import LayoutMismatchError, StaleInversionError
 from .jpeg import MARGIN as JPEG_MARGIN

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._register import register_op
-from .backends import select_kernel
+from .dispatch import select_kernel
 
 # What every kernel of this op gets and may rely on:
 #

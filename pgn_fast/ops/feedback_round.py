@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._register import register_op
-from .backends import select_kernel
+from .dispatch import select_kernel
 
 
 def feedback_round(

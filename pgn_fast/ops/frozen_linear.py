@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ._register import follow_autocast, register_op
-from .backends import select_kernel
+from .dispatch import select_kernel
 
 # What every kernel of this op gets and may rely on:
 #

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._register import follow_autocast, register_op
-from .backends import select_kernel, trains_in_plain_torch
+from .dispatch import select_kernel, trains_in_plain_torch
 
 ACTIVATIONS = ("softmax", "sigmoid")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._register import follow_autocast, register_op
-from .backends import select_kernel
+from .dispatch import select_kernel
 
 LARGEST_HEAD = 256  # the widest that the kernels hold
 

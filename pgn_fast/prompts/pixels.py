@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .visual import initial_range
+from .learned import initial_range
 
 # ImageNet's mean and standard deviation of red, green and blue
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,7 +12,7 @@ import uvicorn
 from timm.data import resolve_data_config
 from torch import nn
 
-from ..frozen.load import load_backbone
+from ..backbone.load import load_backbone
 from .app import create_app
 from .model import ServedModel
 from .preprocess import Preprocessing

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..adapters.atomic import write_files
+from .._files import write_files
 from ..errors import UserError
 
 FILE = "checkpoint.pt"

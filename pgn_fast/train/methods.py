@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.baselines import FineTuned, LinearProbe
+from ..backbone.eager import rows_read
+from ..backbone.load import DEMO_NAME, load_backbone
 from ..errors import UserError, as_user_error
-from ..frozen.load import DEMO_NAME, load_backbone
-from ..frozen.reference import rows_read
 from ..inversion import CanvasLayout, GamutLibrary, PatchMap, ServerSpec
 from ..models import PGN, VPT
+from ..models.baselines import FineTuned, LinearProbe
 from .config import TrainConfig
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ..adapters.atomic import write_files
+from .._files import write_files
 from ..errors import UserError
 
 # one row an epoch; losses in nats, top-1 in percent, time in seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_frozen_works_with import backbone
+from test_backbone_works_with import backbone
 from torch.utils.flop_counter import FlopCounterMode
 
 import pgn_fast

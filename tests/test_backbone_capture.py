@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_frozen_works_with import pgn, relative, vpt
+from test_backbone_works_with import pgn, relative, vpt
 from torch import Tensor, nn
 
 import pgn_fast

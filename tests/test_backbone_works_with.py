@@ -9,14 +9,14 @@ import socket
 import pytest
 import timm
 import torch
-from test_frozen_exact import randomize
+from test_backbone_exact import randomize
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pgn_fast
-from pgn_fast.frozen import blocks
-from pgn_fast.frozen.plan import FastOptions
-from pgn_fast.frozen.trunk import FastTrunk
+from pgn_fast.backbone import blocks
+from pgn_fast.backbone.engine import FastBackbone
+from pgn_fast.backbone.support import FastOptions
 
 
 def backbone(**kwargs) -> nn.Module:
@@ -184,15 +184,15 @@ def test_backbones_made_differently(options: dict, size: tuple[int, int]) -> Non
 
 def test_folded_weights_follow_the_backbone() -> None:
     model, images = vpt(), torch.randn(2, 3, 32, 32)
-    trunk = model.trunk
+    engine = model.engine
 
     def agrees() -> bool:
         like = images.to(model.backbone.pos_embed.dtype)
         return relative(model(like), model.forward_reference(like)) <= 5e-6
 
     assert agrees()
-    folded = trunk._folded[torch.float32][0].qkv.weight
-    assert agrees() and trunk._folded[torch.float32][0].qkv.weight is folded
+    folded = engine._folded[torch.float32][0].qkv.weight
+    assert agrees() and engine._folded[torch.float32][0].qkv.weight is folded
     with torch.no_grad():
         model.backbone.blocks[1].mlp.fc1.weight.mul_(1.5)
     assert agrees()
@@ -201,7 +201,7 @@ def test_folded_weights_follow_the_backbone() -> None:
     model.double()
     assert agrees()
     twin = copy.deepcopy(model)
-    assert twin.trunk.backbone is twin.backbone is not model.backbone
+    assert twin.engine.backbone is twin.backbone is not model.backbone
     with torch.no_grad():
         twin.backbone.blocks[0].norm2.bias.add_(1)
     assert relative(twin(images.double()), model(images.double())) > 1e-3
@@ -212,22 +212,22 @@ def test_folded_weights_follow_the_backbone() -> None:
 
 def test_changed_blocks_go_the_reference_path() -> None:
     model, images = vpt(), torch.randn(2, 3, 32, 32)
-    assert model.trunk.refusal is None
+    assert model.engine.refusal is None
     seen = []
     handle = model.backbone.blocks[0].attn.register_forward_hook(lambda *args: seen.append(1))
-    assert "hook" in model.trunk.refusal
+    assert "hook" in model.engine.refusal
     model(images)
     assert seen
     handle.remove()
-    assert model.trunk.refusal is None
+    assert model.engine.refusal is None
     model.backbone.blocks[1].attn.qkv = nn.Sequential(model.backbone.blocks[1].attn.qkv)
-    assert "attn.qkv is a Sequential" in model.trunk.refusal
+    assert "attn.qkv is a Sequential" in model.engine.refusal
     assert torch.equal(model(images), model.forward_reference(images))
     vit = backbone()
     vit.blocks[0].attn.forward = lambda x, **_: x
-    assert "forward of attn was replaced" in FastTrunk(vit).refusal
+    assert "forward of attn was replaced" in FastBackbone(vit).refusal
     model.backbone.requires_grad_(True)
-    assert "require a gradient" in model.trunk.refusal
+    assert "require a gradient" in model.engine.refusal
 
 
 def test_engine_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_engine_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "hidden", lambda *args, **options: 1.01 * right(*args, **options))
     with pytest.raises(RuntimeError, match="differs from timm's own blocks by"):
         vpt()
-    assert vpt(False).trunk is None
+    assert vpt(False).engine is None
 
 
 def test_backbone_is_not_changed() -> None:
@@ -273,8 +273,8 @@ def _bytes_kept(model: nn.Module, images: Tensor) -> int:
     """Bytes that autograd keeps for backward, weights aside."""
     model(images)  # folds
     weights = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
-    if model.trunk is not None:
-        for block in model.trunk._folded[torch.float32]:
+    if model.engine is not None:
+        for block in model.engine._folded[torch.float32]:
             weights |= {t.untyped_storage().data_ptr() for t in block.tensors()}
     kept = {}
 
@@ -293,7 +293,7 @@ def _bytes_kept(model: nn.Module, images: Tensor) -> int:
 def test_memory_names_are_checked() -> None:
     with pytest.raises(ValueError, match="memory takes 'fast', 'balanced', 'min', got 'tiny'"):
         vpt("tiny")
-    assert isinstance(FastTrunk(backbone()).options, FastOptions)
+    assert isinstance(FastBackbone(backbone()).options, FastOptions)
 
 
 def _another_embedding(vit: nn.Module) -> None:
@@ -315,9 +315,9 @@ def _overlapping_patches(vit: nn.Module) -> None:
 def test_a_changed_embedding_runs_by_its_own_code(change) -> None:
     model, images = vpt(), torch.randn(2, 3, 32, 32)
     before = model(images)
-    assert model.trunk.embed_refusal is None
+    assert model.engine.embed_refusal is None
     change(model.backbone)
-    assert model.trunk.embed_refusal is not None
+    assert model.engine.embed_refusal is not None
     after = model(images)
     assert relative(after, model.forward_reference(images)) <= 2e-6
     assert relative(after, before) > 1e-3

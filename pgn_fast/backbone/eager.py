@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .images import normalized
+from .inputs import normalized
 from .schedule import Position, PromptSchedule
 
 
-def encode_reference(
+def encode_eager(
     backbone: VisionTransformer,
     images: Tensor,
     schedule: PromptSchedule,

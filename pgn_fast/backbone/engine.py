@@ -1,6 +1,6 @@
 """The engine: a frozen ViT with prompts, without the work that no output and no gradient needs.
 
-The same numbers as ``reference.encode_reference``, up to rounding. Attention does not depend on
+The same numbers as ``reference.encode_eager``, up to rounding. Attention does not depend on
 the order of its keys, so prompts that stay in the sequence stand behind the patches in here,
 wherever the schedule puts them; the order is restored at the end if anybody reads it.
 """
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import backends, prompted_patch_embed
+from ..ops import dispatch, prompted_patch_embed
 from ..ops.prompt_attention import LARGEST_HEAD
-from . import blocks, memory, packed, plan
+from . import blocks, packed, recompute, support
+from .eager import embed, encode_eager, prefix_tokens, remove_prompts
 from .fold import BlockWeights, fold_block, live_block
-from .images import mean_and_std
+from .inputs import mean_and_std
 from .packed import PackedLinear
-from .plan import FastOptions
-from .reference import embed, encode_reference, prefix_tokens, remove_prompts
 from .schedule import PromptSchedule
+from .support import FastOptions
 
 # rows up to which an absorbed last block is cheaper than its key and value projections: M h D
 # against D^2 multiplications a token, with room for the smaller matrices
@@ -41,8 +41,8 @@ def encode_plainly(
     rows: int | None = None,
     prompts_read: bool = True,
 ) -> Tensor:
-    """``encode_reference`` with the arguments of ``FastTrunk.encode``."""
-    tokens = encode_reference(backbone, images, schedule, rows=rows)
+    """``encode_eager`` with the arguments of ``FastBackbone.encode``."""
+    tokens = encode_eager(backbone, images, schedule, rows=rows)
     if prompts_read or rows is not None:
         return tokens
     left = schedule.num_prompts_left
@@ -64,7 +64,7 @@ class BlockStep:
     rows: int | None = None
 
 
-class FastTrunk:
+class FastBackbone:
     """Runs a frozen timm vision transformer with prompts.
 
     The backbone is only read. Folded copies of its weights are made at the first call for each
@@ -94,8 +94,8 @@ class FastTrunk:
     def _forget(self) -> None:
         self._modules = list(self.backbone.modules())
         self._key: tuple[Any, ...] | None = None
-        self._refusal = plan.refusal(self.backbone)
-        self._embed_refusal = self._refusal or plan.embed_refusal(self.backbone)
+        self._refusal = support.refusal(self.backbone)
+        self._embed_refusal = self._refusal or support.embed_refusal(self.backbone)
         self._backends: dict[tuple[str, torch.dtype], str] = {}
         self._fused = self._dtypes_with_a_kernel()
         self._folded: dict[torch.dtype, list[BlockWeights]] = {}
@@ -133,7 +133,7 @@ class FastTrunk:
         }
         schedule = PromptSchedule("append", layers)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            expected = encode_reference(backbone, images, schedule, rows=1).double()
+            expected = encode_eager(backbone, images, schedule, rows=1).double()
             actual = self.encode(images, schedule, rows=1).double()
         error = float((actual - expected).abs().max() / expected.abs().max())
         if error > min(1000 * torch.finfo(self.dtype).eps, 0.2):
@@ -146,11 +146,11 @@ class FastTrunk:
         """In which dtypes a kernel of this package runs attention with prompts."""
         if self.backend == "reference":
             return set()
-        candidates = backends.PREFERENCE["prompt_attention"].get(self.device.type, ())
+        candidates = dispatch.PREFERENCE["prompt_attention"].get(self.device.type, ())
         found = set()
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             like = torch.empty(0, dtype=dtype, device=self.device)
-            refusals = (backends.refusal(name, "prompt_attention", like) for name in candidates)
+            refusals = (dispatch.refusal(name, "prompt_attention", like) for name in candidates)
             if self.backend is not None or None in refusals:
                 found.add(dtype)
         return found
@@ -160,9 +160,9 @@ class FastTrunk:
         "reference": plain torch, which compilers see through."""
         if (op, dtype) not in self._backends:
             like = torch.empty(0, dtype=dtype, device=self.device)
-            fastest = backends.PREFERENCE[op].get(self.device.type, ())
+            fastest = dispatch.PREFERENCE[op].get(self.device.type, ())
             candidates = (self.backend, *fastest) if self.backend else fastest
-            runs = (name for name in candidates if backends.refusal(name, op, like) is None)
+            runs = (name for name in candidates if dispatch.refusal(name, op, like) is None)
             self._backends[op, dtype] = next(runs, "reference")
         return self._backends[op, dtype]
 
@@ -170,10 +170,10 @@ class FastTrunk:
     def refusal(self) -> str | None:
         """Why the reference path runs instead of this engine; None where the engine runs."""
         if not torch.compiler.is_compiling():
-            key = plan.state_key(self._modules)
+            key = support.state_key(self._modules)
             if key != self._key:
                 self._forget()
-                self._key = plan.state_key(self._modules)
+                self._key = support.state_key(self._modules)
         return self._refusal
 
     @property
@@ -181,7 +181,7 @@ class FastTrunk:
         """Why timm's own code embeds the images; None where one op can."""
         # looked at anew: a replaced method or another size leaves no trace in the modules
         if not torch.compiler.is_compiling() and self._refusal is None:
-            self._embed_refusal = plan.embed_refusal(self.backbone)
+            self._embed_refusal = support.embed_refusal(self.backbone)
         return self._embed_refusal
 
     def encode(
@@ -192,7 +192,7 @@ class FastTrunk:
         rows: int | None = None,
         prompts_read: bool = True,
     ) -> Tensor:
-        """Images and prompts to tokens after the final norm; see ``encode_reference``.
+        """Images and prompts to tokens after the final norm; see ``encode_eager``.
 
         Args:
             images: normalized images (B, C, H, W), or uint8 ones.
@@ -324,7 +324,7 @@ class FastTrunk:
         def run(x: Tensor) -> Tensor:
             if step.rows is not None and self._absorbs(i, step.rows, rope):
                 o = blocks.attend_absorbed(w, x, step.rows, step.prompts)
-                return memory.finish_block(w, x[:, : step.rows], o, trade)
+                return recompute.finish_block(w, x[:, : step.rows], o, trade)
             keys, alone = None, False
             if step.prompts is None:
                 M = self._rows_out(step, x.shape[1], num_tokens)
@@ -346,10 +346,10 @@ class FastTrunk:
             q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
             backend = self.backend if alone else self.backend_for("prompt_attention", q.dtype)
             o = blocks.attend(w, q, k, v, keys, self._fuses(q, alone), backend)
-            return memory.finish_block(w, x[:, :M], o, trade)
+            return recompute.finish_block(w, x[:, :M], o, trade)
 
         again = trade == "min" and torch.is_grad_enabled()
-        x = memory.run_again(run, x) if again else run(x)
+        x = recompute.run_again(run, x) if again else run(x)
         return x[:, :num_tokens] if step.keys_only else x
 
     def _fuses(self, like: Tensor, prompts_alone: bool) -> bool:
@@ -360,7 +360,7 @@ class FastTrunk:
         if prompts_alone:
             return like.dtype in self._fused
         return (
-            like.device.type in backends.BEATS_PLAIN_ATTENTION
+            like.device.type in dispatch.BEATS_PLAIN_ATTENTION
             and self.backend_for("prompt_attention", like.dtype) != "reference"
         )
 
@@ -374,7 +374,7 @@ class FastTrunk:
         return (
             self.options.absorb
             and rows <= ABSORB_ROWS
-            and plan.absorb_refusal(block, rope is not None) is None
+            and support.absorb_refusal(block, rope is not None) is None
         )
 
     def _keys_values(self, i: int, w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor]:

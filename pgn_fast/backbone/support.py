@@ -1,7 +1,7 @@
 """What a frozen ViT is made of, and which exact savings are valid for it.
 
 The fast path computes timm's blocks by its own code, so it takes only blocks that it knows to the
-last module; everything else runs by ``reference.encode_reference``, and ``refusal`` says why.
+last module; everything else runs by ``reference.encode_eager``, and ``refusal`` says why.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from pgn_fast.frozen.plan import FastOptions
-from pgn_fast.frozen.reference import encode_reference
-from pgn_fast.frozen.schedule import PromptSchedule
-from pgn_fast.frozen.trunk import FastTrunk
+from pgn_fast.backbone.eager import encode_eager
+from pgn_fast.backbone.engine import FastBackbone
+from pgn_fast.backbone.schedule import PromptSchedule
+from pgn_fast.backbone.support import FastOptions
 
 SMALL = {"depth": 3, "num_classes": 0, "embed_dim": 24, "num_heads": 3, "img_size": 32}
 OFF = FastOptions(
@@ -67,10 +67,10 @@ def compare(
     tolerance: float = 1e-10,
 ) -> None:
     leaves = list(schedule.layers.values())
-    expected = encode_reference(backbone, images, schedule, rows=rows)
-    trunk = FastTrunk(backbone, options)
-    assert trunk.refusal is None
-    actual = trunk.encode(images, schedule, rows=rows)
+    expected = encode_eager(backbone, images, schedule, rows=rows)
+    engine = FastBackbone(backbone, options)
+    assert engine.refusal is None
+    actual = engine.encode(images, schedule, rows=rows)
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
     weight = torch.randn(expected.shape[1:], dtype=expected.dtype)
@@ -80,8 +80,8 @@ def compare(
         assert b.abs().max() > 0
         assert (a - b).abs().max() <= tolerance * b.abs().max()
     with torch.no_grad():
-        inferred = trunk.encode(images, schedule, rows=rows)
-        again = trunk.encode(images, schedule, rows=rows)
+        inferred = engine.encode(images, schedule, rows=rows)
+        again = engine.encode(images, schedule, rows=rows)
     assert (inferred - expected).abs().max() <= tolerance * expected.abs().max()
     assert torch.equal(inferred, again)
 

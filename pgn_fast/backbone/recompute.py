@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ..ops.add_layer_norm import backward as add_layer_norm_backward
 from . import blocks
 from .fold import BlockWeights
-from .plan import Memory
+from .support import Memory
 
 
 def finish_block(w: BlockWeights, x: Tensor, o: Tensor, memory: Memory) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import frozen_linear
-from .plan import FastOptions
+from .support import FastOptions
 
 _QUICK_GELU = 1.702
 

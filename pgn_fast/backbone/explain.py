@@ -6,42 +6,42 @@ from collections.abc import Iterator
 
 import torch
 
-from ..ops import backends
-from . import packed, plan
+from ..ops import dispatch
+from . import packed, support
+from .engine import ABSORB_ROWS, FastBackbone
 from .schedule import PromptSchedule
-from .trunk import ABSORB_ROWS, FastTrunk
 
 _NOT_WANTED = "switched off"
 
 
 def explain(
-    trunk: FastTrunk | None, schedule: PromptSchedule, rows: int | None, prompts_read: bool
+    engine: FastBackbone | None, schedule: PromptSchedule, rows: int | None, prompts_read: bool
 ) -> str:
     """A short text about one model.
 
     Args:
-        trunk: the engine; None where the model was built without it.
+        engine: the engine; None where the model was built without it.
         schedule: which prompts enter where; only the shapes are looked at.
         rows: how many leading tokens the head reads; None all.
         prompts_read: whether the head reads prompts.
     """
-    if trunk is None:
+    if engine is None:
         return "Frozen backbone: timm's own blocks and torch.cat, no savings (fast=False)."
-    backbone = trunk.backbone
-    if trunk.refusal is not None:
+    backbone = engine.backbone
+    if engine.refusal is not None:
         return (
             f"Frozen backbone: timm's own blocks and torch.cat, no savings, because "
-            f"{trunk.refusal}; the engine takes nothing that it does not know to the last module."
+            f"{engine.refusal}; the engine takes nothing that it does not know to the last module."
         )
     lines = [f"Frozen backbone: {type(backbone).__name__} of {len(backbone.blocks)} blocks."]
-    for name, does, reason in _savings(trunk, schedule, rows, prompts_read):
+    for name, does, reason in _savings(engine, schedule, rows, prompts_read):
         lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
-    lines.append(f"  memory={trunk.options.memory!r}: {_MEMORY[trunk.options.memory]}")
+    lines.append(f"  memory={engine.options.memory!r}: {_MEMORY[engine.options.memory]}")
     for op, what in _OPS.items():
-        name = trunk.backend_for(op, trunk.dtype)
+        name = engine.backend_for(op, engine.dtype)
         lines.append(f"  {what}: {'plain torch' if name == 'reference' else f'backend {name}'}")
-    runs = backend_of("prompt_attention", trunk.device, trunk.dtype, trunk.backend)
-    if trunk.device.type in backends.BEATS_PLAIN_ATTENTION:
+    runs = backend_of("prompt_attention", engine.device, engine.dtype, engine.backend)
+    if engine.device.type in dispatch.BEATS_PLAIN_ATTENTION:
         lines.append(f"  attention: {runs}")
     elif _keys_and_values_only(schedule, len(backbone.blocks)):
         lines.append(f"  attention with prompts: {runs}")
@@ -65,10 +65,10 @@ _MEMORY = {
 
 
 def _savings(
-    trunk: FastTrunk, schedule: PromptSchedule, rows: int | None, prompts_read: bool
+    engine: FastBackbone, schedule: PromptSchedule, rows: int | None, prompts_read: bool
 ) -> Iterator[tuple[str, str, str | None]]:
     """Name, what it does here, and why it is off or None."""
-    options, depth = trunk.options, len(trunk.backbone.blocks)
+    options, depth = engine.options, len(engine.backbone.blocks)
     off = lambda wanted, reason=None: reason if wanted else _NOT_WANTED
     tokens = schedule.position != "add" and bool(schedule.layers)
 
@@ -82,12 +82,12 @@ def _savings(
         off(options.kv_only, reason),
     )
 
-    few = rows is not None and not (prompts_read and rows > trunk.backbone.num_prefix_tokens)
+    few = rows is not None and not (prompts_read and rows > engine.backbone.num_prefix_tokens)
     reason = None if few else "the pooling reads all tokens"
     yield "last_rows", f"block {depth - 1} computes {rows} row(s)", off(options.last_rows, reason)
 
-    rope = getattr(trunk.backbone, "rope", None) is not None
-    reason = reason or plan.absorb_refusal(trunk.backbone.blocks[-1], rope)
+    rope = getattr(engine.backbone, "rope", None) is not None
+    reason = reason or support.absorb_refusal(engine.backbone.blocks[-1], rope)
     if reason is None and rows is not None and rows > ABSORB_ROWS:
         reason = f"{rows} rows are read, it pays up to {ABSORB_ROWS}"
     yield (
@@ -100,23 +100,23 @@ def _savings(
     first = schedule.first if tokens else 0
     yield "first", f"no gradient below the prompts of block {first}", off(options.first, reason)
 
-    extra = trunk.extra_bytes() / 1e6
+    extra = engine.extra_bytes() / 1e6
     yield (
         "fold",
         f"norms, LayerScale and attention scale are in the weights (+{extra:.1f} MB)",
         off(options.fold),
     )
     yield "biases", "value biases are moved, dead key biases dropped", off(options.biases)
-    copy = trunk.matrix_bytes() / 1e6
+    copy = engine.matrix_bytes() / 1e6
     yield (
         "packed",
         f"frozen weights are packed for {packed.library()}'s products (+{copy:.1f} MB for each "
         "direction)",
-        off(options.packed, trunk.packed_refusal(trunk.dtype)),
+        off(options.packed, engine.packed_refusal(engine.dtype)),
     )
-    reason = trunk.embed_refusal
-    if trunk.backend_for("prompted_patch_embed", trunk.dtype) == "reference":
-        reason = reason or f"no kernel runs it in {trunk.dtype} on {trunk.device.type}"
+    reason = engine.embed_refusal
+    if engine.backend_for("prompted_patch_embed", engine.dtype) == "reference":
+        reason = reason or f"no kernel runs it in {engine.dtype} on {engine.device.type}"
     yield (
         "embed",
         "patches, prefix and position embedding are computed in one op",
@@ -135,8 +135,8 @@ def _keys_and_values_only(schedule: PromptSchedule, depth: int) -> set[int]:
 def backend_of(op: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
     """Which backend runs an op on such tensors, in words; of a named one that cannot, why."""
     like = torch.empty(0, dtype=dtype, device=device)
-    for name in (backend,) if backend else backends.PREFERENCE[op].get(device.type, ()):
-        reason = backends.refusal(name, op, like)
+    for name in (backend,) if backend else dispatch.PREFERENCE[op].get(device.type, ()):
+        reason = dispatch.refusal(name, op, like)
         if reason is None and name != "reference":
             return f"backend {name}"
         if reason is not None and backend:

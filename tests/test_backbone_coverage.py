@@ -8,13 +8,13 @@ import re
 import pytest
 import timm
 import torch
-from test_frozen_exact import randomize
+from test_backbone_exact import randomize
 from torch import nn
 
 import pgn_fast
-from pgn_fast.frozen.reference import pool
-from pgn_fast.frozen.schedule import PromptSchedule
-from pgn_fast.frozen.trunk import FastTrunk
+from pgn_fast.backbone.eager import pool
+from pgn_fast.backbone.engine import FastBackbone
+from pgn_fast.backbone.schedule import PromptSchedule
 
 TIER_1 = """
     vit_tiny_patch16_224 vit_small_patch16_224 vit_base_patch16_224 vit_large_patch16_224
@@ -68,14 +68,14 @@ def tiny(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", TIER_1.split() + TIER_2.split())
 def test_backbone_runs_on_the_engine(name: str) -> None:
     backbone = tiny(name)
-    assert FastTrunk(backbone).refusal is None
+    assert FastBackbone(backbone).refusal is None
     check_numbers(backbone)
 
 
 @pytest.mark.parametrize("name", BY_REFERENCE)
 def test_unknown_blocks_run_by_the_reference(name: str) -> None:
     backbone = tiny(name)
-    assert BY_REFERENCE[name] in (FastTrunk(backbone).refusal or "")
+    assert BY_REFERENCE[name] in (FastBackbone(backbone).refusal or "")
     check_numbers(backbone)
 
 
@@ -85,7 +85,7 @@ def check_numbers(backbone: nn.Module) -> None:
     with torch.no_grad():
         own = backbone.forward_features(images)
         for position in ("append", "prepend"):
-            tokens = FastTrunk(backbone).encode(images, PromptSchedule(position, {0: none}))
+            tokens = FastBackbone(backbone).encode(images, PromptSchedule(position, {0: none}))
             assert_close(tokens, own, 1e-9)
 
     generator = nn.Sequential(nn.Flatten(), nn.LazyLinear(3 * 8)).double()

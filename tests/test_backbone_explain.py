@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from test_frozen_works_with import backbone, relative, vpt
+from test_backbone_works_with import backbone, relative, vpt
 
 import pgn_fast
-from pgn_fast.frozen import packed
-from pgn_fast.frozen.plan import FastOptions
-from pgn_fast.ops import backends
+from pgn_fast.backbone import packed
+from pgn_fast.backbone.support import FastOptions
+from pgn_fast.ops import dispatch
 
 
 def line(text: str, name: str) -> str:
@@ -33,7 +33,7 @@ def test_ops_are_named_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     named = pgn_fast.VPT(backbone(), 5, num_prompts=3, backend="reference").explain()
     assert "attention: plain torch" in named
     assert "matrix products: backend cpu" in vpt().explain()
-    monkeypatch.setattr(backends, "BEATS_PLAIN_ATTENTION", ())
+    monkeypatch.setattr(dispatch, "BEATS_PLAIN_ATTENTION", ())
     assert "attention with prompts: backend cpu" in vpt().explain()
     shallow = pgn_fast.VPT(backbone(depth=3), 5, num_prompts=2, deep=False).explain()
     assert "attention" not in shallow.partition("memory=")[2]
@@ -67,12 +67,12 @@ def test_reasons() -> None:
 
 
 def test_fold_says_its_memory() -> None:
-    trunk = vpt().trunk
+    engine = vpt().engine
     D, H, depth = 64, 256, 2
     matrices = 3 * D * D + D * D + 2 * D * H  # LayerScale is in the output weights, too
     vectors = D + D + H + D + 2 * D  # q bias, and zeros kept for keys and values
-    assert trunk.extra_bytes() == 4 * depth * (matrices + vectors)
-    assert vpt(FastOptions(fold=False, biases=False)).trunk.extra_bytes() == 0
+    assert engine.extra_bytes() == 4 * depth * (matrices + vectors)
+    assert vpt(FastOptions(fold=False, biases=False)).engine.extra_bytes() == 0
 
 
 @pytest.mark.skipif(
@@ -92,7 +92,7 @@ def test_packed_weights_change_nothing() -> None:
             strict=True,
         )
         assert all(relative(a, b) <= 5e-6 for a, b in pairs)
-    linear = model.trunk._folded[torch.float32][0].fc1
+    linear = model.engine._folded[torch.float32][0].fc1
     matrices = 2 * (4 * 64 * 64 + 2 * 64 * 256)  # two blocks of D = 64
     assert f"+{4e-6 * matrices:.1f} MB for each direction" in model.explain()
     kept = {4 * 17, 8 * 17} if packed.library() == "mkl" else {0}  # the last two, or any

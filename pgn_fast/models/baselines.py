@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..heads import linear_head
+from .heads import linear_head
 
 
 def _classify(head: nn.Module, pooled: Tensor) -> Tensor:

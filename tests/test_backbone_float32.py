@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from test_frozen_exact import randomize
-from test_frozen_works_with import gradients, relative
+from test_backbone_exact import randomize
+from test_backbone_works_with import gradients, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pgn_fast
-from pgn_fast.frozen.plan import FastOptions
-from pgn_fast.frozen.schedule import PromptSchedule
+from pgn_fast.backbone.schedule import PromptSchedule
+from pgn_fast.backbone.support import FastOptions
 from pgn_fast.ops import onednn, prompted_patch_embed
 
 
@@ -49,7 +49,7 @@ def test_equals_timm(name: str) -> None:
     none = torch.zeros(0, backbone.embed_dim)
     vpt = pgn_fast.VPT(backbone, 5, num_prompts=10)
     with torch.no_grad():
-        tokens = vpt.trunk.encode(images, PromptSchedule("append", {0: none}))
+        tokens = vpt.engine.encode(images, PromptSchedule("append", {0: none}))
         assert relative(tokens, backbone.forward_features(images)) <= 1e-5
     for model in (vpt, pgn_fast.PGN(backbone, 5, num_prompts=4, library_size=16)):
         logits, expected = model(images), model.forward_reference(images)
@@ -96,7 +96,7 @@ def test_large_products_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quick_gelu_is_folded() -> None:
     model = pgn_fast.VPT(wide("vit_base_patch32_clip_quickgelu_224"), 5, num_prompts=3)
-    acts = {type(w.act) for w in model.trunk._weights(torch.float32)}
+    acts = {type(w.act) for w in model.engine._weights(torch.float32)}
     assert acts == {torch.nn.SiLU}
 
 

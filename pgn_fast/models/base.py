@@ -1,0 +1,305 @@
+"""Frozen vision transformers with prompts: ``PGN``, ``VPT`` and what both are, ``PromptedViT``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from numbers import Integral
+from os import PathLike
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..backbone.eager import pool, pool_mean, rows_read
+from ..backbone.engine import FastBackbone, encode_plainly
+from ..backbone.explain import backend_of, explain
+from ..backbone.schedule import PromptSchedule
+from ..backbone.support import FastOptions
+from ..ops.dispatch import BACKENDS
+from ..prompts import PromptGenerator
+from .heads import KeptHead, count_classes, linear_head, trained_dtype
+
+POOLS = ("original", "img_pool", "prompt_pool", "imgprompt_pool")
+
+
+class PromptedViT(nn.Module):
+    """A frozen timm vision transformer, something that makes prompts for it, and a head.
+
+    Images (B, C, H, W), normalized as the backbone wants them, to logits (B, num_classes); uint8
+    images are normalized by the backbone's own mean and standard deviation. Built by ``PGN`` or
+    ``VPT``. Only the prompter and the head are trained; the backbone stays in eval mode
+    and without gradients, and ``train()`` does not change that.
+
+    The trained parts are float32, also on a half-precision backbone (float64 on a float64 one).
+
+    Attributes:
+        backbone: the frozen transformer.
+        prompter: ``PromptGenerator``, ``VisualPrompts`` or ``PixelPrompts``.
+        head: a module from pooled features (B, D) to logits.
+        config: the constructor's values, by their names; the class embeddings are in the head.
+        backend: which backend the ops run on; None is the fastest.
+        class_names: of the logits, in their order, where a loaded adapter knew them; else None.
+        engine: runs the backbone with exact savings; None: timm's own blocks run it.
+    """
+
+    _head_init = "torch"
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        prompter: nn.Module,
+        head: nn.Module,
+        *,
+        config: Mapping[str, Any],
+        pool: str = "original",
+        backend: str | None = None,
+        fast: bool | str | Mapping[str, Any] | FastOptions = True,
+    ) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        like = next(backbone.parameters())
+        self.prompter: Any = prompter.to(like.device, trained_dtype(like.dtype))
+        self.head = head
+        self.class_names: Sequence[str] | None = None  # in label order, where an adapter knew them
+        self.config = {**config, "num_classes": count_classes(head, config["num_classes"])}
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"backend={backend!r}; known: {', '.join(BACKENDS)}, or None")
+        self.pool = pool
+        self.backend = backend
+        options = FastOptions.of(fast)
+        self.engine = None if options is None else FastBackbone(backbone, options, backend)
+        if isinstance(fast, FastOptions):
+            self.config["fast"] = asdict(fast)
+        self.train()
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the width of the backbone's tokens."""
+        return self.backbone.embed_dim
+
+    @property
+    def num_prompts(self) -> int:
+        """P, prompt tokens per block, as the constructor was told."""
+        return self.config["num_prompts"]
+
+    @property
+    def num_classes(self) -> int:
+        """C, the length of the logits; 0 without a head, or where a given module does not say."""
+        return self.config["num_classes"]
+
+    @property
+    def num_features(self) -> int:
+        """The width of the pooled features that the head reads."""
+        return self.backbone.num_features
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """timm's facts about the backbone's weights: input size, mean, standard deviation."""
+        return getattr(self.backbone, "pretrained_cfg", None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes)."""
+        images, schedule = self._prompted(images, self.backend)
+        reads = self._reads_prompts()
+        tokens = self._encode(images, schedule, self._rows_read(), reads)
+        return self._classify(tokens, schedule.num_prompts_left if reads else 0)
+
+    def forward_reference(self, images: Tensor) -> Tensor:
+        """The same logits by timm's own blocks, ``torch.cat`` and plain torch ops."""
+        images, schedule = self._prompted(images, "reference")
+        reads, rows = self._reads_prompts(), self._rows_read()
+        tokens = encode_plainly(self.backbone, images, schedule, rows=rows, prompts_read=reads)
+        return self._classify(tokens, schedule.num_prompts_left if reads else 0)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) to tokens after the final norm, prompts removed: (B, S + N, D)."""
+        images, schedule = self._prompted(images, self.backend)
+        return self._encode(images, schedule, prompts_read=False)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens of ``forward_features`` to logits, or to pooled features (B, D)."""
+        if self.pool not in ("original", "img_pool"):
+            raise ValueError(
+                f"pool={self.pool!r} reads prompt tokens, which forward_features has removed; call "
+                "the model on images"
+            )
+        return self._head_on(x, prompts=slice(0, 0), pre_logits=pre_logits)
+
+    def prompts(self, images: Tensor) -> Tensor:
+        """The prompt tokens that enter the first prompted block, one set an image: (B, P, D)."""
+        _, schedule = self._prompted(images, self.backend)
+        if not schedule.layers:
+            raise ValueError(
+                f"location={self.config['location']!r} prompts the image itself; it has no tokens"
+            )
+        return schedule.layers[schedule.first].expand(images.shape[0], -1, -1)
+
+    def explain(self) -> str:
+        """Which backend runs each op, which exact savings are on, and why the others are off."""
+        text = explain(self.engine, self._outline(), self._rows_read(), self._reads_prompts())
+        if isinstance(self.prompter, PromptGenerator):
+            like = next(self.prompter.parameters())
+            runs = backend_of("mix_prompts", like.device, like.dtype, self.backend)
+            text += f"\nPrompt generator: mixing by {runs}."
+        return text
+
+    def get_classifier(self) -> nn.Module:
+        """The head; the backbone's own (a pair in distilled DeiT) with ``head="keep"``."""
+        return self.backbone.get_classifier() if isinstance(self.head, KeptHead) else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new linear layer; ``num_classes=0`` by none.
+
+        ``global_pool`` may only repeat the backbone's: the backbone is frozen, its pooling too.
+        """
+        if global_pool not in (None, self.backbone.global_pool):
+            raise ValueError(
+                f"global_pool={global_pool!r}: the frozen backbone pools by "
+                f"{self.backbone.global_pool!r}; create it with another global_pool instead"
+            )
+        self.head = linear_head(self.backbone, num_classes, self._head_init)
+        self.config |= {"num_classes": num_classes, "head": "linear"}
+        self.class_names = None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm's optimizers must not decay: the frozen backbone's.
+
+        Prompts and library do decay where the recipe has a weight decay, as in the official code.
+        """
+        names = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        own = getattr(getattr(self.prompter, "generator", None), "no_weight_decay", set)
+        return names | {f"prompter.generator.{name}" for name in own()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in backward instead of keeping them."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def train(self, mode: bool = True) -> PromptedViT:
+        """Training mode for prompter and head; the backbone stays in eval mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> PromptedViT:
+        """Switch gradients of prompter and head; the backbone never gets any."""
+        super().requires_grad_(requires_grad)
+        self.backbone.requires_grad_(False)
+        return self
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer should get: the parameters of prompter and head."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        trainable = sum(parameter.numel() for parameter in self.trainable_parameters())
+        return trainable, sum(parameter.numel() for parameter in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line: trainable parameters, all parameters, and their ratio in percent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """The state dict without the backbone: what training changes, and what the head needs."""
+        state = self.state_dict()
+        return {name: value for name, value in state.items() if not name.startswith("backbone.")}
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what ``adapter_state_dict`` gave.
+
+        Raises:
+            RuntimeError: tensors are missing, unknown or of another shape; all are named.
+        """
+        expected = self.adapter_state_dict().keys()
+        problems = [f"missing: {name}" for name in expected - state.keys()]
+        problems += [f"unknown: {name}" for name in state.keys() - expected]
+        if problems:
+            raise RuntimeError(f"adapter state does not fit: {'; '.join(sorted(problems))}")
+        self.load_state_dict(state, strict=False)
+
+    def save_pretrained(
+        self,
+        directory: str | PathLike[str],
+        *,
+        class_names: Sequence[str] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors`` into the directory.
+
+        The arguments are those of ``pgn_fast.adapters.save_pretrained``.
+        """
+        from .. import adapters
+
+        adapters.save_pretrained(
+            self, directory, class_names=class_names, preprocessing=preprocessing
+        )
+
+    def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
+        """Check the images; the images that the backbone gets, and which prompts enter where."""
+        raise NotImplementedError
+
+    def _outline(self) -> PromptSchedule:
+        """A schedule like those of ``_prompted``, without values: for ``explain``."""
+        raise NotImplementedError
+
+    def _encode(
+        self,
+        images: Tensor,
+        schedule: PromptSchedule,
+        rows: int | None = None,
+        prompts_read: bool = True,
+    ) -> Tensor:
+        """The tokens behind the final norm, by the engine that this model was built with.
+
+        Returns:
+            (B, S + P + N, D) with prompts where the schedule puts them, or (B, S + N, D) where
+            nobody reads them; with ``rows`` only the first ones, (B, rows, D).
+        """
+        if self.engine is not None:
+            return self.engine.encode(images, schedule, rows=rows, prompts_read=prompts_read)
+        return encode_plainly(self.backbone, images, schedule, rows=rows, prompts_read=prompts_read)
+
+    def _rows_read(self) -> int | None:
+        """How many leading tokens the pooling reads; None: all."""
+        return rows_read(self.backbone) if self.pool == "original" else None
+
+    def _reads_prompts(self) -> bool:
+        return self.pool in ("prompt_pool", "imgprompt_pool")
+
+    def _classify(self, tokens: Tensor, num_prompts: int) -> Tensor:
+        """Tokens of which ``num_prompts`` behind the prefix tokens are prompts, to logits."""
+        first = self.backbone.num_prefix_tokens
+        return self._head_on(tokens, prompts=slice(first, first + num_prompts))
+
+    def _head_on(self, tokens: Tensor, prompts: slice, pre_logits: bool = False) -> Tensor:
+        """Pool tokens whose prompts stand at ``prompts``, and classify."""
+        if self.pool == "original":
+            if isinstance(self.head, KeptHead) and not pre_logits:
+                return self.backbone.forward_head(tokens)
+            pooled = pool(self.backbone, tokens)
+        else:
+            rows = {
+                "img_pool": slice(max(prompts.stop, self.backbone.num_prefix_tokens), None),
+                "prompt_pool": prompts,
+                "imgprompt_pool": slice(self.backbone.num_prefix_tokens, None),
+            }[self.pool]
+            pooled = pool_mean(self.backbone, tokens[:, rows])
+        if pre_logits:
+            return pooled
+        own = next(self.head.parameters(), None)
+        return self.head(pooled if own is None else pooled.to(own.dtype))
+
+
+def constructor_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's own arguments out of its ``locals()``; class embeddings live in the head."""
+    own = ("self", "__class__", "backbone", "class_embeddings")
+    # NumPy's whole numbers become Python's, which JSON can hold
+    return {
+        name: int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+        for name, value in values.items()
+        if name not in own
+    }

@@ -1,0 +1,178 @@
+"""A frozen ViT with learned prompts: VPT-Deep, VPT-Shallow and the ablations of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.inputs import check_images, normalized
+from ..backbone.load import load_backbone
+from ..backbone.schedule import Position, PromptSchedule
+from ..backbone.support import FastOptions
+from ..prompts import PixelPrompts, VisualPrompts
+from ..prompts.pixels import LOCATIONS as PIXEL_LOCATIONS
+from ..prompts.sizes import require_sizes
+from .base import POOLS, PromptedViT, constructor_values
+from .heads import build_head
+
+TOKEN_LOCATIONS = ("prepend", "add", "add-1")
+
+
+class VPT(PromptedViT):
+    """A frozen ViT with learned prompts, the same for every image: VPT-Deep, -Shallow, ablations.
+
+    Prompts stand behind the prefix tokens and before the patch tokens. Those of block 0 enter
+    before ``norm_pre`` where the backbone has one (CLIP), those of other blocks before the block.
+
+    Args:
+        backbone: a timm vision transformer, or a timm model name (pretrained weights are loaded).
+            It is frozen in place.
+        num_classes: C of a new linear head; None: as many as the backbone has, 0: no head.
+        num_prompts: P, prompt tokens per block. For "pad" pixels of border, for "below" channels,
+            for "prepend-pixel" patches; "add" and "add-1" have no tokens and do not use it.
+        deep: new prompts at every block; False: VPT-Shallow, prompts at block 0 that stay.
+        layers: the block indices, from 0, that get prompts of their own; None: all.
+        shared: one set of prompts for all these blocks.
+        expand: behind the last such block the prompts stay in the sequence; False: they leave.
+        project_dim: the prompts' stored width, projected to D by one shared linear layer.
+        dropout: on the prompts, in training; each image and block has its own mask.
+        location: "prepend", or the paper's ablations "add" (one vector per token, added), "add-1"
+            (one vector for all tokens), "pad", "below", "prepend-pixel" (see ``PixelPrompts``).
+            The last three act once, on the image: ``deep`` is without meaning for them.
+        pool: "original" (the backbone's), or the mean of patches "img_pool", of prompts
+            "prompt_pool", of both "imgprompt_pool".
+        head, class_embeddings, logit_scale, backend, fast: as for ``PGN``.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot work; the message says what would.
+
+    Source: Jia et al., "Visual Prompt Tuning", arXiv:2203.12119, section 3.2 and, for the
+    ablations, section 4.3.
+    """
+
+    _head_init = "vpt"
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        num_classes: int | None = None,
+        *,
+        num_prompts: int = 50,
+        deep: bool = True,
+        layers: Sequence[int] | None = None,
+        shared: bool = False,
+        expand: bool = True,
+        project_dim: int | None = None,
+        dropout: float = 0.0,
+        location: str = "prepend",
+        pool: str = "original",
+        head: str | nn.Module = "linear",
+        class_embeddings: Tensor | None = None,
+        logit_scale: float = 100.0,
+        backend: str | None = None,
+        fast: bool | str | Mapping[str, Any] | FastOptions = True,
+    ) -> None:
+        config = constructor_values(locals())
+        vit: Any = load_backbone(backbone)
+        require_sizes(num_prompts=num_prompts)
+        if project_dim is not None:
+            require_sizes(project_dim=project_dim)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if pool not in POOLS:
+            raise ValueError(f"pool={pool!r}; known: {', '.join(POOLS)}")
+        if location not in (*TOKEN_LOCATIONS, *PIXEL_LOCATIONS):
+            known = ", ".join((*TOKEN_LOCATIONS, *PIXEL_LOCATIONS))
+            raise ValueError(f"location={location!r}; known: {known}")
+        if location != "prepend" and not expand:
+            raise ValueError(f"expand=False removes prompt tokens; location={location!r} has none")
+        without_tokens = not location.startswith("prepend") or not expand
+        if pool == "prompt_pool" and without_tokens:
+            raise ValueError(
+                f"pool='prompt_pool' averages prompt tokens, but with location={location!r} and "
+                f"expand={expand} none are there behind the last block"
+            )
+        prompter: nn.Module
+        if location in PIXEL_LOCATIONS:
+            token_only = {"layers": layers is not None, "project_dim": project_dim is not None}
+            token_only |= {"shared": shared, "dropout": dropout > 0}
+            if given := [name for name, is_given in token_only.items() if is_given]:
+                raise ValueError(
+                    f"location={location!r} prompts the image, once: {', '.join(given)} cannot "
+                    "apply to it"
+                )
+            prompter = PixelPrompts(vit, num_prompts, location)
+        else:
+            every_token = vit.num_prefix_tokens + vit.patch_embed.num_patches
+            prompter = VisualPrompts(
+                vit.embed_dim,
+                tuple(vit.patch_embed.patch_size),
+                {"prepend": num_prompts, "add": every_token, "add-1": 1}[location],
+                _prompted_blocks(layers, deep, len(vit.blocks)),
+                shared=shared,
+                project_dim=project_dim,
+                dropout=dropout,
+            )
+        built = build_head(
+            head,
+            vit,
+            num_classes,
+            class_embeddings=class_embeddings,
+            logit_scale=logit_scale,
+            init=self._head_init,
+        )
+        super().__init__(vit, prompter, built, config=config, pool=pool, backend=backend, fast=fast)
+
+    def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
+        prompter, location = self.prompter, self.config["location"]
+        self._check_images(images)
+        if isinstance(prompter, VisualPrompts):
+            position: Position = "prepend" if location == "prepend" else "add"
+            layers = prompter(images.shape[0])
+            return images, PromptSchedule(position, layers, keep=self.config["expand"])
+        if location.startswith("prepend-pixel"):
+            return images, PromptSchedule("prepend", {0: prompter.tokens(self.backbone)})
+        images = normalized(self.backbone, images)
+        patch_weight = prompter.patch_projection(images.dtype)
+        return prompter.images(images), PromptSchedule("add", {}, patch_weight=patch_weight)
+
+    def _outline(self) -> PromptSchedule:
+        prompter, location = self.prompter, self.config["location"]
+        prompts = torch.empty(self.num_prompts, self.embed_dim, device="meta")
+        if not isinstance(prompter, VisualPrompts):
+            entering = {0: prompts} if location.startswith("prepend-pixel") else {}
+            return PromptSchedule("prepend" if entering else "add", entering)
+        if self.training and prompter.dropout > 0:
+            prompts = prompts[None]
+        position: Position = "prepend" if location == "prepend" else "add"
+        layers = dict.fromkeys(prompter.layers, prompts)
+        return PromptSchedule(position, layers, keep=self.config["expand"])
+
+    def _check_images(self, images: Tensor) -> None:
+        location = self.config["location"]
+        border = self.num_prompts if location == "pad" else 0
+        check_images(self.backbone, images, border)
+        own = tuple(size - 2 * border for size in self.backbone.patch_embed.img_size)
+        if location in ("add", "pad", "below") and images.shape[2:] != own:
+            raise ValueError(
+                f"images are {images.shape[2]}x{images.shape[3]} pixels, but the prompts of "
+                f"location={location!r} were made for {own[0]}x{own[1]}"
+            )
+
+
+def _prompted_blocks(layers: Sequence[int] | None, deep: bool, depth: int) -> tuple[int, ...]:
+    """Which blocks get prompts of their own, in order."""
+    if layers is None:
+        return tuple(range(depth)) if deep else (0,)
+    if not deep:
+        raise ValueError("layers says which blocks get prompts, deep=False says block 0: give one")
+    blocks = tuple(sorted(layers))
+    if not blocks or len(set(blocks)) < len(blocks) or blocks[0] < 0 or blocks[-1] >= depth:
+        raise ValueError(
+            f"layers={list(layers)} must be different block indices from 0 to {depth - 1}, the "
+            f"backbone's last; all are range({depth})"
+        )
+    return blocks
