@@ -16,7 +16,7 @@ from torch import nn
 
 import pgn_fast
 from pgn_fast import _files
-from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, save_pretrained
+from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter, save_pretrained
 from pgn_fast.errors import UserError
 from pgn_fast.models.baselines import FineTuned, LinearProbe
 
@@ -238,6 +238,22 @@ def test_pickle_in_disguise_is_refused_unread(tmp_path, zipped):
     with pytest.raises(UserError, match="is a pickle"):
         pgn_fast.from_pretrained(tmp_path, tiny_vit())
     assert not (tmp_path / "sprung").exists()
+
+
+def test_every_length_of_header_loads(tmp_path):
+    """The first byte of a safetensors file is the low byte of its header's length, a multiple of 8:
+    in one file of 32 it is 0x80, with which pickles begin as well."""
+    model, backbone = vpt(tiny_vit()), tiny_vit()
+    seen = set()
+    for length in range(1, 257):
+        names = ["a" * length, *"bcde"]
+        model.save_pretrained(tmp_path, class_names=names)
+        seen.add((tmp_path / WEIGHTS_FILE).read_bytes()[0])
+        assert read_adapter(tmp_path)[0]["class_names"] == names
+        if seen == set(range(0, 256, 8)):
+            break
+    assert seen == set(range(0, 256, 8))
+    assert pgn_fast.from_pretrained(tmp_path, backbone).class_names == names
 
 
 def test_config_of_another_adapter_does_not_count(tmp_path):

@@ -323,9 +323,11 @@ def _read_weights(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]
     if not path.is_file():
         raise UserError(f"no adapter in {path.parent}: it has no {path.name}.")
     with open(path, "rb") as file:
-        begin = file.read(4)
-    # torch.save writes a zip archive or, in old versions, a bare pickle of protocol 2 or later
-    if begin == b"PK\x03\x04" or begin[:1] == b"\x80":
+        begin = file.read(9)
+    # torch.save writes a zip archive or, in old versions, a bare pickle of protocol 2 or later. A
+    # safetensors file may begin with the same byte: its first eight are the length of the header
+    pickled = begin[:1] == b"\x80" and begin[8:] != b"{"
+    if begin[:4] == b"PK\x03\x04" or pickled:
         raise UserError(
             f"{path} is a pickle (as torch.save writes), not safetensors. Loading it could run "
             "code, so it is refused; save the adapter with save_pretrained."
