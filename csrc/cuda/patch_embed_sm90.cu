@@ -1,13 +1,13 @@
 // The patch rows of prompted_patch_embed on Hopper: warpgroup products (wgmma) with the pixels in
 // registers and the weight by tensor copies (TMA).
 //
-// A thread of a warpgroup product holds four numbers of a patch in each step of 16: 2t, 2t + 1, 2t
-// + 8 and 2t + 9 for t = lane % 4. The order of the inner dimension is ours to choose, so number 16
-// t + 4 j
-// + i of a panel of 64 is taken to step j: a thread's pixels of a whole panel are 16 neighbors in
-// memory, one or two loads, and never pass through shared memory. prepare_kernel brings the weight
-// into that order, and folds the normalization into it: weight * scale, and a float32 bias that
-// holds the shifts. uint8 pixels are centered by 128, which leaves them exact in either 16-bit type.
+// A thread of a warpgroup product holds four numbers of a patch in each step of 16: with
+// t = lane % 4, those at 2t, 2t + 1, 2t + 8 and 2t + 9. The order of the inner dimension is ours to
+// choose, so number 16t + 4j + i of a panel of 64 is taken to step j: a thread's pixels of a whole
+// panel are 16 neighbors in memory, one or two loads, and never pass through shared memory.
+// prepare_kernel brings the weight into that order, and folds the normalization into it: weight *
+// scale, and a float32 bias that holds the shifts. uint8 pixels are centered by 128, which leaves
+// them exact in either 16-bit type.
 //
 // A block makes 128 patches x 128 columns: two warpgroups of 64 patches, and one warp that keeps
 // kStages panels of the weight coming. The result leaves through shared memory in rows of 256
