@@ -96,6 +96,9 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     packages=[*find_packages(include=["pgn_fast", "pgn_fast.*"]), "pgn_fast.kernels"],
     package_dir={"pgn_fast.kernels": "kernels/pgn_triton"},
-    package_data={"pgn_fast": ["py.typed", "_C.pyi"], "pgn_fast.demo": ["*.safetensors", "*.json"]},
+    package_data={
+        "pgn_fast": ["py.typed", "_C.pyi", "digits.npz"],
+        "pgn_fast.demo": ["*.safetensors", "*.json"],
+    },
     setup_requires=[] if find_torch() else ["torch>=2.10"],
 )

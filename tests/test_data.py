@@ -12,7 +12,7 @@ import torch
 from small_world import write_images
 
 from pgn_fast.demo import experiment
-from pgn_fast.digits import split_digits
+from pgn_fast.digits import load_digits, stratified_split
 from pgn_fast.errors import UserError
 from pgn_fast.train import loader as loaders
 from pgn_fast.train.config import TrainConfig
@@ -60,7 +60,7 @@ def test_digits_are_split_as_in_the_demo():
     """An adapter of one is scored by the other: no test image of either is trained on by either."""
     splits, demo = splits_of("digits", val_fraction=0), experiment.load("test")
     labels = splits.train.images.labels
-    train, test = split_digits(labels)
+    train, test = load_digits().train, load_digits().test
     assert list(splits.train.indices) == sorted(train)
     assert list(splits.test.indices) == sorted(test)
     assert [labels[i] for i in train] == demo.train_labels.tolist()
@@ -306,3 +306,16 @@ def test_prediction_takes_files_and_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image in"):
         image_files([tmp_path / "empty"])
+
+
+def test_stratified_split_keeps_the_proportions():
+    labels = np.repeat(np.arange(4), [50, 30, 15, 5])
+    for held_out in (0, 1, 20, 99, 100):
+        rest, kept = stratified_split(labels, list(range(100)), held_out, seed=3)
+        assert sorted([*rest, *kept]) == list(range(100)) and len(kept) == held_out
+        expected = held_out * np.array([0.5, 0.3, 0.15, 0.05])
+        assert np.abs(np.bincount(labels[kept], minlength=4) - expected).max() < 1
+    assert rest == [] and kept != sorted(kept)
+    assert stratified_split(labels, list(range(100)), 20, 3) != stratified_split(
+        labels, list(range(100)), 20, 4
+    )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pgn_fast
+from pgn_fast.digits import LEVELS, load_digits
 from pgn_fast.inversion import (
     CanvasLayout,
     GamutLibrary,
@@ -42,14 +43,12 @@ TRAINING = 1200
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
     """uint8 images (1797, 3, 32, 32) and labels, shuffled; the first TRAINING are for training."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    packaged = load_digits()
+    images = torch.tensor(packaged.images, dtype=torch.float32).view(-1, 1, 8, 8) / LEVELS
     drawn = F.interpolate(images, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(1))
     levels = (drawn * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    return levels[order], torch.tensor(labels)[order]
+    return levels[order], torch.tensor(packaged.labels)[order]
 
 
 def new_backbone() -> nn.Module:

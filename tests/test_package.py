@@ -23,7 +23,7 @@ LAYERS = [
     {"ops"},
     {"reference", "kernels", "_native"},
     {"_C"},
-    {"errors", "_files", "digits"},
+    {"errors", "_files", "digits", "plots"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # imports inside functions that close a circle on purpose, with the reason

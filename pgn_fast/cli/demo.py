@@ -11,7 +11,7 @@ from ..errors import UserError
 HELP = "see linear probe, VPT and PGN compete on handwritten digits, offline, in minutes"
 EPILOG = """\
 The packaged backbone (1.2 million parameters, pretrained by this repository on procedural images)
-is frozen and adapted to scikit-learn's handwritten digits: 1,000 images to train, 797 to test.
+is frozen and adapted to the packaged handwritten digits: 1,000 images to train, 797 to test.
 
 examples:
   pgn-fast demo                          the table, and plots under outputs/demo

@@ -11,7 +11,7 @@ HELP = "versions, devices and backends, and why a backend is missing"
 EPILOG = """\
 Send its output with a bug report.
 """
-_PACKAGES = ("torch", "timm", "torchvision", "triton", "safetensors", "numpy", "sklearn")
+_PACKAGES = ("torch", "timm", "torchvision", "triton", "safetensors", "numpy", "PIL", "matplotlib")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         metavar="IMAGE",
         nargs="+",
-        help="files or folders (default: scikit-learn's test digits)",
+        help="files or folders (default: the packaged test digits)",
     )
     parser.add_argument(
         "-n", "--count", type=at_least(1), default=8, metavar="N", help="images (8)"
@@ -119,6 +119,7 @@ def _analyze(args: argparse.Namespace) -> int:
 
 
 def _invert(args: argparse.Namespace) -> int:
+    from .. import plots
     from .._files import write_files
     from ..inversion import GamutLibrary, analyze, invert, verify
     from ..inversion.pictures import save_error_histogram, save_library, save_overview
@@ -152,21 +153,24 @@ def _invert(args: argparse.Namespace) -> int:
         out / f"canvas_{i:03d}.{extension}": prompter.server.encode(canvas)
         for i, canvas in enumerate(canvases)
     }
-    sheet, errors, overview = io.BytesIO(), io.BytesIO(), io.BytesIO()
-    save_library(prompter, sheet)
-    save_error_histogram([prompter.report, checked], errors)
     layout, border = prompter.layout, prompter.server.border
     height, width = layout.grid[0] * size, layout.grid[1] * size
     inner = canvases[:, :, border : border + height, border : border + width]
     levels = prompter.server.levels(images).byte()
     captions = [Path(name).name for name in names[:4]]
     sent = [path.name for path in files]
-    save_overview(levels[:4], inner[:4], layout, size, overview, captions, sent[:4])
-    files |= {
-        out / "library.png": sheet.getvalue(),
-        out / "errors.png": errors.getvalue(),
-        out / "overview.png": overview.getvalue(),
-    }
+    if reason := plots.missing():
+        print(f"library.png, errors.png and overview.png were left out: {reason}", file=sys.stderr)
+    else:
+        sheet, errors, overview = io.BytesIO(), io.BytesIO(), io.BytesIO()
+        save_library(prompter, sheet)
+        save_error_histogram([prompter.report, checked], errors)
+        save_overview(levels[:4], inner[:4], layout, size, overview, captions, sent[:4])
+        files |= {
+            out / "library.png": sheet.getvalue(),
+            out / "errors.png": errors.getvalue(),
+            out / "overview.png": overview.getvalue(),
+        }
 
     patch_map = prompter.patch_map
     assert patch_map is not None  # invert() gives one

@@ -1,4 +1,4 @@
-"""What prompts add to a frozen backbone: four methods on scikit-learn's handwritten digits.
+"""What prompts add to a frozen backbone: four methods on handwritten digits.
 
     linear       a linear layer on the frozen features
     vpt-shallow  prompts in front of the first block, and a linear layer
@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..digits import split_digits
+from ..digits import LEVELS, load_digits, stratified_split
 from ..errors import TrainingStopped
 from ..models import PGN, VPT, PromptedViT
 from ..models.baselines import LinearProbe
@@ -46,7 +44,7 @@ class Digits:
 
 
 def load(split: str = "test", seed: int = 0) -> Digits:
-    """scikit-learn's 1,797 handwritten digits, 8 × 8 gray, enlarged to what the backbone takes.
+    """The packaged 1,797 handwritten digits, 8 × 8 gray, enlarged to what the backbone takes.
 
     Args:
         split: "test": 1,000 to train and 797 to test, stratified, whatever ``seed`` says.
@@ -55,18 +53,16 @@ def load(split: str = "test", seed: int = 0) -> Digits:
     if split not in ("test", "validation"):
         raise ValueError(f"split={split!r}; known: test, validation")
     digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 16  # (n, 1, 8, 8)
+    images = torch.from_numpy(digits.images).float()[:, None] / LEVELS  # (n, 1, 8, 8)
     images = functional.interpolate(
         images, size=PRETRAINED_CFG["input_size"][1:], mode="bilinear", align_corners=False
     ).expand(-1, 3, -1, -1)
     mean, std = (torch.tensor(PRETRAINED_CFG[key]).view(3, 1, 1) for key in ("mean", "std"))
-    images, labels = (images - mean) / std, torch.from_numpy(digits.target).long()
+    images, labels = (images - mean) / std, torch.from_numpy(digits.labels)
 
-    train, test = split_digits(labels.tolist())
+    train, test = digits.train, digits.test
     if split == "validation":
-        train, test = train_test_split(
-            train, test_size=VALIDATION_SIZE, stratify=labels[train], random_state=seed
-        )
+        train, test = stratified_split(digits.labels, train, VALIDATION_SIZE, seed)
     return Digits(images[train], labels[train], images[test], labels[test])
 
 

@@ -6,7 +6,6 @@ process that has loaded the libraries and computed nothing: loading them once is
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
@@ -18,12 +17,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from .. import plots
 from .._files import write_files
 from ..errors import TrainingStopped
 from .recipes import RECIPES, Recipe, Result
@@ -206,7 +207,7 @@ def content(report: Report, command: str) -> dict[str, Any]:
     return {
         "command": command,
         "split": report.split,
-        "versions": {name: version(name) for name in ("torch", "timm", "scikit-learn")},
+        "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
         "python": platform.python_version(),
         "machine": _processor(),
         "threads": report.results[0].threads,
@@ -228,7 +229,8 @@ def _processor() -> str:
 
 
 def write(report: Report, output: Path, command: str, record: Path | None = None) -> list[Path]:
-    """``demo.json``, ``accuracy.png`` and ``learning_curves.png`` into the folder ``output``.
+    """``demo.json``, ``accuracy.png`` and ``learning_curves.png`` into the folder ``output``; the
+    pictures where matplotlib is installed.
 
     Args:
         report: of ``run_all``.
@@ -240,29 +242,18 @@ def write(report: Report, output: Path, command: str, record: Path | None = None
         The files written.
     """
     text = (json.dumps(content(report, command), indent=1) + "\n").encode()
-    files = {
-        output / "demo.json": text,
-        output / "accuracy.png": _plot(report, _draw_accuracy),
-        output / "learning_curves.png": _plot(report, _draw_losses),
-    }
+    files = {output / "demo.json": text}
+    if plots.missing() is None:
+        files[output / "accuracy.png"] = plots.draw_png(9, 3.6, partial(_draw_accuracy, report))
+        files[output / "learning_curves.png"] = plots.draw_png(
+            9, 3.6, partial(_draw_losses, report)
+        )
     if record is not None:
         files[record] = text
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
     write_files(files)
     return list(files)
-
-
-def _plot(report: Report, draw: Callable[[Report, Any], None]) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(report, figure)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return image.getvalue()
 
 
 def _draw_accuracy(report: Report, figure: Any) -> None:

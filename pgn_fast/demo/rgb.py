@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import plots
 from .._files import write_files
 from ..inversion import CanvasLayout, GamutLibrary, PatchMap, ServerSpec, invert, verify
 from ..inversion.pictures import save_overview
@@ -61,7 +62,8 @@ class RgbResult:
 
 
 def run(output: Path | None, seed: int = 0, *, recipe: Recipe | None = None) -> RgbResult:
-    """Train in gamut, deploy as canvases, compare, and draw the picture ``output``/rgb.png.
+    """Train in gamut, deploy as canvases, compare, and draw the picture ``output``/rgb.png where
+    matplotlib is installed.
 
     Args:
         output: a folder, made where it is missing; None: no picture.
@@ -99,7 +101,7 @@ def run(output: Path | None, seed: int = 0, *, recipe: Recipe | None = None) -> 
         plain=right(plain),
         agreement=100 * (latent == served).double().mean().item(),
         token_error=verify(prompter, model, images[:64]).mean,
-        picture=None if output is None else output / "rgb.png",
+        picture=None if output is None or plots.missing() else output / "rgb.png",
     )
     if output is None or result.picture is None:
         return result
@@ -134,7 +136,7 @@ def write(
     content: dict[str, Any] = {
         "command": command,
         "images": "797 test images of the digits",
-        "versions": {name: version(name) for name in ("torch", "timm", "scikit-learn")},
+        "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "mean": {

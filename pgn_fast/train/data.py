@@ -1,4 +1,4 @@
-"""Images and their splits: a folder, timm's data set names, or scikit-learn's digits.
+"""Images and their splits: a folder, timm's data set names, or the packaged digits.
 
 Every figure that a run reports names the split it comes from, so a split carries its own origin.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from ..digits import split_digits
+from ..digits import LEVELS, load_digits
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class FolderImages:
 
 @dataclass(frozen=True)
 class DigitImages:
-    """scikit-learn's 1,797 handwritten digits: 8 × 8 pixels of 0 … 16, here as RGB of 0 … 255."""
+    """The packaged handwritten digits: 8 × 8 pixels of 0 … 16, here as RGB of 0 … 255."""
 
     pixels: Any  # (1797, 8, 8) uint8
     labels: Sequence[int]
@@ -269,14 +269,12 @@ def image_files(paths: Sequence[str | os.PathLike[str]]) -> FolderImages:
 
 
 def _digits(name: str) -> Split:
-    from sklearn.datasets import load_digits
-
     if name not in ("train", "test"):
         raise UserError(f"digits has the splits train and test, not {name!r}.")
-    data = load_digits()
-    images = DigitImages((data.images * (255 / 16)).astype("uint8"), data.target.tolist())
-    train, test = split_digits(images.labels)
-    chosen = train if name == "train" else test
+    digits = load_digits()
+    pixels = (digits.images * (255 / LEVELS)).astype("uint8")
+    images = DigitImages(pixels, digits.labels.tolist())
+    chosen = digits.train if name == "train" else digits.test
     origin = f"digits {name} ({len(chosen)} of {len(images)} images)"
     return Split(name, origin, images, sorted(chosen), [str(d) for d in range(10)])
 

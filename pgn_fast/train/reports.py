@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from .. import plots
 from .._files import write_files
 from ..errors import UserError
 
@@ -44,27 +46,29 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def plot_learning_curve(output: Path, history: Sequence[dict[str, Any]], title: str) -> None:
-    """``learning_curve.png``: loss and top-1 of training and validation over the epochs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """``learning_curve.png``: loss and top-1 of training and validation over the epochs.
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    Without matplotlib one line on standard error says so instead.
+    """
+    if reason := plots.missing():
+        print(f"learning_curve.png was left out: {reason}", file=sys.stderr)
+        return
     epochs = [row["epoch"] for row in history]
-    for axes, quantity, label in zip(
-        figure.subplots(1, 2), ("loss", "top1"), ("cross entropy (nats)", "top-1 (%)"), strict=True
-    ):
-        for split in ("train", "validation"):
-            values = [row.get(f"{split}_{quantity}") for row in history]
-            if any(v is not None for v in values):
-                axes.plot(epochs, values, marker=".", label=split)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(title)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_files({output / "learning_curve.png": image.getvalue()})
+
+    def draw(figure: Any) -> None:
+        quantities = {"loss": "cross entropy (nats)", "top1": "top-1 (%)"}
+        for axes, (quantity, label) in zip(figure.subplots(1, 2), quantities.items(), strict=True):
+            for split in ("train", "validation"):
+                values = [row.get(f"{split}_{quantity}") for row in history]
+                if any(v is not None for v in values):
+                    axes.plot(epochs, values, marker=".", label=split)
+            axes.set(xlabel="epoch", ylabel=label)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.suptitle(title)
+
+    write_files({output / "learning_curve.png": plots.draw_png(9, 3.6, draw)})
 
 
 class TensorBoard:
