@@ -69,7 +69,7 @@ def compare(
     leaves = list(schedule.layers.values())
     expected = encode_eager(backbone, images, schedule, rows=rows)
     engine = FastBackbone(backbone, options)
-    assert engine.refusal is None
+    assert engine.cache.refusal is None
     actual = engine.encode(images, schedule, rows=rows)
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()

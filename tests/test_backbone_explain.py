@@ -71,8 +71,8 @@ def test_fold_says_its_memory() -> None:
     D, H, depth = 64, 256, 2
     matrices = 3 * D * D + D * D + 2 * D * H  # LayerScale is in the output weights, too
     vectors = D + D + H + D + 2 * D  # q bias, and zeros kept for keys and values
-    assert engine.extra_bytes() == 4 * depth * (matrices + vectors)
-    assert vpt(FastOptions(fold=False, biases=False)).engine.extra_bytes() == 0
+    assert engine.cache.extra_bytes() == 4 * depth * (matrices + vectors)
+    assert vpt(FastOptions(fold=False, biases=False)).engine.cache.extra_bytes() == 0
 
 
 @pytest.mark.skipif(
@@ -92,7 +92,7 @@ def test_packed_weights_change_nothing() -> None:
             strict=True,
         )
         assert all(relative(a, b) <= 5e-6 for a, b in pairs)
-    linear = model.engine._folded[torch.float32][0].fc1
+    linear = model.engine.cache.weights(torch.float32)[0].fc1
     matrices = 2 * (4 * 64 * 64 + 2 * 64 * 256)  # two blocks of D = 64
     assert f"+{4e-6 * matrices:.1f} MB for each direction" in model.explain()
     kept = {4 * 17, 8 * 17} if packed.library() == "mkl" else {0}  # the last two, or any

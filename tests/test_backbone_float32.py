@@ -96,7 +96,7 @@ def test_large_products_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_quick_gelu_is_folded() -> None:
     model = pgn_fast.VPT(wide("vit_base_patch32_clip_quickgelu_224"), 5, num_prompts=3)
-    acts = {type(w.act) for w in model.engine._weights(torch.float32)}
+    acts = {type(w.act) for w in model.engine.cache.weights(torch.float32)}
     assert acts == {torch.nn.SiLU}
 
 

@@ -191,8 +191,8 @@ def test_folded_weights_follow_the_backbone() -> None:
         return relative(model(like), model.forward_reference(like)) <= 5e-6
 
     assert agrees()
-    folded = engine._folded[torch.float32][0].qkv.weight
-    assert agrees() and engine._folded[torch.float32][0].qkv.weight is folded
+    folded = engine.cache.weights(torch.float32)[0].qkv.weight
+    assert agrees() and engine.cache.weights(torch.float32)[0].qkv.weight is folded
     with torch.no_grad():
         model.backbone.blocks[1].mlp.fc1.weight.mul_(1.5)
     assert agrees()
@@ -212,22 +212,22 @@ def test_folded_weights_follow_the_backbone() -> None:
 
 def test_changed_blocks_go_the_reference_path() -> None:
     model, images = vpt(), torch.randn(2, 3, 32, 32)
-    assert model.engine.refusal is None
+    assert model.engine.cache.refusal is None
     seen = []
     handle = model.backbone.blocks[0].attn.register_forward_hook(lambda *args: seen.append(1))
-    assert "hook" in model.engine.refusal
+    assert "hook" in model.engine.cache.refusal
     model(images)
     assert seen
     handle.remove()
-    assert model.engine.refusal is None
+    assert model.engine.cache.refusal is None
     model.backbone.blocks[1].attn.qkv = nn.Sequential(model.backbone.blocks[1].attn.qkv)
-    assert "attn.qkv is a Sequential" in model.engine.refusal
+    assert "attn.qkv is a Sequential" in model.engine.cache.refusal
     assert torch.equal(model(images), model.forward_reference(images))
     vit = backbone()
     vit.blocks[0].attn.forward = lambda x, **_: x
-    assert "forward of attn was replaced" in FastBackbone(vit).refusal
+    assert "forward of attn was replaced" in FastBackbone(vit).cache.refusal
     model.backbone.requires_grad_(True)
-    assert "require a gradient" in model.engine.refusal
+    assert "require a gradient" in model.engine.cache.refusal
 
 
 def test_engine_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def _bytes_kept(model: nn.Module, images: Tensor) -> int:
     model(images)  # folds
     weights = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
     if model.engine is not None:
-        for block in model.engine._folded[torch.float32]:
+        for block in model.engine.cache.weights(torch.float32):
             weights |= {t.untyped_storage().data_ptr() for t in block.tensors()}
     kept = {}
 
@@ -315,9 +315,9 @@ def _overlapping_patches(vit: nn.Module) -> None:
 def test_a_changed_embedding_runs_by_its_own_code(change) -> None:
     model, images = vpt(), torch.randn(2, 3, 32, 32)
     before = model(images)
-    assert model.engine.embed_refusal is None
+    assert model.engine.cache.embed_refusal is None
     change(model.backbone)
-    assert model.engine.embed_refusal is not None
+    assert model.engine.cache.embed_refusal is not None
     after = model(images)
     assert relative(after, model.forward_reference(images)) <= 2e-6
     assert relative(after, before) > 1e-3

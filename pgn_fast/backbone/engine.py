@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 
 from ..ops import dispatch, prompted_patch_embed
 from ..ops.prompt_attention import LARGEST_HEAD
-from . import blocks, packed, recompute, support
+from . import blocks, recompute, support
+from .cache import BackboneCache
 from .eager import embed, encode_eager, prefix_tokens, remove_prompts
-from .fold import BlockWeights, fold_block, live_block
+from .fold import BlockWeights
 from .inputs import mean_and_std
-from .packed import PackedLinear
 from .schedule import PromptSchedule
 from .support import FastOptions
 
@@ -67,9 +66,8 @@ class BlockStep:
 class FastBackbone:
     """Runs a frozen timm vision transformer with prompts.
 
-    The backbone is only read. Folded copies of its weights are made at the first call for each
-    dtype, and again when a weight has changed; under ``torch.compile`` and ``torch.export`` the
-    backbone's own weights are used and nothing is folded.
+    The backbone is only read. What is made from its weights is in ``cache``, which follows them;
+    under ``torch.compile`` and ``torch.export`` its own weights are used and nothing is folded.
 
     Args:
         backbone: as ``load_backbone`` returns it.
@@ -84,38 +82,31 @@ class FastBackbone:
         options: FastOptions | None = None,
         backend: str | None = None,
     ) -> None:
-        self.backbone: Any = backbone
         self.options = options or FastOptions()
         self.backend = backend
-        self._forget()
-        if self._refusal is None and self._is_cheap():
+        self.cache = BackboneCache(backbone, self.options, backend)
+        if self.cache.refusal is None and self._is_cheap():
             self.check()
 
-    def _forget(self) -> None:
-        self._modules = list(self.backbone.modules())
-        self._key: tuple[Any, ...] | None = None
-        self._refusal = support.refusal(self.backbone)
-        self._embed_refusal = self._refusal or support.embed_refusal(self.backbone)
-        self._backends: dict[tuple[str, torch.dtype], str] = {}
-        self._fused = self._dtypes_with_a_kernel()
-        self._folded: dict[torch.dtype, list[BlockWeights]] = {}
-        self._seen: dict[int, tuple[Tensor, BlockWeights, tuple[Tensor, Tensor]]] = {}
+    @property
+    def backbone(self) -> Any:
+        return self.cache.backbone
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the folded weights: a copy or a pickle makes its own."""
         return {name: getattr(self, name) for name in ("backbone", "options", "backend")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+        self.options, self.backend = state["options"], state["backend"]
+        self.cache = BackboneCache(state["backbone"], self.options, self.backend)
 
     def _is_cheap(self) -> bool:
         """Whether one more image costs less than loading a backbone does."""
-        if self.device.type == "meta":
+        if self.cache.device.type == "meta":
             return False
         tokens = self.backbone.num_prefix_tokens + self.backbone.patch_embed.num_patches
         flops = 2 * tokens * sum(p.numel() for p in self.backbone.blocks.parameters())
-        return flops < (_CHEAP_FLOPS_CPU if self.device.type == "cpu" else _CHEAP_FLOPS)
+        return flops < (_CHEAP_FLOPS_CPU if self.cache.device.type == "cpu" else _CHEAP_FLOPS)
 
     def check(self) -> None:
         """Run a random image here and by the reference, with prompts that come, change and stay.
@@ -126,63 +117,23 @@ class FastBackbone:
         """
         backbone, random = self.backbone, torch.Generator().manual_seed(0)
         size = backbone.in_chans, *backbone.patch_embed.img_size
-        images = torch.randn(1, *size, generator=random).to(self.device, self.dtype)
+        images = torch.randn(1, *size, generator=random).to(self.cache.device, self.cache.dtype)
         layers = {
-            i: torch.randn(2, backbone.embed_dim, generator=random).to(self.device, self.dtype)
+            i: torch.randn(2, backbone.embed_dim, generator=random).to(
+                self.cache.device, self.cache.dtype
+            )
             for i in range(min(2, len(backbone.blocks)))
         }
         schedule = PromptSchedule("append", layers)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.cache.device.type, enabled=False):
             expected = encode_eager(backbone, images, schedule, rows=1).double()
             actual = self.encode(images, schedule, rows=1).double()
         error = float((actual - expected).abs().max() / expected.abs().max())
-        if error > min(1000 * torch.finfo(self.dtype).eps, 0.2):
+        if error > min(1000 * torch.finfo(self.cache.dtype).eps, 0.2):
             raise RuntimeError(
                 f"the fast path of {type(backbone).__name__} differs from timm's own blocks by "
                 f"{error:.1e} of the largest value. Use fast=False, and please report the backbone"
             )
-
-    def _dtypes_with_a_kernel(self) -> set[torch.dtype]:
-        """In which dtypes a kernel of this package runs attention with prompts."""
-        if self.backend == "reference":
-            return set()
-        candidates = dispatch.PREFERENCE["prompt_attention"].get(self.device.type, ())
-        found = set()
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            like = torch.empty(0, dtype=dtype, device=self.device)
-            refusals = (dispatch.refusal(name, "prompt_attention", like) for name in candidates)
-            if self.backend is not None or None in refusals:
-                found.add(dtype)
-        return found
-
-    def backend_for(self, op: str, dtype: torch.dtype) -> str:
-        """Which backend runs an op: the named one if it can, else the fastest with a kernel, else
-        "reference": plain torch, which compilers see through."""
-        if (op, dtype) not in self._backends:
-            like = torch.empty(0, dtype=dtype, device=self.device)
-            fastest = dispatch.PREFERENCE[op].get(self.device.type, ())
-            candidates = (self.backend, *fastest) if self.backend else fastest
-            runs = (name for name in candidates if dispatch.refusal(name, op, like) is None)
-            self._backends[op, dtype] = next(runs, "reference")
-        return self._backends[op, dtype]
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the reference path runs instead of this engine; None where the engine runs."""
-        if not torch.compiler.is_compiling():
-            key = support.state_key(self._modules)
-            if key != self._key:
-                self._forget()
-                self._key = support.state_key(self._modules)
-        return self._refusal
-
-    @property
-    def embed_refusal(self) -> str | None:
-        """Why timm's own code embeds the images; None where one op can."""
-        # looked at anew: a replaced method or another size leaves no trace in the modules
-        if not torch.compiler.is_compiling() and self._refusal is None:
-            self._embed_refusal = support.embed_refusal(self.backbone)
-        return self._embed_refusal
 
     def encode(
         self,
@@ -204,7 +155,7 @@ class FastBackbone:
             (B, S + P + N, D), (B, S + N, D) without prompts, or (B, rows, D).
         """
         backbone, num_prefix = self.backbone, self.backbone.num_prefix_tokens
-        if self.refusal is not None:
+        if self.cache.refusal is not None:
             return encode_plainly(backbone, images, schedule, rows=rows, prompts_read=prompts_read)
 
         below = images.requires_grad or schedule.patch_weight is not None
@@ -233,10 +184,11 @@ class FastBackbone:
 
     def _embed(self, images: Tensor, schedule: PromptSchedule) -> tuple[Tensor, Tensor | None]:
         """What ``reference.embed`` returns."""
-        backbone, backend = self.backbone, self.backend_for("prompted_patch_embed", self.dtype)
+        backbone = self.backbone
+        backend = self.cache.backend_for("prompted_patch_embed", self.cache.dtype)
         if (
             not self.options.embed
-            or self.embed_refusal is not None
+            or self.cache.embed_refusal is not None
             or schedule.patch_weight is not None
             or backend == "reference"
             or torch.compiler.is_exporting()
@@ -276,11 +228,7 @@ class FastBackbone:
         autocast = torch.is_autocast_enabled(device_type)
         if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
-        if folds:
-            weights = self._weights(dtype)
-        else:
-            backend_for = partial(self.backend_for, dtype=dtype)
-            weights = [live_block(b, backend_for) for b in self.backbone.blocks]
+        weights = self.cache.weights(dtype)
         by_block = getattr(self.backbone, "rope_mixed", False)
 
         num_tokens = x.shape[1]
@@ -331,7 +279,7 @@ class FastBackbone:
                 q, k, v = blocks.project(w, x, M)
             elif step.keys_only and self.options.kv_only:
                 M = self._rows_out(step, num_tokens, num_tokens)
-                keys = self._keys_values(i, w, step.prompts)
+                keys = self.cache.prompt_keys_values(i, w, step.prompts)
                 alone = True
                 q, k, v = blocks.project(w, x, M, separate=not self._fuses(keys[0], alone))
             else:
@@ -344,7 +292,7 @@ class FastBackbone:
                 x = together
             num_prefix = self.backbone.num_prefix_tokens
             q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
-            backend = self.backend if alone else self.backend_for("prompt_attention", q.dtype)
+            backend = self.backend if alone else self.cache.backend_for("prompt_attention", q.dtype)
             o = blocks.attend(w, q, k, v, keys, self._fuses(q, alone), backend)
             return recompute.finish_block(w, x[:, :M], o, trade)
 
@@ -358,10 +306,10 @@ class FastBackbone:
         if torch.compiler.is_exporting() or like.shape[-1] > LARGEST_HEAD:
             return False
         if prompts_alone:
-            return like.dtype in self._fused
+            return like.dtype in self.cache.fused_dtypes
         return (
             like.device.type in dispatch.BEATS_PLAIN_ATTENTION
-            and self.backend_for("prompt_attention", like.dtype) != "reference"
+            and self.cache.backend_for("prompt_attention", like.dtype) != "reference"
         )
 
     def _rows_out(self, step: BlockStep, all_rows: int, num_tokens: int) -> int:
@@ -376,56 +324,3 @@ class FastBackbone:
             and rows <= ABSORB_ROWS
             and support.absorb_refusal(block, rope is not None) is None
         )
-
-    def _keys_values(self, i: int, w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """The prompts' keys and values in block ``i``; in inference on CPU those of the last call
-        where the prompts are still the same, which is cheaper to see than to compute."""
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if plain or prompts.device.type != "cpu" or prompts.ndim != 2:
-            return blocks.prompt_keys_values(w, prompts)
-        if i in self._seen:
-            seen, by, found = self._seen[i]
-            if by is w and seen.dtype == prompts.dtype and torch.equal(seen, prompts):
-                return found
-        found = blocks.prompt_keys_values(w, prompts)
-        self._seen[i] = prompts.clone(), w, found
-        return found
-
-    def _weights(self, dtype: torch.dtype) -> list[BlockWeights]:
-        if dtype not in self._folded:
-            rope = getattr(self.backbone, "rope", None)
-            backend_for = partial(self.backend_for, dtype=dtype)
-            folded = [
-                fold_block(block, self.options, dtype, rope is not None, backend_for)
-                for block in self.backbone.blocks
-            ]
-            if self.options.packed and self.packed_refusal(dtype) is None:
-                for w in folded:
-                    w.replace_linears(lambda linear: PackedLinear(linear.weight, linear.bias))
-            self._folded[dtype] = folded
-        return self._folded[dtype]
-
-    def packed_refusal(self, dtype: torch.dtype) -> str | None:
-        """Why weights are not packed in this dtype, wanted or not; None where they can be."""
-        if self.backend == "reference":
-            return "backend='reference' names plain torch"
-        return packed.refusal(self.device, dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.backbone.parameters()).dtype
-
-    def matrix_bytes(self) -> int:
-        """Bytes of the frozen matrices: what a packed copy of them takes."""
-        return sum(t.nbytes for w in self._weights(self.dtype) for t in w.tensors() if t.ndim == 2)
-
-    def extra_bytes(self) -> int:
-        """Bytes of folded weights that are not the backbone's own tensors."""
-        self._weights(self.dtype)
-        own = {p.data_ptr() for p in self.backbone.parameters()}
-        weights = (w for blocks_ in self._folded.values() for w in blocks_)
-        return sum(t.nbytes for w in weights for t in w.tensors() if t.data_ptr() not in own)

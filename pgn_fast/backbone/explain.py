@@ -28,20 +28,21 @@ def explain(
     if engine is None:
         return "Frozen backbone: timm's own blocks and torch.cat, no savings (fast=False)."
     backbone = engine.backbone
-    if engine.refusal is not None:
+    refusal = engine.cache.refusal
+    if refusal is not None:
         return (
             f"Frozen backbone: timm's own blocks and torch.cat, no savings, because "
-            f"{engine.refusal}; the engine takes nothing that it does not know to the last module."
+            f"{refusal}; the engine takes nothing that it does not know to the last module."
         )
     lines = [f"Frozen backbone: {type(backbone).__name__} of {len(backbone.blocks)} blocks."]
     for name, does, reason in _savings(engine, schedule, rows, prompts_read):
         lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
     lines.append(f"  memory={engine.options.memory!r}: {_MEMORY[engine.options.memory]}")
     for op, what in _OPS.items():
-        name = engine.backend_for(op, engine.dtype)
+        name = engine.cache.backend_for(op, engine.cache.dtype)
         lines.append(f"  {what}: {'plain torch' if name == 'reference' else f'backend {name}'}")
-    runs = backend_of("prompt_attention", engine.device, engine.dtype, engine.backend)
-    if engine.device.type in dispatch.BEATS_PLAIN_ATTENTION:
+    runs = backend_of("prompt_attention", engine.cache.device, engine.cache.dtype, engine.backend)
+    if engine.cache.device.type in dispatch.BEATS_PLAIN_ATTENTION:
         lines.append(f"  attention: {runs}")
     elif _keys_and_values_only(schedule, len(backbone.blocks)):
         lines.append(f"  attention with prompts: {runs}")
@@ -100,23 +101,25 @@ def _savings(
     first = schedule.first if tokens else 0
     yield "first", f"no gradient below the prompts of block {first}", off(options.first, reason)
 
-    extra = engine.extra_bytes() / 1e6
+    extra = engine.cache.extra_bytes() / 1e6
     yield (
         "fold",
         f"norms, LayerScale and attention scale are in the weights (+{extra:.1f} MB)",
         off(options.fold),
     )
     yield "biases", "value biases are moved, dead key biases dropped", off(options.biases)
-    copy = engine.matrix_bytes() / 1e6
+    copy = engine.cache.matrix_bytes() / 1e6
     yield (
         "packed",
         f"frozen weights are packed for {packed.library()}'s products (+{copy:.1f} MB for each "
         "direction)",
-        off(options.packed, engine.packed_refusal(engine.dtype)),
+        off(options.packed, engine.cache.packed_refusal(engine.cache.dtype)),
     )
-    reason = engine.embed_refusal
-    if engine.backend_for("prompted_patch_embed", engine.dtype) == "reference":
-        reason = reason or f"no kernel runs it in {engine.dtype} on {engine.device.type}"
+    reason = engine.cache.embed_refusal
+    if engine.cache.backend_for("prompted_patch_embed", engine.cache.dtype) == "reference":
+        reason = (
+            reason or f"no kernel runs it in {engine.cache.dtype} on {engine.cache.device.type}"
+        )
     yield (
         "embed",
         "patches, prefix and position embedding are computed in one op",

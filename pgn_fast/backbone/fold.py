@@ -145,6 +145,12 @@ class BlockWeights:
         self.qkv, self.out, self.fc1, self.fc2 = map(make, (self.qkv, self.out, self.fc1, self.fc2))
         self.__post_init__()
 
+    def with_linears(self, make: Callable[[FrozenLinear], FrozenLinear]) -> BlockWeights:
+        """The same with ``make(linear)`` for each of the four linears; the rest is shared."""
+        copied = replace(self)
+        copied.replace_linears(make)
+        return copied
+
     def tensors(self) -> list[Tensor]:
         """Every weight, for counting."""
         found: list[Tensor | None] = [self.gain1, self.gain2]

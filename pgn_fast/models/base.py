@@ -39,7 +39,6 @@ class PromptedViT(nn.Module):
         config: the constructor's values, by their names; the class embeddings are in the head.
         backend: which backend the ops run on; None is the fastest.
         class_names: of the logits, in their order, where a loaded adapter knew them; else None.
-        engine: runs the backbone with exact savings; None: timm's own blocks run it.
     """
 
     _head_init = "torch"
@@ -66,11 +65,40 @@ class PromptedViT(nn.Module):
             raise ValueError(f"backend={backend!r}; known: {', '.join(BACKENDS)}, or None")
         self.pool = pool
         self.backend = backend
-        options = FastOptions.of(fast)
-        self.engine = None if options is None else FastBackbone(backbone, options, backend)
+        self._options = FastOptions.of(fast)
+        self._engine: FastBackbone | None = None
+        self._followed = (backbone,)  # in a tuple: a module would become a child
+        if self._options is not None:
+            self._engine = FastBackbone(backbone, self._options, backend)
         if isinstance(fast, FastOptions):
             self.config["fast"] = asdict(fast)
         self.train()
+
+    @property
+    def engine(self) -> FastBackbone | None:
+        """Runs the backbone with exact savings; None: timm's own blocks run it."""
+        self._follow_backbone()
+        return self._engine
+
+    def _follow_backbone(self) -> None:
+        """Take over another module that was assigned to ``backbone``: freeze it, new engine.
+
+        Raises:
+            ValueError: its width is not the one that prompts and head were made for.
+        """
+        backbone, (known,) = self.backbone, self._followed
+        if backbone is known:
+            return
+        width = getattr(backbone, "embed_dim", None)
+        if width != known.embed_dim:
+            raise ValueError(
+                f"model.backbone was replaced by a {type(backbone).__name__} of width {width}; "
+                f"prompts and head are made for width {known.embed_dim}. Build a new model on it"
+            )
+        backbone.requires_grad_(False).eval()
+        if self._options is not None:
+            self._engine = FastBackbone(backbone, self._options, self.backend)
+        self._followed = (backbone,)
 
     @property
     def embed_dim(self) -> int:
@@ -106,6 +134,7 @@ class PromptedViT(nn.Module):
 
     def forward_reference(self, images: Tensor) -> Tensor:
         """The same logits by timm's own blocks, ``torch.cat`` and plain torch ops."""
+        self._follow_backbone()
         images, schedule = self._prompted(images, "reference")
         reads, rows = self._reads_prompts(), self._rows_read()
         tokens = encode_plainly(self.backbone, images, schedule, rows=rows, prompts_read=reads)
@@ -174,6 +203,14 @@ class PromptedViT(nn.Module):
         """Recompute each block's activations in backward instead of keeping them."""
         self.backbone.set_grad_checkpointing(enable)
 
+    def refresh(self) -> None:
+        """Forget all that was made from the backbone's weights; the next forward makes it anew.
+
+        For all models on this backbone.
+        """
+        if self.engine is not None:
+            self.engine.cache.refresh()
+
     def train(self, mode: bool = True) -> PromptedViT:
         """Training mode for prompter and head; the backbone stays in eval mode."""
         super().train(mode)
@@ -188,6 +225,7 @@ class PromptedViT(nn.Module):
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimizer should get: the parameters of prompter and head."""
+        self._follow_backbone()
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -259,8 +297,9 @@ class PromptedViT(nn.Module):
             (B, S + P + N, D) with prompts where the schedule puts them, or (B, S + N, D) where
             nobody reads them; with ``rows`` only the first ones, (B, rows, D).
         """
-        if self.engine is not None:
-            return self.engine.encode(images, schedule, rows=rows, prompts_read=prompts_read)
+        engine = self.engine
+        if engine is not None:
+            return engine.encode(images, schedule, rows=rows, prompts_read=prompts_read)
         return encode_plainly(self.backbone, images, schedule, rows=rows, prompts_read=prompts_read)
 
     def _rows_read(self) -> int | None:

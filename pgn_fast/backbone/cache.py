@@ -1,0 +1,192 @@
+"""What is made once from a frozen backbone's weights, and when it has to be made again.
+
+Folded and packed weights belong to the backbone: every model on it that wants the same ones shares
+them, and they are freed with the last of these models. The prompts' keys and values of the last
+call belong to one model.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dispatch
+from . import blocks, packed, support
+from .fold import BlockWeights, fold_block, live_block
+from .packed import PackedLinear
+from .support import FastOptions
+
+
+class _Shared:
+    """What all models on one backbone share: whether the engine can run it, and its weights."""
+
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = backbone
+        self.lock = threading.RLock()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forget everything that was made from the weights."""
+        with self.lock:
+            self._modules = list(self.backbone.modules())
+            self._key = support.state_key(self._modules)
+            self.refusal = support.refusal(self.backbone)
+            self.folded: dict[tuple[Any, ...], list[BlockWeights]] = {}
+
+    def follow(self) -> None:
+        """Forget what was made from weights that have changed since."""
+        if support.state_key(self._modules) != self._key:
+            self.refresh()
+
+    def fold(
+        self, options: FastOptions, dtype: torch.dtype, backends: dict[str, str], pack: bool
+    ) -> list[BlockWeights]:
+        """The blocks' weights in ``dtype``, made at the first call."""
+        folded = self.folded  # a refresh in another thread replaces the dictionary
+        bare = (options.fold, options.biases, dtype, tuple(backends.items()))
+        key = (*bare, pack)
+        if key not in folded:
+            with self.lock:
+                if bare not in folded:
+                    rope = getattr(self.backbone, "rope", None) is not None
+                    folded[bare] = [
+                        fold_block(block, options, dtype, rope, backends.__getitem__)
+                        for block in self.backbone.blocks
+                    ]
+                if key not in folded:
+                    make = lambda linear: PackedLinear(linear.weight, linear.bias)
+                    folded[key] = [w.with_linears(make) if pack else w for w in folded[bare]]
+        return folded[key]
+
+    def extra_bytes(self) -> int:
+        """Bytes of folded weights that are not the backbone's own tensors, each counted once."""
+        own = {p.data_ptr() for p in self.backbone.parameters()}
+        weights = (w for blocks_ in list(self.folded.values()) for w in blocks_)
+        extra = {t.data_ptr(): t.nbytes for w in weights for t in w.tensors()}
+        return sum(nbytes for pointer, nbytes in extra.items() if pointer not in own)
+
+
+# by id: a _Shared keeps its backbone, so an id here is never that of another module
+_shared: WeakValueDictionary[int, _Shared] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def _shared_of(backbone: nn.Module) -> _Shared:
+    with _lock:
+        found = _shared.get(id(backbone))
+        if found is None:
+            found = _shared[id(backbone)] = _Shared(backbone)
+        return found
+
+
+class BackboneCache:
+    """State of one engine.
+
+    Args:
+        backbone: as ``load_backbone`` returns it.
+        options: which savings are on.
+        backend: of the ops; None is the fastest.
+    """
+
+    def __init__(self, backbone: nn.Module, options: FastOptions, backend: str | None) -> None:
+        self.backbone: Any = backbone
+        self.options = options
+        self.backend = backend
+        self._shared = _shared_of(backbone)
+        self._prompts: dict[int, tuple[Tensor, BlockWeights, tuple[Tensor, Tensor]]] = {}
+        self._backends: dict[tuple[str, torch.dtype, torch.device], str] = {}
+        self.fused_dtypes = self._dtypes_with_a_kernel()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the eager path runs instead of the engine, by the backbone as it is now; or None."""
+        if not torch.compiler.is_compiling():
+            self._shared.follow()
+        return self._shared.refusal
+
+    @property
+    def embed_refusal(self) -> str | None:
+        """Why timm's own code embeds the images; None where one op can."""
+        # looked at anew: a replaced method or another size leaves no trace in the modules
+        return self._shared.refusal or support.embed_refusal(self.backbone)
+
+    def refresh(self) -> None:
+        """Forget everything that was made from the weights, for all models on this backbone."""
+        self._shared.refresh()
+        self._prompts.clear()
+
+    def weights(self, dtype: torch.dtype) -> list[BlockWeights]:
+        """One entry a block: folded in ``dtype``, or timm's own tensors under a compiler."""
+        if torch.compiler.is_compiling():
+            backend_for = partial(self.backend_for, dtype=dtype)
+            return [live_block(block, backend_for) for block in self.backbone.blocks]
+        backends = {op: self.backend_for(op, dtype) for op in ("frozen_linear", "add_layer_norm")}
+        pack = self.options.packed and self.packed_refusal(dtype) is None
+        return self._shared.fold(self.options, dtype, backends, pack)
+
+    def prompt_keys_values(self, i: int, w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompts' keys and values in block ``i``; in inference on CPU those of the last call
+        where the prompts are still the same, which is cheaper to see than to compute."""
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if plain or prompts.device.type != "cpu" or prompts.ndim != 2:
+            return blocks.prompt_keys_values(w, prompts)
+        if i in self._prompts:
+            seen, by, found = self._prompts[i]
+            if by is w and seen.dtype == prompts.dtype and torch.equal(seen, prompts):
+                return found
+        found = blocks.prompt_keys_values(w, prompts)
+        self._prompts[i] = prompts.clone(), w, found
+        return found
+
+    def backend_for(self, op: str, dtype: torch.dtype) -> str:
+        """Which backend runs an op: the named one if it can, else the fastest with a kernel, else
+        "reference": plain torch, which compilers see through."""
+        key = op, dtype, self.device
+        if key not in self._backends:
+            like = torch.empty(0, dtype=dtype, device=self.device)
+            fastest = dispatch.PREFERENCE[op].get(self.device.type, ())
+            candidates = (self.backend, *fastest) if self.backend else fastest
+            runs = (name for name in candidates if dispatch.refusal(name, op, like) is None)
+            self._backends[key] = next(runs, "reference")
+        return self._backends[key]
+
+    def _dtypes_with_a_kernel(self) -> set[torch.dtype]:
+        """In which dtypes a kernel of this package runs attention with prompts."""
+        if self.backend == "reference":
+            return set()
+        candidates = dispatch.PREFERENCE["prompt_attention"].get(self.device.type, ())
+        found = set()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            like = torch.empty(0, dtype=dtype, device=self.device)
+            refusals = (dispatch.refusal(name, "prompt_attention", like) for name in candidates)
+            if self.backend is not None or None in refusals:
+                found.add(dtype)
+        return found
+
+    def packed_refusal(self, dtype: torch.dtype) -> str | None:
+        """Why weights are not packed in this dtype, wanted or not; None where they can be."""
+        if self.backend == "reference":
+            return "backend='reference' names plain torch"
+        return packed.refusal(self.device, dtype)
+
+    def matrix_bytes(self) -> int:
+        """Bytes of the frozen matrices: what a packed copy of them takes."""
+        return sum(t.nbytes for w in self.weights(self.dtype) for t in w.tensors() if t.ndim == 2)
+
+    def extra_bytes(self) -> int:
+        """Bytes of folded weights that are not the backbone's own tensors, for all models on it."""
+        self.weights(self.dtype)
+        return self._shared.extra_bytes()
