@@ -372,7 +372,7 @@ def test_initial_values():
         expected = (2 / fan_out) ** 0.5
         assert abs(layer.weight.std().item() / expected - 1) < 0.15
 
-    model = VPT(tiny(embed_dim=64), 50, num_prompts=200, project_dim=20)
+    model = VPT(tiny(embed_dim=64), 50, num_prompts=200, project_dim=20, head_init="official")
     bound = (6 / (3 * 8 * 8 + 20)) ** 0.5
     prompts = model.prompter.prompts
     assert prompts.abs().max() <= bound and prompts.abs().max() > 0.99 * bound
@@ -441,11 +441,26 @@ def test_both_of_deits_heads_are_kept(head):
     torch.testing.assert_close(model(x), want)
 
 
+def test_a_new_head_starts_near_chance():
+    """Features of a final LayerNorm, few classes: ln C, where the official start is far above."""
+    x, labels = images(64), torch.arange(64) % 6
+    start = {
+        init: nn.functional.cross_entropy(
+            VPT(tiny(), 6, num_prompts=4, head_init=init)(x), labels
+        ).item()
+        for init in ("torch", "zero", "official")
+    }
+    assert start["zero"] == pytest.approx(math.log(6), abs=1e-6)
+    assert start["torch"] < math.log(6) + 0.4 < start["official"]
+    assert "head_init" not in VPT(tiny(), 6).config
+    with pytest.raises(ValueError, match="head_init='best'; known: torch, zero, official"):
+        VPT(tiny(), 6, head_init="best")
+
+
 def test_reset_classifier():
     model, x = vpt(), images()
     model.reset_classifier(9)
     assert model(x).shape == (3, 9) and model.num_classes == 9
-    assert torch.allclose(model.head.bias, torch.tensor(-math.log(99)))
     model.reset_classifier(0)
     assert model(x).shape == (3, 32) and model.num_classes == 0
     model.reset_classifier(4, global_pool="token")

@@ -41,8 +41,6 @@ class PromptedViT(nn.Module):
         class_names: of the logits, in their order, where a loaded adapter knew them; else None.
     """
 
-    _head_init = "torch"
-
     def __init__(
         self,
         backbone: nn.Module,
@@ -186,7 +184,7 @@ class PromptedViT(nn.Module):
                 f"global_pool={global_pool!r}: the frozen backbone pools by "
                 f"{self.backbone.global_pool!r}; create it with another global_pool instead"
             )
-        self.head = linear_head(self.backbone, num_classes, self._head_init)
+        self.head = linear_head(self.backbone, num_classes)
         self.config |= {"num_classes": num_classes, "head": "linear"}
         self.class_names = None
 
@@ -335,7 +333,8 @@ class PromptedViT(nn.Module):
 
 def constructor_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """A constructor's own arguments out of its ``locals()``; class embeddings live in the head."""
-    own = ("self", "__class__", "backbone", "class_embeddings")
+    # a saved head has its values; how it started says nothing about it
+    own = ("self", "__class__", "backbone", "class_embeddings", "head_init")
     # NumPy's whole numbers become Python's, which JSON can hold
     return {
         name: int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value

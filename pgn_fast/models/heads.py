@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HEADS = ("linear", "keep", "zero_shot")
+HEAD_INITS = ("torch", "zero", "vpt")
 
 
 class KeptHead(nn.Module):
@@ -120,21 +121,37 @@ def linear_head(backbone: Any, num_classes: int, init: str = "torch") -> nn.Modu
     Args:
         backbone: a timm vision transformer.
         num_classes: C; 0 gives the identity, as in timm.
-        init: "torch" keeps nn.Linear's own start, as the official PGN code does; "vpt" draws
-            weights Kaiming normal (fan-out) and sets biases to -log(99), as the official VPT code
-            does: every class starts with a probability of 1 %.
+        init: see ``initialize_head``.
     """
     if num_classes < 0:
         raise ValueError(f"num_classes must not be negative, got {num_classes}")
+    if init not in HEAD_INITS:
+        raise ValueError(f"head_init={init!r}; known: torch, zero, official")
     if num_classes == 0:
         return nn.Identity()
     like = next(backbone.parameters())
     dtype = trained_dtype(like.dtype)
     layer = nn.Linear(backbone.num_features, num_classes, device=like.device, dtype=dtype)
+    initialize_head(layer, init)
+    return layer
+
+
+def initialize_head(layer: nn.Linear, init: str) -> None:
+    """Set a linear layer's start in place.
+
+    Args:
+        init: "torch" keeps nn.Linear's own start, as the official PGN code does: the loss begins
+            near ln C. "zero": it begins at ln C exactly, and the prompts' gradients at the second
+            step. "vpt" draws weights Kaiming normal (fan-out) and sets biases to -log(99), as the
+            official VPT code does: made for a hundred classes; with few classes the loss begins
+            ten times above ln C.
+    """
     if init == "vpt":
         nn.init.kaiming_normal_(layer.weight, a=0, mode="fan_out")
         nn.init.constant_(layer.bias, -math.log(99.0))
-    return layer
+    elif init == "zero":
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 def trained_dtype(frozen: torch.dtype) -> torch.dtype:

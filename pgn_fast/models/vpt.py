@@ -45,6 +45,9 @@ class VPT(PromptedViT):
         pool: "original" (the backbone's), or the mean of patches "img_pool", of prompts
             "prompt_pool", of both "imgprompt_pool".
         head, class_embeddings, logit_scale, backend, fast: as for ``PGN``.
+        head_init: of a new linear head. "torch": nn.Linear's own, the loss begins near ln C;
+            "zero": at ln C; "official": the official code's Kaiming weights and biases of -log 99,
+            made for a hundred classes and hard to recover from with few.
 
     Raises:
         ValueError, TypeError: an argument that cannot work; the message says what would.
@@ -52,8 +55,6 @@ class VPT(PromptedViT):
     Source: Jia et al., "Visual Prompt Tuning", arXiv:2203.12119, section 3.2 and, for the
     ablations, section 4.3.
     """
-
-    _head_init = "vpt"
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class VPT(PromptedViT):
         head: str | nn.Module = "linear",
         class_embeddings: Tensor | None = None,
         logit_scale: float = 100.0,
+        head_init: str = "torch",
         backend: str | None = None,
         fast: bool | str | Mapping[str, Any] | FastOptions = True,
     ) -> None:
@@ -122,7 +124,7 @@ class VPT(PromptedViT):
             num_classes,
             class_embeddings=class_embeddings,
             logit_scale=logit_scale,
-            init=self._head_init,
+            init="vpt" if head_init == "official" else head_init,
         )
         super().__init__(vit, prompter, built, config=config, pool=pool, backend=backend, fast=fast)
 
