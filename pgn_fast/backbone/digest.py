@@ -1,0 +1,62 @@
+"""A digest of a frozen backbone's weights: which weights an adapter was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+# bytes that are copied to the host at a time
+_CHUNK = 1 << 24
+
+
+def backbone_digest(backbone: nn.Module, *, head: bool = False) -> str:
+    """SHA-256 of a backbone's weights and persistent buffers, as 64 hexadecimal digits.
+
+    Two backbones have the same digest where names, dtypes, shapes and bytes agree; the device, the
+    order of the modules and the memory format do not matter. -0.0 and 0.0, or a weight and its
+    half-precision copy, are different bytes.
+
+    Args:
+        backbone: any module.
+        head: whether its own classifier (``head`` and ``head_dist``, by timm's names) counts. The
+            models use it with ``head="keep"`` alone, and a backbone made with ``num_classes=0``
+            has none.
+
+    Raises:
+        ValueError: the weights are not in memory (device "meta"), or are of a type that does not
+            show its bytes; the message names the tensor.
+    """
+    state = backbone.state_dict(keep_vars=True)
+    names = sorted(n for n in state if head or n.split(".")[0] not in ("head", "head_dist"))
+    parts = [part for name in names for part in _parts(name, state[name])]
+    # hashlib lets go of the interpreter's lock
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        digests = pool.map(lambda part: _digest(*part), parts)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or the tensors inside of a subclass (quantized or distributed weights)."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}, whose bytes cannot be read")
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        if not hasattr(tensor, "__tensor_flatten__"):
+            raise ValueError(f"{name} is a {type(tensor).__name__}, whose bytes cannot be read")
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield from _parts(f"{name}.{inner}", getattr(tensor, inner))
+    elif tensor.device.type == "meta":
+        raise ValueError(f"{name} is on the device meta; load the weights first")
+    else:
+        yield name, tensor.detach()
+
+
+def _digest(name: str, tensor: Tensor) -> bytes:
+    found = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    for chunk in data.split(_CHUNK):
+        found.update(chunk.cpu().numpy())
+    return found.digest()
