@@ -57,6 +57,7 @@ class RgbClient:
         prompter: turns images into canvases; None sends the images as they are.
         head: applied here to the server's features, such as ``model.head`` of the adapter whose
             prompts are sent: the server's model has no trained head. None: logits are the server's.
+        token: the bearer token that the server asks for (``--token-file``).
         timeout: seconds to wait for one answer.
         retries: how often a call is sent again that got 503 or 429, or lost its connection.
         backoff: seconds before the first repetition, doubled for each next one (and at least what
@@ -74,6 +75,7 @@ class RgbClient:
         prompter: Prompter | None = None,
         *,
         head: Callable[[Tensor], Tensor] | None = None,
+        token: str | None = None,
         timeout: float = 30.0,
         retries: int = 5,
         backoff: float = 0.1,
@@ -87,6 +89,7 @@ class RgbClient:
         self.head = head
         self._connection = kinds[address.scheme](address.hostname, address.port, timeout=timeout)
         self._path = address.path.rstrip("/")
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._timeout = timeout
         self._retries = retries
         self._backoff = backoff
@@ -197,8 +200,8 @@ class RgbClient:
 
     def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, float, bytes]:
         """Status, seconds of Retry-After and body of one answer."""
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        self._connection.request(method, self._path + path, body, headers)
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        self._connection.request(method, self._path + path, body, self._headers | kind)
         answer = self._connection.getresponse()
         text = answer.read()
         wait = answer.headers.get("Retry-After", "")

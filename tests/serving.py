@@ -6,7 +6,7 @@ import base64
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,8 @@ from odd_images import noise
 from PIL import Image
 from timm.models import VisionTransformer
 
-from pgn_fast.serve import ServedModel
+from pgn_fast.serve import ServedModel, ServerSettings
+from pgn_fast.serve.lifetime import Server
 
 CONFIG = {
     "architecture": "tiny",
@@ -61,11 +62,23 @@ class Gated:
         return self._served.run(calls)
 
 
-@contextmanager
-def serving(app, **config: object) -> Iterator[tuple[str, uvicorn.Server]]:
+def serving(app, **config: object):
     """(address, server) of an ASGI application that listens; shut down gracefully at the end."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", **config))
-    thread = threading.Thread(target=server.run)
+    return _running(server, server.run)
+
+
+def guarded(app, settings: ServerSettings | None = None):
+    """(address, server) of an application as ``pgn-fast serve`` runs it."""
+    server = Server(app, settings or ServerSettings())
+    return _running(server, lambda: server.listen("127.0.0.1", 0))
+
+
+@contextmanager
+def _running(
+    server: uvicorn.Server, run: Callable[[], object]
+) -> Iterator[tuple[str, uvicorn.Server]]:
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         while not server.started:

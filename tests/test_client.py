@@ -22,6 +22,7 @@ from timm.models import VisionTransformer
 from pgn_fast import cli
 from pgn_fast.client import RgbClient, RgbClientError, encode_plain
 from pgn_fast.serve import ServedModel, ServerSettings, create_app, load_served_model
+from pgn_fast.serve.access import Tokens
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,16 @@ def test_wrong_images_are_refused_before_anything_is_sent():
         client.features(torch.zeros(0, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ValueError, match="should be like http:"):
         RgbClient("localhost:8000")
+
+
+def test_a_token_is_sent_with_every_call(served, levels, tmp_path):
+    (tmp_path / "tokens").write_text("sesame\n")
+    with serving(create_app(served, tokens=Tokens(tmp_path / "tokens"))) as (url, _):
+        with RgbClient(url, token="sesame") as client:
+            assert client.features(levels[:1]).shape == (1, 48)
+        with RgbClient(url) as client, pytest.raises(RgbClientError, match="Bearer TOKEN") as e:
+            client.model()
+        assert (e.value.status, e.value.code) == (401, "unauthorized")
 
 
 def test_a_refusal_carries_status_code_and_reason(url):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from typing import Any
 
-from ..errors import UserError, as_user_error
+from ..errors import as_user_error
+from ..serve.logs import FORMATS
 from ..serve.settings import OUTPUTS, ServerSettings
 from ._options import KeyValues, add_device_argument, pick_device
 
@@ -18,7 +20,7 @@ examples:
   curl -F images=@cat.png -F images=@dog.jpg http://127.0.0.1:8000/v1/predict
   curl http://127.0.0.1:8000/v1/model          sizes, preprocessing, limits
 
-The server has no authentication: it listens on 127.0.0.1 unless --host says otherwise.
+It listens on 127.0.0.1 unless --host says otherwise; --token-file asks callers for a token.
 docs/serving.md has the rest.
 """
 
@@ -29,13 +31,17 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "queue_images": (int, "images that may wait for the model"),
     "model_workers": (int, "batches computed at the same time"),
     "decode_threads": (int, "threads that decode images"),
+    "max_connections": (int, "open connections"),
     "max_calls": (int, "calls in progress"),
-    "max_pending_bytes": (int, "bytes of all bodies in progress"),
+    "max_pending_bytes": (int, "bytes that have arrived of all bodies in progress"),
     "max_call_bytes": (int, "bytes of one call"),
     "max_call_images": (int, "images of one call"),
     "max_call_pixels": (int, "pixels of one call"),
     "max_image_pixels": (int, "pixels of one image"),
     "timeout_s": (float, "seconds for one call"),
+    "header_timeout_s": (float, "seconds for the headers of one call"),
+    "min_body_rate": (int, "bytes a second at which a body must arrive"),
+    "drain_s": (float, "seconds between SIGTERM and the end of listening"),
 }
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerSettings)}
 
@@ -73,8 +79,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(127.0.0.1)")
-    server.add_argument("--port", type=int, default=8000, metavar="N", help="(8000)")
+    server.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
+    server.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that a call's Host may carry, such as api.example.com or *.example.com; "
+        "* for any (default: localhost, the name of --host, and every IP address)",
+    )
+    server.add_argument(
+        "--token-file", metavar="FILE", help="bearer tokens, one a line; calls must carry one"
+    )
     server.add_argument("--access-log", action="store_true", help="a line for every call")
+    server.add_argument("--log-format", choices=FORMATS, default="text", help="(text)")
 
     limits = parser.add_argument_group("batching and limits")
     for name, (kind, text) in _SETTINGS.items():
@@ -95,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     with as_user_error(ImportError):
         from ..serve import load_served_model, run_server
+        from ..serve.access import is_loopback
 
     names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
     data_args: dict[str, Any] = {name: getattr(args, name) for name in names}
@@ -103,12 +122,22 @@ def run(args: argparse.Namespace) -> int:
             args.model, data_args=data_args, device=device, **args.model_kwargs
         )
         served.check_output(args.output)
+    if args.token_file is None and not is_loopback(args.host):
+        print(
+            f"pgn-fast serve: warning: anyone who reaches {args.host} may call; --token-file asks "
+            "for a token.",
+            file=sys.stderr,
+        )
     print(f"{args.model} on http://{args.host}:{args.port}/v1/predict", flush=True)
-    try:
-        run_server(served, settings, host=args.host, port=args.port, access_log=args.access_log)
-    except KeyboardInterrupt:
-        return 0  # uvicorn answers what it accepted and then passes the signal on
-    except SystemExit as stop:
-        # uvicorn's own way out where it cannot listen; its log has said why
-        raise UserError(f"could not listen on {args.host}:{args.port}.") from stop
-    return 0
+    with as_user_error():
+        cut_off = run_server(
+            served,
+            settings,
+            host=args.host,
+            port=args.port,
+            access_log=args.access_log,
+            log_format=args.log_format,
+            allowed_hosts=args.allowed_host,
+            token_file=args.token_file,
+        )
+    return 1 if cut_off else 0

@@ -1,4 +1,4 @@
-"""The routes: ``POST /v1/predict``, ``GET /v1/model``, ``/healthz`` and ``/metrics``."""
+"""The routes: ``/v1/predict``, ``/v1/model``, ``/healthz``, ``/readyz`` and ``/metrics``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from .access import AllowedHosts, Tokens
 from .body import ENCODINGS
-from .errors import ApiError
+from .errors import ApiError, error_response
+from .front import Front
 from .model import ServedModel
-from .service import Service, error_response
+from .service import Service
 from .settings import OUTPUTS, ServerSettings
 
 
@@ -22,6 +24,8 @@ def create_app(
     settings: ServerSettings | None = None,
     *,
     on_idle: Callable[[], None] = lambda: None,
+    hosts: AllowedHosts | None = None,
+    tokens: Tokens | None = None,
 ) -> FastAPI:
     """The API as an ASGI application; its threads start and stop with the application's lifespan.
 
@@ -29,6 +33,11 @@ def create_app(
         served: model and preprocessing.
         settings: limits and batching; None: the defaults.
         on_idle: called in a thread when no call is in progress, once after every load.
+        hosts: the names that a call's ``Host`` may carry; None: all.
+        tokens: bearer tokens, of which a call must carry one; None: none is asked for.
+
+    Returns:
+        The application; its ``state.service`` tells and sets whether it is ready.
 
     Raises:
         ValueError: the settings' default output is one that the model does not have.
@@ -43,14 +52,41 @@ def create_app(
         yield
         service.stop()
 
-    app = FastAPI(title="pgn-fast serve", summary=f"{served.name}, frozen", lifespan=lifespan)
+    app = FastAPI(
+        title="pgn-fast serve",
+        summary=f"{served.name}, frozen",
+        lifespan=lifespan,
+        # these pages run scripts from another server; /openapi.json stays
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.add_middleware(
+        Front,
+        hosts=hosts or AllowedHosts(),
+        tokens=tokens,
+        draining=lambda: service.draining,
+    )
 
     @app.post("/v1/predict", openapi_extra=_PREDICT_BODY)
     async def predict(request: Request) -> Response:
         return await service.predict(request)
 
-    @app.get("/v1/model")
-    async def model() -> Response:
+    def get(path: str) -> Callable[[Callable[[], Response]], None]:
+        """A route for GET and HEAD, answered on the event loop."""
+
+        def add(answer: Callable[[], Response]) -> None:
+            async def route() -> Response:
+                return answer()
+
+            app.get(path)(route)
+            app.head(path, include_in_schema=False)(route)
+
+        return add
+
+    @get("/v1/model")
+    def model() -> Response:
         return _json(
             served.describe()
             | {
@@ -60,20 +96,33 @@ def create_app(
             }
         )
 
-    @app.get("/healthz")
-    async def healthz() -> Response:
+    @get("/healthz")
+    def healthz() -> Response:
         alive = service.batcher.alive
         return _json({"status": "ok" if alive else "failing"}, 200 if alive else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    @get("/readyz")
+    def readyz() -> Response:
+        status = service.readiness()
+        return _json({"status": status}, 200 if status == "ready" else 503)
+
+    @get("/metrics")
+    def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return error_response(ApiError(error.status_code, "http_error", f"{error.detail}."))
+        return error_response(_http_error(request, error))
 
     return app
+
+
+def _http_error(request: Request, error: HTTPException) -> ApiError:
+    path = request.url.path[:200]
+    if error.status_code == 404:
+        slash = " Leave out the last slash." if path != "/" and path.endswith("/") else ""
+        return ApiError(404, "http_error", f"there is no {path}.{slash}")
+    return ApiError(error.status_code, "http_error", f"{error.detail}.", headers=error.headers)
 
 
 def _json(value: dict[str, Any], status: int = 200) -> Response:

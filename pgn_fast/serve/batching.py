@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .admission import Share
 from .errors import ApiError, overloaded
 from .preprocess import Levels
 
@@ -27,6 +28,7 @@ Call = tuple[Sequence[Levels], str]
 class _Waiting:
     levels: Sequence[Levels]
     output: str
+    client: str
     result: Future[Tensor] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
 
@@ -39,7 +41,7 @@ class Batcher:
             (images, size) for each call; called in worker threads, several at a time.
         max_batch: images that go through ``run`` together; a single larger call goes alone.
         max_wait: seconds that a batch waits for more images after its first.
-        capacity: images that may wait.
+        capacity: images that may wait; clients divide it (``Share``).
         workers: threads.
         observe_batch: told the number of images and the seconds of every batch that ran.
     """
@@ -57,10 +59,9 @@ class Batcher:
         self._run = run
         self._max_batch = max_batch
         self._max_wait = max_wait
-        self._capacity = capacity
         self._observe_batch = observe_batch
         self._queue: deque[_Waiting] = deque()
-        self._images = 0
+        self._images = Share(capacity)
         self._closed = False
         self._changed = threading.Condition()
         # one worker at a time waits for a batch to fill; the others wait for their turn
@@ -75,14 +76,14 @@ class Batcher:
     @property
     def depth(self) -> int:
         """Images that wait."""
-        return self._images
+        return self._images.total
 
     @property
     def alive(self) -> bool:
         return not self._closed and all(thread.is_alive() for thread in self._threads)
 
-    def submit(self, levels: Sequence[Levels], output: str) -> Future[Tensor]:
-        """Queue the images of one call.
+    def submit(self, levels: Sequence[Levels], output: str, client: str = "") -> Future[Tensor]:
+        """Queue the images of one call of a client.
 
         Returns:
             A future of the outputs, (images, size). Cancelling it takes the call out of the queue.
@@ -90,19 +91,27 @@ class Batcher:
         Raises:
             ApiError: 503, the queue is full or the server is closing.
         """
-        waiting = _Waiting(levels, output)
+        waiting = _Waiting(levels, output, client)
         with self._changed:
             if self._closed:
                 raise ApiError(503, "closing", "this server is shutting down.", retry_after=5)
-            if self._images + len(levels) > self._capacity:
-                raise overloaded(
-                    f"{self._images} images wait already and this server lets {self._capacity} "
-                    "wait; try again."
-                )
+            self._check(client, len(levels))
             self._queue.append(waiting)
-            self._images += len(levels)
+            self._images.take(client, len(levels))
             self._changed.notify()
         return waiting.result
+
+    def check(self, client: str) -> None:
+        """Raises ApiError 503 where not even one image of this client could wait now."""
+        with self._changed:
+            self._check(client, 1)
+
+    def _check(self, client: str, images: int) -> None:
+        if not self._images.fits(client, images):
+            raise overloaded(
+                f"{self.depth} images wait already and this server lets "
+                f"{self._images.capacity} wait; try again."
+            )
 
     def close(self) -> None:
         """Take nothing more, answer what was accepted, stop the threads."""
@@ -129,7 +138,7 @@ class Batcher:
                     return None
                 self._changed.wait()
             full_by = self._queue[0].since + self._max_wait
-            while self._images < self._max_batch and not self._closed:
+            while self.depth < self._max_batch and not self._closed:
                 left = full_by - time.monotonic()
                 if left <= 0:
                     break
@@ -139,7 +148,8 @@ class Batcher:
             while self._queue and count + len(self._queue[0].levels) <= self._max_batch:
                 batch.append(self._queue.popleft())
                 count += len(batch[-1].levels)
-            self._images -= count
+            for call in batch:
+                self._images.give_back(call.client, len(call.levels))
             return batch
 
     def _answer(self, batch: list[_Waiting]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from .settings import OUTPUTS
 ENCODINGS = ("json", "base64")
 # form fields or JSON values beside the images, known or not
 _MAX_OTHERS = 16
+# "filename*" and "filename*0" of RFC 5987 and RFC 2231, which python-multipart leaves out
+_QUOTED = re.compile(rb'"(?:\\.|[^"\\])*"')
+_EXTENDED_NAME = re.compile(rb";\s*filename\*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ class _Parts:
     def _end(self) -> None:
         _, options = parse_options_header(self._disposition)
         data = b"".join(self._data)
-        if b"filename" in options:
+        if b"filename" in options or _EXTENDED_NAME.search(_QUOTED.sub(b"", self._disposition)):
             _check_count(len(self.images) + 1, self._max_images)
             self.images.append(data)
         else:

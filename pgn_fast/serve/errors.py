@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+
+from starlette.responses import Response
 
 
 class ApiError(Exception):
@@ -13,22 +16,32 @@ class ApiError(Exception):
         code: a stable word such as ``"too_many_pixels"``.
         message: what was expected, what arrived, what would work.
         retry_after: seconds after which it is worth trying again; sets ``Retry-After``.
+        headers: further headers of the answer.
     """
 
     def __init__(
-        self, status: int, code: str, message: str, *, retry_after: int | None = None
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.retry_after = retry_after
+        self._headers = dict(headers or {})
 
     def body(self) -> bytes:
         return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()
 
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.retry_after is not None:
+            return {**self._headers, "Retry-After": str(self.retry_after)}
+        return self._headers
 
 
 def overloaded(message: str) -> ApiError:
@@ -37,3 +50,7 @@ def overloaded(message: str) -> ApiError:
 
 def out_of_time(doing: str) -> ApiError:
     return ApiError(503, "timeout", f"the time for this call ran out while {doing}.", retry_after=1)
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(error.body(), error.status, error.headers(), media_type="application/json")

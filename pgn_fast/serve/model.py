@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +57,13 @@ class ServedModel:
                 f"{self.name} has no {output} (no classifier); it has "
                 f"{', '.join(self.output_sizes)}."
             )
+
+    def warm_up(self, max_batch: int) -> None:
+        """Run every output on zeros, one image and a whole batch, so that no call is the first."""
+        zeros = np.zeros(self.preprocessing.data_config["input_size"], np.uint8)
+        for output in self.output_sizes:
+            for count in (1, max_batch):
+                self.run([([zeros] * count, output)])
 
     @torch.inference_mode()
     def run(self, calls: Sequence[Call]) -> list[Tensor]:

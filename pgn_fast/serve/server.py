@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import logging.config
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import uvicorn
 from timm.data import resolve_data_config
 from torch import nn
 
 from ..backbone.load import load_backbone
+from .access import AllowedHosts, Tokens
 from .app import create_app
+from .lifetime import Server
+from .logs import log_config
 from .model import ServedModel
 from .preprocess import Preprocessing
 from .settings import ServerSettings, usable_cores
@@ -52,23 +56,40 @@ def run_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     access_log: bool = False,
-) -> None:
+    log_format: str = "text",
+    allowed_hosts: Sequence[str] = (),
+    token_file: str | None = None,
+) -> bool:
     """Serve until SIGINT or SIGTERM; calls that were let in are answered before it returns.
 
     The process belongs to the server: the threads that torch uses are divided among the model
     workers, Pillow's warnings about odd images, which would gather in memory, are off, and memory
     that a load has left behind is given back to the system when the load is over.
+
+    Args:
+        host, port: where it listens; port 0: a free one.
+        access_log: a line for each call.
+        log_format: "text" or "json" lines, on stderr.
+        allowed_hosts: names that a call's ``Host`` may carry beside the server's own.
+        token_file: of bearer tokens, one a line; None: anyone may call.
+
+    Returns:
+        Whether calls that were let in were cut off, by a third signal.
+
+    Raises:
+        UserError: the token file holds no token, or the address cannot be listened on.
     """
     torch.set_num_threads(max(1, usable_cores() // settings.model_workers))
     warnings.filterwarnings("ignore", module="PIL")
-    config = uvicorn.Config(
-        create_app(served, settings, on_idle=_give_memory_back),
-        host=host,
-        port=port,
-        access_log=access_log,
-        timeout_graceful_shutdown=int(settings.timeout_s) + 1,
+    logging.config.dictConfig(log_config(log_format, access_log))
+    app = create_app(
+        served,
+        settings,
+        on_idle=_give_memory_back,
+        hosts=AllowedHosts.of_server(host, allowed_hosts),
+        tokens=None if token_file is None else Tokens(token_file),
     )
-    uvicorn.Server(config).run()
+    return Server(app, settings).listen(host, port)
 
 
 def _give_memory_back() -> None:

@@ -7,8 +7,8 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,18 +17,23 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from .admission import Admission, Arriving, client_of
 from .batching import Batcher
 from .body import PredictCall, parse_call
 from .decode import decode_call
-from .errors import ApiError, out_of_time, overloaded
+from .errors import ApiError, error_response, out_of_time
+from .fair import FairPool
 from .metrics import Metrics
 from .model import ServedModel
 from .settings import ServerSettings
 
 _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
-# seconds between looks at whether the server is idle
+# seconds between looks at whether the server is idle, and at bodies that do not arrive
 _IDLE_LOOK_S = 1.0
+_BODY_LOOK_S = 0.5
+# whose work the server's own is in the pool
+_OURS = ""
 
 
 class Service:
@@ -48,14 +53,15 @@ class Service:
         self._settings = settings
         self._on_idle = on_idle
         self._seen = 0
-        self._calls = 0
-        self._pending_bytes = 0
-        self.metrics = Metrics(lambda: self.batcher.depth, lambda: self._calls)
+        self._admission = Admission(settings)
+        self._warm = False
+        self.draining = False
+        self.metrics = Metrics(lambda: self.batcher.depth, lambda: self._admission.calls)
 
     def start(self) -> None:
         """Start the threads; called where the event loop runs."""
         settings = self._settings
-        self._pool = ThreadPoolExecutor(settings.decode_threads, "pgn-fast-decode")
+        self._pool = FairPool(settings.decode_threads, "pgn-fast-decode")
         self.batcher = Batcher(
             self._served.run,
             max_batch=settings.max_batch,
@@ -64,12 +70,24 @@ class Service:
             workers=settings.model_workers,
             observe_batch=self.metrics.observe_batch,
         )
-        self._watch = asyncio.create_task(self._watch_for_idleness())
+        self._watches = [
+            asyncio.create_task(watch())
+            for watch in (self._warm_up, self._watch_for_idleness, self._watch_bodies)
+        ]
 
     def stop(self) -> None:
-        self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         self.batcher.close()
         self._pool.shutdown()
+
+    def readiness(self) -> str:
+        """ "ready", or why no call should be sent here: "failing", "warming up", "draining"."""
+        if not self.batcher.alive:
+            return "failing"
+        if self.draining:
+            return "draining"
+        return "ready" if self._warm else "warming up"
 
     async def predict(self, request: Request) -> Response:
         began = time.perf_counter()
@@ -92,23 +110,34 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         deadline = time.monotonic() + self._settings.timeout_s
-        expected = self._expected_bytes(request)
-        with self._admission(expected):
+        client = client_of(request.client.host if request.client else None)
+        self._admission.check(client, self._expected_bytes(request))
+        self.batcher.check(client)
+        body = bytearray()
+        with self._admission.arriving(client) as arriving:
             with self._stage("read"):
-                body = await self._read(request, deadline)
-            with self._stage("decode"):
-                call, submitted = await self._in_pool(self._submit, request, body, deadline)
-            del body
-            with self._stage("predict"):
-                values = await _before(
-                    deadline, asyncio.wrap_future(submitted), out_of_time("waiting for the model")
-                )
-            with self._stage("answer"):
-                # base64 takes less time than another thread takes to begin
-                if call.encoding == "base64":
-                    answer = self._answer(call, values)
-                else:
-                    answer = await self._in_pool(self._answer, call, values)
+                await self._arrived(request, body, arriving, deadline)
+            with self._admission.working(arriving):
+                return await self._answered(request, body, client, deadline)
+
+    async def _answered(
+        self, request: Request, body: bytearray, client: str, deadline: float
+    ) -> Response:
+        late = out_of_time("decoding its images")
+        with self._stage("decode"):
+            steps = self._pool.submit(client, self._submit(request, body, client, deadline))
+            call, submitted = await _before(deadline, asyncio.wrap_future(steps), late)
+        body.clear()
+        with self._stage("predict"):
+            values = await _before(
+                deadline, asyncio.wrap_future(submitted), out_of_time("waiting for the model")
+            )
+        with self._stage("answer"):
+            # base64 takes less time than another thread takes to begin
+            if call.encoding == "base64":
+                answer = self._answer(call, values)
+            else:
+                answer = await self._in_pool(client, self._answer, call, values)
         return Response(answer, media_type="application/json")
 
     def _expected_bytes(self, request: Request) -> int:
@@ -121,58 +150,45 @@ class Service:
         return expected
 
     @contextmanager
-    def _admission(self, expected: int) -> Iterator[None]:
-        """Count the call while it is in progress; 503 where there is no room for it."""
-        settings = self._settings
-        if self._calls >= settings.max_calls or self.batcher.depth >= settings.queue_images:
-            raise overloaded(
-                f"{self._calls} calls are in progress and {self.batcher.depth} images wait, the "
-                "most that this server lets in; try again."
-            )
-        if self._pending_bytes + expected > settings.max_pending_bytes:
-            raise overloaded(
-                f"bodies of {self._pending_bytes} bytes are in progress and "
-                f"{settings.max_pending_bytes} is the most here; try again."
-            )
-        self._calls += 1
-        self._pending_bytes += expected
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            self._pending_bytes -= expected
-
-    @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self.metrics.observe_stage(name, time.perf_counter() - began)
 
-    async def _read(self, request: Request, deadline: float) -> bytes:
-        too_slow = ApiError(
+    async def _arrived(
+        self, request: Request, body: bytearray, arriving: Arriving, deadline: float
+    ) -> None:
+        """Read a body; ApiError where it is refused on its way, or late."""
+        reading = asyncio.ensure_future(self._read(request, body, arriving))
+        arriving.stop = reading.cancel
+        try:
+            done, _ = await asyncio.wait({reading}, timeout=max(0.0, deadline - time.monotonic()))
+            if done and not reading.cancelled():
+                return reading.result()
+        finally:
+            reading.cancel()
+        raise arriving.refusal or ApiError(
             408,
             "body_too_slow",
             f"the body did not arrive within {self._settings.timeout_s:g} seconds.",
         )
-        return await _before(deadline, self._read_limited(request), too_slow)
 
-    async def _read_limited(self, request: Request) -> bytes:
+    async def _read(self, request: Request, body: bytearray, arriving: Arriving) -> None:
         limit = self._settings.max_call_bytes
-        body = bytearray()
         async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
+            if len(body) + len(chunk) > limit:
                 raise _too_large("longer", limit)
-        return bytes(body)
+            self._admission.arrived(arriving, len(chunk))
+            body += chunk
 
     def _submit(
-        self, request: Request, body: bytes, deadline: float
-    ) -> tuple[PredictCall, Future[Tensor]]:
-        """Decode a call and hand it to the model, which may begin before the event loop knows."""
+        self, request: Request, body: bytearray, client: str, deadline: float
+    ) -> Generator[None, None, tuple[PredictCall, Future[Tensor]]]:
+        """Decode a call, image by image, and hand it to the model, which may begin at once."""
         settings, served = self._settings, self._served
         call = parse_call(
             request.headers.get("content-type", ""),
-            body,
+            bytes(body),
             default_output=settings.default_output,
             max_images=settings.max_call_images,
         )
@@ -183,8 +199,11 @@ class Service:
         images = decode_call(
             call.images, settings.max_image_pixels, settings.max_call_pixels, deadline
         )
-        levels = [served.preprocessing.geometry(image) for image in images]
-        return call, self.batcher.submit(levels, call.output)
+        levels = []
+        for image in images:
+            levels.append(served.preprocessing.geometry(image))
+            yield
+        return call, self.batcher.submit(levels, call.output, client)
 
     def _answer(self, call: PredictCall, values: Tensor) -> bytes:
         numbers = values.numpy()
@@ -204,16 +223,29 @@ class Service:
             encoded = json.dumps(numbers.tolist()).encode()
         return b'%s, "values": %s}' % (json.dumps(answer).encode()[:-1], encoded)
 
+    async def _warm_up(self) -> None:
+        try:
+            await self._in_pool(_OURS, self._served.warm_up, self._settings.max_batch)
+        except Exception:
+            _logger.exception("the model failed at its first batches; this server stays not ready")
+        else:
+            self._warm = True
+
     async def _watch_for_idleness(self) -> None:
         seen = 0
         while True:
             await asyncio.sleep(_IDLE_LOOK_S)
-            if self._calls == 0 and self._seen > seen:
+            if not self._admission.busy and self._seen > seen:
                 seen = self._seen
-                await self._in_pool(self._on_idle)
+                await self._in_pool(_OURS, self._on_idle)
 
-    async def _in_pool(self, function: Callable[..., _T], *args: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+    async def _watch_bodies(self) -> None:
+        while True:
+            await asyncio.sleep(_BODY_LOOK_S)
+            self._admission.end_slow_bodies()
+
+    async def _in_pool(self, client: str, function: Callable[..., _T], *args: Any) -> _T:
+        return await asyncio.wrap_future(self._pool.run(client, function, *args))
 
 
 async def _before(deadline: float, work: Awaitable[_T], too_late: ApiError) -> _T:
@@ -228,7 +260,3 @@ def _too_large(what: str, limit: int) -> ApiError:
     return ApiError(
         413, "too_many_bytes", f"the body is {what}; this server takes {limit} bytes a call."
     )
-
-
-def error_response(error: ApiError) -> Response:
-    return Response(error.body(), error.status, error.headers(), media_type="application/json")

@@ -33,7 +33,8 @@ class ServerSettings:
 
     Memory is bounded by them: at most ``max_pending_bytes`` of request bodies,
     ``decode_threads`` images of ``max_image_pixels`` being decoded and ``queue_images`` model
-    inputs waiting.
+    inputs waiting, each and an eighth more for clients that have none of it yet; and
+    128 KiB of buffers for each of ``max_connections``.
     """
 
     default_output: Output = "features"
@@ -48,12 +49,20 @@ class ServerSettings:
     max_call_pixels: int = 100_000_000
     """Pixels that all images of one call may declare together."""
     timeout_s: float = 30.0
-    """Seconds for one call, from its first header to its answer."""
+    """Seconds for one call, from the end of its headers to its answer."""
+    header_timeout_s: float = 10.0
+    """Seconds for the headers of a call, from the connection or the last answer on it."""
+    min_body_rate: int = 1024
+    """Bytes a second at which a body must arrive, over any five seconds."""
+    drain_s: float = 1.0
+    """Seconds between SIGTERM, when ``/readyz`` turns false, and the end of listening."""
 
+    max_connections: int = 512
+    """Open connections; beyond it the one that has been silent the longest is closed."""
     max_calls: int = 64
-    """Calls in progress; more are answered with 503 before their body is read."""
+    """Calls in progress whose bodies are here; more are answered with 503."""
     max_pending_bytes: int = 256 * 2**20
-    """Bytes of all bodies in progress."""
+    """Bytes that have arrived of all bodies in progress."""
     queue_images: int = 256
     """Images that wait for the model; calls that do not fit are answered with 503."""
 
@@ -73,7 +82,7 @@ class ServerSettings:
             if field.name == "default_output":
                 if value not in OUTPUTS:
                     raise ValueError(f"default_output={value!r}: known are {', '.join(OUTPUTS)}.")
-            elif value < 0 or (value == 0 and field.name != "max_wait_ms"):
+            elif value < 0 or (value == 0 and field.name not in ("max_wait_ms", "drain_s")):
                 raise ValueError(f"{field.name}={value} must be above zero.")
         if self.max_call_images > self.queue_images:
             raise ValueError(

@@ -1,0 +1,171 @@
+"""Threads that divide their time fairly among clients, and among the calls of one client.
+
+Work comes in steps, such as one image to decode. After each step its call goes back into line, and
+the next step is one of the client, and of that client's call, that has had the least CPU time. A
+small call therefore waits for the step that runs, not for the large calls that came before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+# clients without work that are remembered for the time they have had
+_REMEMBERED = 1000
+
+
+@dataclass(order=True)
+class _Job:
+    used: float
+    number: int
+    steps: Generator[None, None, Any] = field(compare=False)
+    result: Future[Any] = field(compare=False)
+
+
+@dataclass
+class _Client:
+    """The calls of one client.
+
+    Attributes:
+        used: CPU seconds that it has had, on the clock that all clients share.
+        clock: CPU seconds that each of its calls would have had of an equal share.
+        waiting: its calls, the one with the least CPU seconds first (a heap).
+        active: calls that wait or run.
+    """
+
+    used: float
+    clock: float = 0.0
+    waiting: list[_Job] = field(default_factory=list)
+    active: int = 0
+
+
+class FairPool:
+    """A pool of threads for work in steps.
+
+    Args:
+        threads: how many.
+        name: what their names begin with.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._clients: dict[str, _Client] = {}
+        # CPU seconds that each client would have had of an equal share; newcomers start here
+        self._clock = 0.0
+        self._numbers = itertools.count()
+        self._closed = False
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, client: str, steps: Generator[None, None, _T]) -> Future[_T]:
+        """Run a generator; every ``yield`` ends a step, its return value is the result.
+
+        Returns:
+            A future; cancelling it drops the steps that have not begun.
+        """
+        result: Future[_T] = Future()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the pool is closed")
+            entry = self._clients.setdefault(client, _Client(self._clock))
+            if entry.active == 0:
+                # time that it did not use is not saved up
+                entry.used = max(entry.used, self._clock)
+            entry.active += 1
+            heapq.heappush(entry.waiting, _Job(entry.clock, next(self._numbers), steps, result))
+            self._changed.notify()
+        return result
+
+    def run(self, client: str, function: Callable[..., _T], *args: Any) -> Future[_T]:
+        """Run a function as a single step."""
+
+        def step() -> Generator[None, None, _T]:
+            yield from ()
+            return function(*args)
+
+        return self.submit(client, step())
+
+    def shutdown(self) -> None:
+        """Finish what was submitted and stop the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (taken := self._take()) is not None:
+            client, job = taken
+            began = time.thread_time()
+            finished = _step(job)
+            self._give_back(client, job, time.thread_time() - began, finished)
+
+    def _take(self) -> tuple[_Client, _Job] | None:
+        with self._changed:
+            while True:
+                waiting = [client for client in self._clients.values() if client.waiting]
+                if waiting:
+                    client = min(waiting, key=lambda client: client.used)
+                    return client, heapq.heappop(client.waiting)
+                if self._closed:
+                    return None
+                self._changed.wait()
+
+    def _give_back(self, client: _Client, job: _Job, seconds: float, finished: bool) -> None:
+        with self._changed:
+            active = sum(1 for other in self._clients.values() if other.active)
+            self._clock += seconds / max(1, active)
+            client.used += seconds
+            client.clock += seconds / client.active
+            job.used += seconds
+            if finished:
+                client.active -= 1
+                self._forget()
+            else:
+                heapq.heappush(client.waiting, job)
+                self._changed.notify()
+
+    def _forget(self) -> None:
+        """Drop the clients that have no work and are owed none."""
+        if len(self._clients) > _REMEMBERED:
+            self._clients = {name: c for name, c in self._clients.items() if c.active}
+        else:
+            for name in [
+                name for name, c in self._clients.items() if not c.active and c.used <= self._clock
+            ]:
+                del self._clients[name]
+
+
+def _step(job: _Job) -> bool:
+    """Run one step; True when the job is over."""
+    if job.result.cancelled():
+        job.steps.close()
+        return True
+    try:
+        next(job.steps)
+    except StopIteration as stop:
+        _settle(job.result.set_result, stop.value)
+    except BaseException as error:
+        # whatever was raised is the answer, and the thread goes on
+        _settle(job.result.set_exception, error)
+    else:
+        return False
+    return True
+
+
+def _settle(setter: Callable[[Any], None], value: Any) -> None:
+    # cancelled while the step ran: nothing waits for the result
+    with contextlib.suppress(InvalidStateError):
+        setter(value)

@@ -1,0 +1,145 @@
+"""A server from its first connection to its last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Generator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from ..errors import UserError
+from .connections import ACCEPTED_AT_ONCE, Connection, Guard, on_loop_error
+from .settings import ServerSettings
+
+_logger = logging.getLogger(__name__)
+# connections that the system keeps until they are accepted
+_BACKLOG = 1024
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with guarded connections and an end in two steps.
+
+    SIGTERM begins the drain: ``/readyz`` turns false, so that a balancer sends new calls elsewhere,
+    and every answer closes its connection, but all that comes is still answered. After ``drain_s``
+    the listening ends, and what was let in is answered. SIGINT, or a second SIGTERM, ends the
+    listening at once; one more cuts off what is in progress.
+
+    Args:
+        app: of ``create_app``.
+        settings: limits and times.
+    """
+
+    def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
+        self._guard = Guard(settings)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                # h11 bounds the headers of a call, the faster httptools does not
+                http=functools.partial(Connection, guard=self._guard),  # type: ignore[arg-type]
+                ws="none",
+                access_log=False,
+                server_header=False,
+                log_config=None,
+                # also how many connections asyncio accepts before it looks at any of them
+                backlog=ACCEPTED_AT_ONCE,
+                timeout_graceful_shutdown=int(settings.timeout_s) + 1,
+            )
+        )
+        self._service = app.state.service
+        self._settings = settings
+        self._stop_at: float | None = None
+
+    def listen(self, host: str, port: int) -> bool:
+        """Serve until a signal, or until ``drain`` is called.
+
+        Returns:
+            Whether calls that were let in were cut off.
+
+        Raises:
+            UserError: the address cannot be listened on.
+        """
+        sockets = _bind(host, port)
+        self.run(sockets)
+        return self.force_exit
+
+    def drain(self) -> None:
+        """Begin the end: not ready from now on, and after ``drain_s`` seconds not listening."""
+        if self._stop_at is None:
+            _logger.info("draining: answering for %g more seconds", self._settings.drain_s)
+            self._service.draining = True
+            self._stop_at = time.monotonic() + self._settings.drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(on_loop_error)
+        self._watch = loop.create_task(self._guard.watch())
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(_BACKLOG)
+        if sockets:
+            _logger.info("listening on %s", ", ".join(map(_address, sockets)))
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.draining = True
+        await super().shutdown(sockets)
+        self._watch.cancel()
+        _logger.info("stopped")
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle SIGINT and SIGTERM, and do not raise them again when all is answered."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        elif sig == signal.SIGTERM and self._stop_at is None:
+            self.drain()
+        else:
+            self.should_exit = True
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """A listening socket on every address of ``host``."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((each[0], each[4]) for each in found):
+            where: Any = (address[0], port, *address[2:])
+            sockets.append(socket.create_server(where, family=family, backlog=_BACKLOG))
+            # with port 0 the first address's port is that of all
+            port = sockets[0].getsockname()[1]
+    except OSError as error:
+        for each in sockets:
+            each.close()
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}.") from error
+    return sockets
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
