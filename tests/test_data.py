@@ -134,7 +134,7 @@ def spoil_everything(root):
 def spoil_test_classes(root):
     write_images(root / "train", 2)
     write_images(root / "test", 2, ("blue", "green", "pink"))
-    return r"differ in their classes, such as pink, red"
+    return r"differ in their classes, such as pink, red: 'pink' is none of the 3"
 
 
 @pytest.mark.parametrize(
@@ -299,8 +299,8 @@ def test_workers_change_nothing():
 
 def test_prediction_takes_files_and_folders(tmp_path):
     write_images(tmp_path, 2)
-    found = image_files([tmp_path / "red", tmp_path / "blue" / "0.png"])
-    assert [p.name for p in found.paths] == ["0.png", "1.png", "0.png"] and found.open(0)[1] == -1
+    found = image_files([tmp_path / "red", tmp_path / "blue" / "0.png"]).images
+    assert [p.name for p in found.paths] == ["0.png", "0.png", "1.png"] and found.open(0)[1] == -1
     with pytest.raises(UserError, match="no file or folder named"):
         image_files([tmp_path / "nothing"])
     (tmp_path / "empty").mkdir()

@@ -57,6 +57,7 @@ def configure(world, **changes):
         "epochs": 2,
         "warmup_epochs": 1,
         "lr": 0.02,
+        "workers": 0,
     }
     return TrainConfig.make(**values | changes)
 

@@ -158,7 +158,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "-b", "--batch-size", type=at_least(1), default=64, metavar="N", help="(64)"
     )
     parser.add_argument(
-        "-j", "--workers", type=at_least(0), default=0, metavar="N", help="processes (0)"
+        "-j",
+        "--workers",
+        type=at_least(0),
+        metavar="N",
+        help="processes that read images (default: the cores, up to 8)",
     )
     parser.add_argument("--amp", action="store_true", help="mixed precision")
     parser.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16")

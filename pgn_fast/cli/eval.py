@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,13 @@ examples:
   pgn-fast eval runs/photos/best photos --split val
   pgn-fast eval runs/photos/best more_photos --results-file score.json
 """
-_NAMES = {"val": "validation", "valid": "validation", "training": "train", "testing": "test"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_arguments(parser)
     data = add_data_arguments(parser)
     data.add_argument(
-        "--split", metavar="NAME", help="default: test, or all of a folder without splits"
+        "--split", metavar="NAME", help="default: test, else val, or all of a folder without splits"
     )
     parser.add_argument("--results-file", metavar="FILE", help="write the score there as JSON")
     add_run_arguments(parser)
@@ -45,18 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = TrainConfig.make(**data_fields(args))
     device = pick_device(args.device)
-    # the data first: they are sooner wrong, and sooner found to be
-    split = _load(config, args.split)
 
-    from ..train.data import count_classes
+    from ..train.data import count_classes, match_classes, split_to_score
     from ..train.distributed import Processes
     from ..train.evaluation import Autocast, evaluate
     from ..train.loader import eval_transform, make_loader
     from ..train.reports import write_json
 
+    # the data first: they are sooner wrong, and sooner found to be
+    split = split_to_score(config, args.split)
     given = config.num_classes
-    num_classes = given or 0 if split.streamed else count_classes(split, given)
     model = load_adapter(args).to(device)
+    if not split.streamed:
+        split = match_classes(split, model.class_names, args.adapter)
+    for note in split.notes:
+        print(note, file=sys.stderr)
+    num_classes = given or 0 if split.streamed else count_classes(split, given)
     _check_fit(args.adapter, model, split, num_classes)
     loader = make_loader(
         split, eval_transform(model.preprocessing), args.batch_size, workers=args.workers
@@ -76,30 +80,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _load(config: TrainConfig, wanted: str | None) -> Split:
-    import dataclasses
-
-    from ..train.data import has_split_folders, load_split
-
-    if wanted is None:
-        return load_split(config, "test" if has_split_folders(config) else "all")
-    name = _NAMES.get(wanted, wanted)
-    if name in ("train", "validation", "test", "all"):
-        return load_split(config, name)
-    return load_split(dataclasses.replace(config, test_split=wanted), "test")
-
-
 def _check_fit(adapter: str, model: object, split: Split, num_classes: int) -> None:
     """The adapter's classes are the data's."""
     have = model.num_classes  # type: ignore[attr-defined]
     if num_classes and num_classes != have:
         raise UserError(
             f"{split.origin} has {num_classes} classes, the head of {adapter} has {have}."
-        )
-    trained, found = model.class_names, split.class_names  # type: ignore[attr-defined]
-    if trained and found and trained != found:
-        i = next(i for i, (t, f) in enumerate(zip(trained, found, strict=True)) if t != f)
-        raise UserError(
-            f"class {i} is {trained[i]!r} in {adapter} and {found[i]!r} in {split.origin}: these "
-            "are not the classes that it was trained on."
         )

@@ -250,19 +250,18 @@ def _images(args: argparse.Namespace, model: Any) -> tuple[Any, list[str], list[
     import torch
 
     from ..train.config import TrainConfig
-    from ..train.data import Split, image_files, load_split
+    from ..train.data import image_files, load_split
     from ..train.loader import eval_transform, make_loader
 
     if args.images:
-        files = image_files(args.images)
-        split = Split("all", "the given files", files, range(len(files)))
+        split = image_files(args.images)
     else:
         split = load_split(TrainConfig.make(data="digits"), "test")
     batches: list[Any] = []
     names: list[str] = []
     unreadable: list[str] = []
     for pixels, _, indices, missing in make_loader(
-        split, eval_transform(model.preprocessing), args.count
+        split, eval_transform(model.preprocessing), args.count, workers=0
     ):
         unreadable += missing
         if len(indices):

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from .._files import write_files
     from ..train.data import image_files
 
-    images = image_files(args.images)
+    images = image_files(args.images).images
     rows, unreadable = _predict(args, images, load_adapter(args).to(device), device)
     suffix = Path(args.output).suffix if args.output else ""
     kind = args.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv")

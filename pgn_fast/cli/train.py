@@ -44,7 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--val-split", metavar="NAME", help="default: val/, or carved from train")
     data.add_argument("--test-split", metavar="NAME", help="default: test/ where there is one")
     _add(data, "val_fraction", float, "share of train that is carved, where there is no val")
-    data.add_argument("-j", "--workers", type=int, metavar="N", help=_with("workers", "processes"))
+    data.add_argument(
+        "-j",
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read images (default: the cores, up to 8)",
+    )
 
     model = parser.add_argument_group("model")
     _add(model, "model", str, "a timm vision transformer, with its tag; pgn_demo_vit is inside")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..images import read_image
 from .errors import CodecError, LayoutError
 
 _PILLOW_FILTERS = {
@@ -171,7 +172,7 @@ class ServerSpec:
 
     def preprocess(self, file: bytes) -> Tensor:
         """A file to the uint8 (3, H, W) that the server normalizes: decode, resize, center crop."""
-        picture = Image.open(io.BytesIO(file)).convert("RGB")
+        picture = read_image(file)
         if self.resize is not None and min(picture.size) != self.resize:
             short = min(picture.size)
             width, height = (int(self.resize * side / short) for side in picture.size)

@@ -4,10 +4,9 @@ The declared format, size and depth are read from the header by hand, so that no
 and no memory taken, for an image that will be refused. What is accepted and how it becomes RGB:
 
 - PNG, JPEG and WebP, known by their first bytes (never by a file name or content type);
-- an EXIF orientation is applied: the model sees the image as a viewer shows it;
-- gray, palette and one-bit images: the same image in RGB; transparency: over white;
-- CMYK JPEG: the plain formula; color profiles are ignored, as in timm's data sets;
-- sixteen bits a channel and animations are refused, and so is every broken or truncated image.
+- they become RGB by the package's one decoder, ``pgn_fast.images``: upright, over white;
+- sixteen bits a channel and animations are refused, and so is every broken or truncated image;
+- too many pixels, and sides too unequal for a crop to show anything, are refused by the header.
 """
 
 from __future__ import annotations
@@ -20,19 +19,10 @@ from collections.abc import Iterator, Sequence
 
 from PIL import Image
 
+from ..images import MAX_ASPECT, upright_rgb
 from .errors import ApiError, out_of_time, overloaded
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # cameras write about ten; each scan of a progressive JPEG costs a pass over the whole image
 _MAX_JPEG_SCANS = 64
 
@@ -70,6 +60,14 @@ def decode_call(
         total += width * height
         if width * height == 0:
             raise _refuse(400, "broken_image", index, f"declares {width} × {height} pixels")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise _refuse(
+                413,
+                "too_thin",
+                index,
+                f"declares {width} × {height} pixels; sides of more than {MAX_ASPECT} to 1 are not "
+                "taken, because a crop would show next to nothing of it",
+            )
         if width * height > max_image_pixels:
             raise _refuse(
                 413,
@@ -163,10 +161,7 @@ def _decode(data: bytes, kind: str, size: tuple[int, int], index: int) -> Image.
             raise ValueError(f"declares {size} and then {image.size} pixels")
         if kind != "JPEG" and getattr(image, "is_animated", False):
             raise ApiError(415, "unsupported_image", "is animated; send one of its frames")
-        image.load()
-        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-        rgb = _to_rgb(image)
-        return rgb if method is None else rgb.transpose(method)
+        return upright_rgb(image)
     except ApiError as error:
         raise _refuse(error.status, error.code, index, error.message) from None
     except MemoryError:
@@ -175,16 +170,6 @@ def _decode(data: bytes, kind: str, size: tuple[int, int], index: int) -> Image.
         # Pillow's decoders raise nearly every kind of exception at broken input
         reason = str(error)[:200] or type(error).__name__
         raise _refuse(400, "broken_image", index, f"cannot be decoded ({reason})") from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB")
-    return image.convert("RGB")
 
 
 def _refuse(status: int, code: str, index: int, reason: str) -> ApiError:

@@ -1,8 +1,9 @@
 """The served model's own preprocessing: timm's transform, with the arithmetic done in batch.
 
 timm's evaluation transform is geometry (resize, crop), then uint8 → float, then normalization. The
-geometry runs image by image and is timm's own code; the rest runs once for a batch, by the same
-three operations in the same order and precision, so that each bit is that of timm's transform.
+geometry runs image by image and is timm's own code, its memory bounded for thin images (see
+``pgn_fast.images.bounded``); the rest runs once for a batch, by the same three operations in the
+same order and precision, so that each bit is that of timm's transform.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+
+from ..images import bounded
 
 Levels = NDArray[np.uint8]
 
@@ -40,8 +43,10 @@ class Preprocessing:
                 f"images are RGB: three channels, means and positive stds are needed, got "
                 f"{channels} channels, mean {tuple(mean)}, std {tuple(std)}."
             )
-        # with use_prefetcher timm stops behind the geometry, at uint8
-        self._geometry = create_transform(**data_config, is_training=False, use_prefetcher=True)
+        # with use_prefetcher timm stops after the geometry, at uint8
+        self._geometry = bounded(
+            create_transform(**data_config, is_training=False, use_prefetcher=True)
+        )
         self._mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self._std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self._identity_at_size = self._is_identity_at_size()

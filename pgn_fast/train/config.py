@@ -93,7 +93,7 @@ class TrainConfig:
     amp_dtype: str = "bfloat16"
     torchcompile: str | None = None
     seed: int = 42
-    workers: int = 0
+    workers: int | None = None  # processes that read images; None: the cores, up to 8
     recovery_interval: int = 0  # batches between checkpoints inside an epoch; 0: none
     log_interval: int = 20  # batches between looks at the loss
     tensorboard: bool = False

@@ -16,17 +16,22 @@ from PIL import Image
 
 from ..digits import LEVELS, load_digits
 from ..errors import UserError
+from ..images import check_size, read_image, upright_rgb
+from .folders import (
+    describe,
+    find_classes,
+    find_images,
+    same_word,
+    split_folders,
+    split_name,
+    visible_folders,
+)
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
 STREAMED = ("wds", "hfids", "tfds")
 NAMED = ("torch", "hfds", *STREAMED)
-_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 
 
 class Images(Protocol):
@@ -35,7 +40,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> tuple[Image.Image, int]:
-        """The image in RGB and its label. Raises OSError where it cannot be read."""
+        """The upright image in RGB and its label. Raises an Exception where it is unreadable."""
 
     def name(self, index: int) -> str:
         """What a message calls this image."""
@@ -55,6 +60,7 @@ class Split:
         images: the list that ``indices`` points into; a timm iterable where the data are streamed.
         indices: which of them belong to this split, ascending.
         class_names: the classes in label order; None where the data set does not name them.
+        notes: what a person should know: files that were skipped, class names that look alike.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Split:
     images: Any
     indices: Sequence[int]
     class_names: list[str] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -84,20 +91,48 @@ class Splits:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files; ``labels`` is None where nobody knows their classes."""
+    """Image files; ``labels`` is None where nobody knows their classes.
+
+    Attributes:
+        at_least: see ``pgn_fast.images.read_image``; None decodes in full.
+    """
 
     paths: Sequence[Path]
     labels: Sequence[int] | None
+    at_least: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def open(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.paths[index]) as image:
-            return image.convert("RGB"), -1 if self.labels is None else self.labels[index]
+        image = read_image(self.paths[index], at_least=self.at_least)
+        return image, -1 if self.labels is None else self.labels[index]
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+
+@dataclass(frozen=True)
+class Relabeled:
+    """Images whose label ``i`` has become ``numbers[i]``."""
+
+    images: Images
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.images.open(index)
+        return image, self.numbers[label]
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        labels = self.images.labels
+        return None if labels is None else [self.numbers[label] for label in labels]
 
 
 @dataclass(frozen=True)
@@ -131,9 +166,10 @@ class NamedImages:
         reader = getattr(self.dataset, "reader", None)
         # timm's own __getitem__ would put the next image in the place of an unreadable one
         image, label, *_ = self.dataset[index] if reader is None else reader[index]
-        if not isinstance(image, Image.Image):
-            image = Image.open(image)
-        return image.convert("RGB"), int(label)
+        if isinstance(image, Image.Image):
+            check_size(*image.size)
+            return upright_rgb(image), int(label)
+        return read_image(image if isinstance(image, bytes) else image.read()), int(label)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
@@ -161,10 +197,12 @@ def load_splits(config: TrainConfig) -> Splits:
         num_classes = _streamed_classes(train, config.num_classes)
     else:
         num_classes = count_classes(train, config.num_classes)
-        for split in (validation, test):
-            if split is not None and not split.streamed:
-                _check_same_classes(train, split)
-                count_classes(split, num_classes)
+        if validation is not None and not validation.streamed:
+            validation = match_classes(validation, train.class_names, train.origin)
+            count_classes(validation, num_classes)
+        if test is not None and not test.streamed:
+            test = match_classes(test, train.class_names, train.origin)
+            count_classes(test, num_classes)
         if validation is None and config.val_fraction > 0:
             train, validation = carve_validation(train, config.val_fraction, config.seed)
     return Splits(train, validation, test, num_classes, train.class_names)
@@ -194,21 +232,18 @@ def load_split(config: TrainConfig, name: str) -> Split:
     return _folder(Path(config.data), name, wanted)
 
 
-def has_split_folders(config: TrainConfig) -> bool:
-    """Whether the data come in splits; False for a plain folder of class folders."""
-    root = Path(config.data)
-    return not root.is_dir() or any(_child(root, name) for name in _FOLDERS)
-
-
 def _optional(config: TrainConfig, name: str, wanted: str | None) -> Split | None:
     """A split that may be missing, unless the user named it."""
     if wanted is not None:
         return load_split(config, name)
     if config.data == "digits":
         return load_split(config, name) if name == "test" else None
-    root = Path(config.data)
+    root = Path(os.path.normpath(config.data))
     if root.is_dir():
-        return load_split(config, name) if _child(root, name) and _child(root, "train") else None
+        if config.train_split and os.path.normpath(root / config.train_split) == str(root):
+            return None  # every folder is a class
+        there = _child(root, name, strict=config.train_split is None)
+        return _scan(there, name) if there else None
     # torchvision's small data sets have a training and a test part; of others timm does not say
     has_test = config.data.lower().startswith("torch/") and name == "test"
     return load_split(config, name) if has_test else None
@@ -246,26 +281,20 @@ def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, S
     )
 
 
-def image_files(paths: Sequence[str | os.PathLike[str]]) -> FolderImages:
-    """Every image among these files and folders, labels unknown, for prediction.
+def image_files(paths: Sequence[str | os.PathLike[str]]) -> Split:
+    """Every image among these files and folders, once, labels unknown, for prediction.
 
     Raises:
         UserError: a path that does not exist, or no image at all.
     """
-    from timm.data.readers import reader_image_folder
-
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            samples, _ = reader_image_folder.find_images_and_targets(str(path))
-            found += [Path(file) for file, _ in samples]
-        elif path.exists():
-            found.append(path)
-        else:
-            raise UserError(f"no file or folder named {path}.")
-    if not found:
-        raise UserError(f"no image in {', '.join(map(str, paths))}.")
-    return FolderImages(found, None)
+    found = find_images(paths)
+    notes = (describe(found.skipped),) if found.skipped else ()
+    if not found.paths:
+        raise UserError(
+            f"no image in {', '.join(map(str, paths))}{''.join(map('; {}'.format, notes))}."
+        )
+    images = FolderImages(found.paths, None)
+    return Split("all", "the given files", images, range(len(images)), notes=notes)
 
 
 def _digits(name: str) -> Split:
@@ -279,9 +308,16 @@ def _digits(name: str) -> Split:
     return Split(name, origin, images, sorted(chosen), [str(d) for d in range(10)])
 
 
-def _child(root: Path, name: str) -> Path | None:
-    """The sub-folder that holds a split, by timm's names for it."""
-    return next((root / n for n in _FOLDERS[name] if (root / n).is_dir()), None)
+def _child(root: Path, name: str, strict: bool = True) -> Path | None:
+    """The sub-folder that holds a split, by its name in any capitalization."""
+    there = split_folders(root, strict).get(name, [])
+    if len(there) > 1:
+        flag = {"train": "--train-split", "validation": "--val-split", "test": "--test-split"}[name]
+        raise UserError(
+            f"data: {' and '.join(folder.name for folder in there)} in {root} both look like the "
+            f"{name} split; name one with {flag}."
+        )
+    return there[0] if there else None
 
 
 def _folder(root: Path, name: str, wanted: str | None) -> Split:
@@ -291,43 +327,33 @@ def _folder(root: Path, name: str, wanted: str | None) -> Split:
             f"data: {root} {what}. Give a folder with one sub-folder a class, 'digits', or a name "
             f"that begins with {'/, '.join(NAMED)}/."
         )
+    notes: tuple[str, ...] = ()
     if wanted is not None:
+        alike = [f for f in visible_folders(root) if same_word(f.name) == same_word(wanted)]
         folder: Path | None = root / wanted
-    elif name == "all" or (name == "train" and _child(root, "train") is None):
+        if not (root / wanted).is_dir() and len(alike) == 1:
+            folder = alike[0]
+    elif name == "all" or (name == "train" and not any(split_folders(root).values())):
         folder = root
     else:
         folder = _child(root, name)
+        used = [f for group in split_folders(root).values() for f in group]
+        if unused := [f.name for f in visible_folders(root) if f not in used]:
+            notes = (f"folders that are no split, not read: {', '.join(unused)}",)
     if folder is None or not folder.is_dir():
         there = sorted(p.name for p in root.iterdir() if p.is_dir())
         raise UserError(
             f"data: {root} has no {name} split; its folders are {', '.join(there[:8]) or 'none'}"
             f"{', ...' if len(there) > 8 else ''}."
         )
-    return _scan(folder, name)
+    return _scan(folder, name, notes)
 
 
-def _scan(folder: Path, name: str) -> Split:
-    """Images by class folder, as timm reads them; a class without images is an error."""
-    from timm.data.readers import reader_image_folder
-
-    samples, class_to_idx = reader_image_folder.find_images_and_targets(str(folder))
-    if not samples:
-        raise UserError(f"data: no image in {folder}.")
-    if "" in class_to_idx:
-        stray = sorted(path for path, label in samples if label == class_to_idx[""])
-        raise UserError(
-            f"data: {len(stray)} image(s) lie directly in {folder}, in no class folder, such as "
-            f"{Path(stray[0]).name}. Put each image into a folder named after its class."
-        )
-    filled = {Path(path).parent for path, _ in samples}
-    for where, folders, _ in os.walk(folder):
-        visible = [f for f in folders if not f.startswith(".")]
-        folders[:] = visible
-        if not visible and Path(where) not in filled:
-            raise UserError(f"data: class folder {where} has no image. Fill it or remove it.")
-    names = sorted(class_to_idx, key=class_to_idx.__getitem__)
-    images = FolderImages([Path(path) for path, _ in samples], [label for _, label in samples])
-    return Split(name, f"folder {folder}", images, range(len(images)), names)
+def _scan(folder: Path, name: str, notes: tuple[str, ...] = ()) -> Split:
+    found = find_classes(folder)
+    images = FolderImages(found.paths, found.labels)
+    notes += found.notes
+    return Split(name, f"folder {folder}", images, range(len(images)), found.names, notes)
 
 
 def _named(config: TrainConfig, name: str, wanted: str | None) -> Split:
@@ -344,6 +370,8 @@ def _named(config: TrainConfig, name: str, wanted: str | None) -> Split:
             download=config.dataset_download,
             batch_size=config.batch_size,
             seed=config.seed,
+            # opened as they are stored: pgn_fast.images decides how they become RGB
+            input_img_mode="",
         )
     except ImportError as error:
         raise UserError(f"data: {config.data} needs the package {error.name}.") from error
@@ -403,12 +431,57 @@ def count_classes(split: Split, given: int | None) -> int:
     return count
 
 
-def _check_same_classes(train: Split, other: Split) -> None:
-    if train.class_names is None or other.class_names is None:
-        return
-    if train.class_names != other.class_names:
-        odd = sorted(set(train.class_names) ^ set(other.class_names))
+def match_classes(split: Split, names: Sequence[str] | None, whose: str) -> Split:
+    """A split labeled by the place of its classes' names in another list, which may have more.
+
+    Args:
+        split: as it was read, labeled by its own classes.
+        names: the classes in label order; None where they have no names: nothing is done.
+        whose: where these are from, for messages.
+
+    Raises:
+        UserError: a class that is not among ``names``.
+    """
+    own = split.class_names
+    if own is None or names is None or list(names) == own:
+        return split
+    if unknown := [name for name in own if name not in names]:
+        odd = sorted(set(own) ^ set(names))
         raise UserError(
-            f"data: {train.origin} and {other.origin} differ in their classes, such as "
-            f"{', '.join(odd[:3])}: every split needs the same class folders."
+            f"data: {whose} and {split.origin} differ in their classes, such as "
+            f"{', '.join(odd[:3])}: {unknown[0]!r} is none of the {len(names)} of the former."
         )
+    images = Relabeled(split.images, [list(names).index(name) for name in own])
+    notes = split.notes
+    if missing := [name for name in names if name not in own]:
+        notes += (
+            f"{len(own)} of {len(names)} classes have images; none: {', '.join(missing[:5])}"
+            + (", ..." if len(missing) > 5 else ""),
+        )
+    return replace(split, images=images, class_names=list(names), notes=notes)
+
+
+def split_to_score(config: TrainConfig, wanted: str | None = None) -> Split:
+    """The split that a score is asked of.
+
+    Args:
+        wanted: "train", "val", "test" and the like, a folder's name, or "all"; None: test, else
+            validation, which a note then says; all of a folder without splits.
+
+    Raises:
+        UserError: no such data or split.
+    """
+    if wanted is not None:
+        name = split_name(wanted) or wanted
+        if name in ("train", "validation", "test", "all"):
+            return load_split(config, name)
+        return load_split(replace(config, test_split=wanted), "test")
+    root = Path(config.data)
+    if not root.is_dir():
+        return load_split(config, "test")
+    there = split_folders(root)
+    if there and "test" not in there and "validation" in there:
+        split = load_split(config, "validation")
+        note = "there is no test split; these images may have chosen the best epoch"
+        return replace(split, notes=(*split.notes, note))
+    return load_split(config, "test" if there else "all")

@@ -6,9 +6,12 @@ not on where a run was interrupted.
 
 from __future__ import annotations
 
+import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from ..adapters import backbone_pixels
 from ..errors import UserError
-from .data import Split
+from ..images import bounded, upright_rgb
+from .data import DigitImages, FolderImages, Split
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -60,7 +64,7 @@ def train_transform(config: TrainConfig, pixels: dict[str, Any]) -> Transform:
     from timm.data import create_transform
 
     with _named_policy(config.aa):
-        return create_transform(
+        transform = create_transform(
             pixels["input_size"],
             is_training=True,
             no_aug=config.no_aug,
@@ -77,6 +81,17 @@ def train_transform(config: TrainConfig, pixels: dict[str, Any]) -> Transform:
             mean=pixels["mean"],
             std=pixels["std"],
         )
+    return bounded(transform)
+
+
+def pixels_to_keep(config: TrainConfig, pixels: dict[str, Any]) -> int:
+    """Pixels of a photo's shorter side from which no random crop has to be enlarged.
+
+    A JPEG of twice as many or more is scaled down while it is decoded (``read_image``).
+    """
+    smallest = 1.0 if config.no_aug else config.scale[0]
+    stretched = max(config.ratio[1], 1 / config.ratio[0])
+    return math.ceil(max(pixels["input_size"][1:]) * math.sqrt(stretched / smallest))
 
 
 @contextmanager
@@ -97,12 +112,12 @@ def eval_transform(pixels: dict[str, Any]) -> Transform:
     """timm's evaluation transform: resize, center crop, normalize."""
     from timm.data import create_transform
 
-    return create_transform(**pixels)
+    return bounded(create_transform(**pixels))
 
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Inside, Python's, NumPy's and torch's CPU generators follow from ``key``; behind it, they
+    """Inside, Python's, NumPy's and torch's CPU generators follow from ``key``; afterwards they
     stand where they stood."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -133,13 +148,18 @@ class Samples(Dataset):
         index = self.split.indices[position]
         try:
             image, label = self.split.images.open(index)
-        # Pillow answers damaged files with all of these
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return Unreadable(f"{self.split.images.name(index)}: {error}")
-        if self.seed is None:
-            return self.transform(image), label, index
-        with seeded(self.seed, epoch, index):
-            return self.transform(image), label, index
+        # other people's data sets answer damaged images with nearly every kind of exception
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return Unreadable(f"{self.split.images.name(index)}: {reason}")
+        try:
+            if self.seed is None:
+                return self.transform(image), label, index
+            with seeded(self.seed, epoch, index):
+                return self.transform(image), label, index
+        except MemoryError:
+            reason = f"no memory left to resize {image.width} × {image.height} pixels"
+            return Unreadable(f"{self.split.images.name(index)}: {reason}")
 
 
 class Stream(IterableDataset):
@@ -163,7 +183,7 @@ class Stream(IterableDataset):
         worker_id = worker.id if worker else 0
         for number, (image, label) in enumerate(self.dataset):
             with seeded(self.seed or 0, self.epoch, worker_id, number):
-                pixels = self.transform(image.convert("RGB"))
+                pixels = self.transform(upright_rgb(image))
             yield pixels, int(label), number
 
 
@@ -220,18 +240,38 @@ def collate(samples: list[tuple[Tensor, int, int] | Unreadable]) -> Batch:
     )
 
 
+def default_workers(split: Split, batch_size: int) -> int:
+    """Processes that read images: the cores that this process may use, up to 8, and no more than
+    there are batches; none where one batch is all, images are no files, or data are streamed."""
+    batches = -(-len(split) // batch_size)
+    if batches < 2 or split.streamed or isinstance(split.images, DigitImages):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores or 1, batches)
+
+
 def make_loader(
     split: Split,
     transform: Transform,
     batch_size: int,
     *,
     seed: int | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     pin_memory: bool = False,
     rank: int = 0,
     world: int = 1,
+    at_least: int | None = None,
 ) -> DataLoader:
-    """Batches of a split: shuffled by ``seed`` for training, in order and complete without one."""
+    """Batches of a split: shuffled by ``seed`` for training, in order and complete without one.
+
+    Args:
+        workers: processes that read images; None: ``default_workers``.
+        at_least: what ``pixels_to_keep`` says, for files; None: every JPEG is decoded whole.
+    """
+    if workers is None:
+        workers = default_workers(split, batch_size)
+    if at_least is not None and isinstance(split.images, FolderImages):
+        split = replace(split, images=replace(split.images, at_least=at_least))
     options: dict[str, Any] = {
         "num_workers": workers,
         "collate_fn": collate,

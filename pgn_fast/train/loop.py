@@ -25,7 +25,14 @@ from .config import TrainConfig
 from .data import Split, Splits, load_splits
 from .distributed import Processes
 from .evaluation import Autocast, Score, check_labels, evaluate
-from .loader import eval_transform, make_loader, preprocessing, set_position, train_transform
+from .loader import (
+    eval_transform,
+    make_loader,
+    pixels_to_keep,
+    preprocessing,
+    set_position,
+    train_transform,
+)
 from .methods import build_model, deployment_library, load_backbone_for
 from .recipe import make_optimizer, make_schedule, set_learning_rate
 from .reports import (
@@ -193,6 +200,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
             rank=processes.rank,
             world=processes.world,
+            at_least=pixels_to_keep(config, self.pixels),
         )
         self.position, self.record = Position(), Record()
         # losses that nobody has looked at yet, as (update, loss * images, correct, images)
@@ -253,6 +261,8 @@ class Run:
         for split in splits:
             if split is not None:
                 report.say(f"{split.name}: {len(split)} images: {split.origin}")
+                for note in split.notes:
+                    report.say(f"{split.name}: {note}")
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         report.say(
             f"{self.config.method} on {self.config.model}: {count:,} trained parameters, "
@@ -490,6 +500,11 @@ class Run:
             "test": test and splits.test and {"split": splits.test.origin, **test.as_dict()},
             "seconds": round(sum(row["seconds"] for row in record.history), 1),
             "unreadable": {"count": len(record.unreadable), "images": record.unreadable},
+            "notes": {
+                split.name: list(split.notes)
+                for split in (splits.train, splits.validation, splits.test)
+                if split is not None and split.notes
+            },
             "config": self.config.as_dict(),
         }
         if self.processes.first:
