@@ -49,7 +49,8 @@ def bench_feedback_round(measure, benchmark, quick, one_thread, shape, images, c
         pytest.skip(reason)
     measure(
         lambda: feedback_round(levels, feedback, order, backend=backend),
-        group=f"feedback_round, {shape}, {images} images of 16 prompts",
+        suite="inversion",
+        case=f"feedback_round, {shape}, {images} images of 16 prompts",
         op="feedback_round",
         direction="forward",
         contender=contender,
@@ -77,7 +78,8 @@ def bench_invert_library(measure, benchmark, quick):
 
     measure(
         invert,
-        group=f"{tokens} tokens inverted, {name}",
+        suite="inversion",
+        case=f"{tokens} tokens inverted, {name}",
         op="invert_library",
         direction="forward",
         contender="ours",
@@ -103,7 +105,8 @@ def bench_prompter(measure, quick, images):
     P, n = generator.num_prompts, patch_map.patch_values
     measure(
         lambda: prompter(pixels),
-        group=f"canvases of {images} images, {name}",
+        suite="inversion",
+        case=f"canvases of {images} images, {name}",
         op="prompter",
         direction="forward",
         contender="ours",

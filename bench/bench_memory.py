@@ -1,6 +1,6 @@
 """Peak activation memory of one training step, each figure in a process of its own.
 
-    python bench/bench_memory.py [--output FILE.json] [--batch 8] [--arch vit_base_patch16_224]
+    python bench/bench_memory.py [--rows FILE.jsonl] [--batch 8] [--arch vit_base_patch16_224]
 
 On the CPU: the highest resident memory during a step above that before it (Linux), freed memory
 being given back at once. On CUDA: the allocator's own peak.
@@ -9,11 +9,12 @@ being given back at once. On CUDA: the allocator's own peak.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import rows
 
 PLANS = ("timm", "official", "fast", "balanced", "min")
 
@@ -57,13 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="vit_base_patch16_224")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines to write")
     parser.add_argument("--one", nargs=2, metavar=("P", "PLAN"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(measure(args.arch, args.batch, int(args.one[0]), args.one[1]))
         return
-    table: dict[str, dict[str, int]] = {}
+    kept: list[rows.Row] = []
     wanted = [(50, plan) for plan in PLANS] + [(P, p) for P in (1, 200) for p in ("timm", "fast")]
     # every freed block goes back to the system, so that resident memory is what is in use
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -77,14 +78,11 @@ def main() -> None:
             text=True,
         )
         peak = int(done.stdout.split()[-1])
-        table.setdefault(f"P={num_prompts}", {})[plan] = peak
-        share = peak / table[f"P={num_prompts}"]["timm"]
-        print(
-            f"P={num_prompts:<4d} {plan:9s} {peak / 2**20:8.1f} MiB  {share:.2f}x timm", flush=True
-        )
-    if args.output:
-        figures = {"arch": args.arch, "batch": args.batch, "peak_bytes": table}
-        args.output.write_text(json.dumps(figures, indent=1) + "\n")
+        case = f"VPT-Deep step, {args.arch}, B={args.batch}, P={num_prompts}"
+        kept.append(rows.Row("memory", case, plan, peak, "bytes", dtype="float32"))
+        print(f"P={num_prompts:<4d} {plan:9s} {peak / 2**20:8.1f} MiB", flush=True)
+    if args.rows:
+        rows.write(args.rows, kept)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 Peers: "timm" (timm's blocks with scaled_dot_product_attention, as forward_reference runs them),
 "timm compiled" (torch.compile: block by block in training, whole and with frozen weights in
-inference), "official" (unfused attention), and as the user's
-yardsticks "full fine-tuning" and "linear probe" of the same backbone. Each result's extra_info has
-every median in seconds and our speed-up over each peer; ``pytest-benchmark`` itself times ours.
+inference), "official" (unfused attention), and as yardsticks "full fine-tuning" and "linear probe"
+of the same backbone.
 
-    pytest bench/bench_models.py                              the short set, about ten minutes
-    pytest bench/bench_models.py -k "deep and P50"            one case
-    PGN_FAST_BENCH=all pytest bench/bench_models.py           every case of the issue's tables
-    PGN_FAST_BENCH_ROUNDS=9, PGN_FAST_BENCH_COMPILE=none, PGN_FAST_BENCH_DTYPE=bfloat16
+    pytest bench/bench_models.py --benchmark-only                the chosen cases
+    pytest bench/bench_models.py --benchmark-only -k "deep and P50"      one case
+    PGN_FAST_BENCH=all pytest bench/bench_models.py --benchmark-only     every case and peer
+    PGN_FAST_BENCH_ROUNDS=9, PGN_FAST_BENCH_DTYPE=bfloat16
 
 Peak memory is measured by bench/bench_memory.py, which gives every figure a process of its own.
 """
@@ -17,11 +16,11 @@ Peak memory is measured by bench/bench_memory.py, which gives every figure a pro
 from __future__ import annotations
 
 import os
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
-from machine import DEVICE, machine
 from models_common import (
     NUM_CLASSES,
     Case,
@@ -32,29 +31,29 @@ from models_common import (
     inference_step,
     make_backbone,
     make_batch,
-    medians,
     set_fused_attention,
     training_step,
     where_time_goes,
 )
+from rows import DEVICE, Row, spread
 from torch import nn
 
 from pgn_fast.backbone.support import FastOptions
 
 B16, B32, L14 = "vit_base_patch16_224", "vit_base_patch32_224", "vit_large_patch14_clip_224"
-SHORT = [Case("deep", B16, 8, P) for P in (1, 10, 50, 100, 200)]
-SHORT += [Case("pgn", B32, 16, 16), Case("shallow", B16, 8, 50)]
-ALL = [*SHORT, Case("pgn", B16, 4, 16), *(Case("deep", L14, 2, P) for P in (10, 50, 100, 200))]
+CHOSEN = [Case("deep", B16, 8, 10), Case("deep", B16, 8, 50), Case("pgn", B32, 16, 16)]
+EVERY = [Case("deep", B16, 8, P) for P in (1, 10, 50, 100, 200)]
+EVERY += [Case("pgn", B32, 16, 16), Case("pgn", B16, 4, 16), Case("shallow", B16, 8, 50)]
+EVERY += [Case("deep", L14, 2, P) for P in (10, 50, 100, 200)]
 
-CASES = ALL if os.environ.get("PGN_FAST_BENCH") == "all" else SHORT
+ALL = os.environ.get("PGN_FAST_BENCH") == "all"
 ROUNDS = int(os.environ.get("PGN_FAST_BENCH_ROUNDS", "3"))
-COMPILE = os.environ.get("PGN_FAST_BENCH_COMPILE", "best") != "none"
 DTYPE = getattr(torch, os.environ.get("PGN_FAST_BENCH_DTYPE", "float32"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", EVERY if ALL else CHOSEN, ids=str)
 @pytest.mark.parametrize("mode", ["train", "infer"])
-def bench_model(benchmark, quick, case: Case, mode: str) -> None:
+def bench_model(benchmark, quick, record, case: Case, mode: str) -> None:
     if quick:  # --benchmark-disable: the same steps, small and uncompiled
         case = replace(case, arch="vit_tiny_patch16_224", batch=1)
     torch.manual_seed(0)
@@ -69,45 +68,39 @@ def bench_model(benchmark, quick, case: Case, mode: str) -> None:
     vit = make_backbone(case.arch, DEVICE, DTYPE)
     ours = case.model(vit).train(mode == "train")
     steps = {"ours": step(ours, ours), "timm": step(ours, ours.forward_reference)}
-    if mode == "train" and case.num_prompts == 50:
+    if ALL and mode == "train" and case.num_prompts == 50:
         for memory in ("balanced", "min"):
             model = case.model(vit, memory)
             steps[f"ours, {memory}"] = step(model, model)
-    if case.num_prompts in (16, 50):
+    if ALL and case.num_prompts in (16, 50):
         packed = case.model(vit, FastOptions(packed=True)).train(mode == "train")
         steps["ours, packed"] = step(packed, packed)
-    if COMPILE and case.num_prompts > 1 and not quick:
+    if not quick and (ALL or case.num_prompts == 50):
         steps["timm compiled"] = step(*_compiled(case, mode))
-    if case.num_prompts in (16, 50, 100):
+    if ALL and case.num_prompts in (16, 50, 100):
         official = case.model(make_backbone(case.arch, DEVICE, DTYPE), fast=False)
         set_fused_attention(official.backbone, False)
         steps["official"] = step(official.train(mode == "train"), official.forward_reference)
-    if case.method == "deep" and case.num_prompts == 50:
+    if ALL and case.method == "deep" and case.num_prompts == 50:
         steps |= _yardsticks(case, mode, images, labels)
 
-    seconds = medians(alternate(steps, 1 if quick else ROUNDS))
-    flops = count_flops(steps["ours"])
-    benchmark.group = f"{case} {mode}"
-    benchmark.extra_info.update(
-        case=str(case),
-        mode=mode,
-        **machine(),
-        dtype=str(DTYPE),
-        rounds=ROUNDS,
-        medians=seconds,
-        speedup={name: t / seconds["ours"] for name, t in seconds.items() if name != "ours"},
-        gflop_ours=flops / 1e9,
-        gflop_timm=count_flops(steps["timm"]) / 1e9,
-        share_of_gemm_peak=flops / seconds["ours"] / gemm_peak(DEVICE, DTYPE),
-    )
-    if case.num_prompts == 50 and case.method == "deep":
-        shares = {name: where_time_goes(steps[name]) for name in ("ours", "timm")}
-        benchmark.extra_info["where_time_goes"] = shares
-    _print(str(case), mode, seconds, benchmark.extra_info["share_of_gemm_peak"])
+    seconds = alternate(steps, 1 if quick else ROUNDS)
+    keep(record, f"{case} {mode}", seconds)
+    if not quick:
+        ours, flops = statistics.median(seconds["ours"]), count_flops(steps["ours"])
+        facts = {
+            "GEMM peak": flops / ours / gemm_peak(DEVICE, DTYPE),
+            "counted FLOPs": count_flops(steps["timm"]) / flops,
+        }
+        if ALL and case.num_prompts == 50 and case.method == "deep":
+            facts |= where_time_goes(steps["ours"])
+        for what, share in facts.items():
+            record(Row("models", f"{case} {mode}", what, share, "ratio", dtype=_dtype()))
     benchmark.pedantic(steps["ours"], rounds=1, iterations=1)
 
 
-def bench_cost_of_prompts(benchmark, quick) -> None:
+@pytest.mark.full
+def bench_cost_of_prompts(benchmark, quick, record) -> None:
     """Our training step at different P on one backbone, alternating: what a prompt costs."""
     arch, batch = ("vit_tiny_patch16_224", 1) if quick else (B16, 8)
     vit = make_backbone(arch, DEVICE, DTYPE)
@@ -119,11 +112,27 @@ def bench_cost_of_prompts(benchmark, quick) -> None:
         steps[f"P={num_prompts}"] = training_step(
             model, model.trainable_parameters(), images, labels
         )
-    seconds = medians(alternate(steps, 1 if quick else max(7, ROUNDS)))
-    benchmark.extra_info.update(machine(), dtype=str(DTYPE), medians=seconds)
-    benchmark.extra_info["of P=1"] = {name: t / seconds["P=1"] for name, t in seconds.items()}
-    print("\n", {name: f"{ratio:.3f}" for name, ratio in benchmark.extra_info["of P=1"].items()})
+    keep(record, "cost of prompts, deep-base/16-B8 train", alternate(steps, 1 if quick else 7))
     benchmark.pedantic(steps["P=1"], rounds=1, iterations=1)
+
+
+def keep(record, case: str, seconds: dict[str, list[float]]) -> None:
+    for contender, rounds in seconds.items():
+        record(
+            Row(
+                "models",
+                case,
+                contender,
+                statistics.median(rounds),
+                spread=spread(rounds),
+                rounds=len(rounds),
+                dtype=_dtype(),
+            )
+        )
+
+
+def _dtype() -> str:
+    return str(DTYPE).removeprefix("torch.")
 
 
 def _compiled(case: Case, mode: str) -> tuple[nn.Module, nn.Module]:
@@ -151,9 +160,3 @@ def _yardsticks(case: Case, mode: str, images: torch.Tensor, labels: torch.Tenso
         "full fine-tuning": training_step(full, list(full.parameters()), images, labels),
         "linear probe": training_step(frozen, list(head.parameters()), images, labels),
     }
-
-
-def _print(case: str, mode: str, seconds: dict[str, float], share: float) -> None:
-    print(f"\n{case}, {mode}: {share:.0%} of the measured GEMM peak")
-    for name, t in sorted(seconds.items(), key=lambda item: item[1]):
-        print(f"  {name:18s} {t * 1e3:9.1f} ms   ours is {t / seconds['ours']:.2f}x as fast")

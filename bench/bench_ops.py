@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from machine import DEVICE
+from rows import DEVICE
 from torch import Tensor
 
 from pgn_fast.ops import (
@@ -97,7 +97,9 @@ def bench_mix_prompts(measure, quick, B, K, D, direction, contender):
     products = 3 if backward else 1
     measure(
         call(function, [logits, library], backward),
-        group=f"mix_prompts {direction}, B={B}, P={P}, K={K}, D={D}, {DTYPE}",
+        suite="ops",
+        case=f"mix_prompts {direction}, B={B}, P={P}, K={K}, D={D}",
+        dtype=DTYPE,
         op="mix_prompts",
         direction=direction,
         contender=contender,
@@ -151,7 +153,9 @@ def bench_prompted_patch_embed(measure, quick, vit, B, direction, contender):
     mixing = (3 if backward else 1) * 2 * B * P * K * D
     measure(
         call(function, [logits, library], backward),
-        group=f"prompted_patch_embed {direction}, ViT-{vit}, B={B}, P={P}, K={K}, uint8, {DTYPE}",
+        suite="ops",
+        case=f"prompted_patch_embed {direction}, ViT-{vit}, B={B}, P={P}, K={K}, uint8",
+        dtype=DTYPE,
         op="prompted_patch_embed",
         direction=direction,
         contender=contender,
@@ -192,7 +196,9 @@ def bench_prompt_attention(measure, quick, vit, B, P, Q, direction, contender):
     moved = sum(t.numel() for t in tensors) + q.numel()
     measure(
         call(function, tensors, backward),
-        group=f"prompt_attention {direction}, ViT-{vit}, B={B}, P={P}, {Q} queries, {DTYPE}",
+        suite="ops",
+        case=f"prompt_attention {direction}, ViT-{vit}, B={B}, P={P}, {Q} queries",
+        dtype=DTYPE,
         op="prompt_attention",
         direction=direction,
         contender=contender,
@@ -221,7 +227,9 @@ def bench_frozen_linear(measure, quick, rows, I, O, direction, contender):  # no
     products = 2 if backward else 1
     measure(
         call(functools.partial(implementation(contender, plain, ours), x), [x], backward),
-        group=f"frozen_linear {direction}, {rows} rows, {I} to {O}, {DTYPE}",
+        suite="ops",
+        case=f"frozen_linear {direction}, {rows} rows, {I} to {O}",
+        dtype=DTYPE,
         op="frozen_linear",
         direction=direction,
         contender=contender,
@@ -251,7 +259,9 @@ def bench_add_layer_norm(measure, quick, rows, D, direction, contender):
     passes = 9 if backward else 5
     measure(
         call(functools.partial(implementation(contender, plain, ours), x, y), [x, y], backward),
-        group=f"add_layer_norm {direction}, {rows} rows, D={D}, {DTYPE}",
+        suite="ops",
+        case=f"add_layer_norm {direction}, {rows} rows, D={D}",
+        dtype=DTYPE,
         op="add_layer_norm",
         direction=direction,
         contender=contender,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,10 +107,6 @@ def alternate(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 class _FlopCounter(TorchDispatchMode):
     """Sums the flops of every operator that torch, or the table below, has a formula for."""
 
@@ -134,7 +129,7 @@ class _FlopCounter(TorchDispatchMode):
         return out
 
 
-# operator -> position of its queries, and how many matrix products of scores' size it does
+# operator -> position of its queries, and how many GEMMs of scores' size it does
 _ATTENTION = {
     torch.ops.pgn_fast.prompt_attention: (0, 2),
     torch.ops.pgn_fast.prompt_attention_backward: (1, 5),
@@ -144,7 +139,7 @@ _ATTENTION = {
 
 
 def count_flops(step: Step) -> float:
-    """Floating-point operations of a step's matrix products, attention and convolutions."""
+    """Floating-point operations of a step's GEMMs, attention and convolutions."""
     with _FlopCounter() as counter:
         step()
     return float(counter.total)
@@ -163,20 +158,20 @@ _PRODUCTS = ("::mm", "::addmm", "::bmm", "::baddbmm", "::_mkl_linear", "::_linea
 
 
 def where_time_goes(step: Step) -> dict[str, float]:
-    """Shares of a step's operator time: matrix products, attention, everything else."""
+    """Shares of a step's operator time: GEMMs, attention, everything else."""
     cuda = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU, activity.CUDA] if cuda else [activity.CPU]
     step()
     with torch.profiler.profile(activities=activities) as profile:
         step()
-    shares = {"matrix products": 0.0, "attention": 0.0, "everything else": 0.0}
+    shares = {"GEMM": 0.0, "attention": 0.0, "everything else": 0.0}
     for event in profile.key_averages():
         if not event.key.startswith(("aten::", "pgn_fast", "mkldnn::", "mkl::")):
             continue
         kind = "everything else"
         if event.key.endswith(_PRODUCTS):
-            kind = "matrix products"
+            kind = "GEMM"
         elif "attention" in event.key:
             kind = "attention"
         shares[kind] += event.self_device_time_total if cuda else event.self_cpu_time_total

@@ -1,99 +1,295 @@
-"""Turn the JSON of ``pytest bench/bench_ops.py --benchmark-json=FILE`` into a table and a plot.
+"""Tables, README's blocks and the plot from stored rows (see rows.py).
 
-    python bench/report.py bench/results/FILE.json [--plot FILE.png]
+    python bench/report.py                          every table, from bench/results/*.jsonl
+    python bench/report.py FILE.jsonl ...           from these files
+    python bench/report.py --write                  write the tables into the pages' blocks
+    python bench/report.py --plot bench/results/cost_of_prompts.svg
 
-Prints Markdown: for each case the medians, our backends' ratio to the faster of eager and
-torch.compile, and what part of it is arithmetic or memory traffic.
+A block of README.md or docs/performance.md begins with ``<!-- figures: NAME -->`` and ends with
+``<!-- end -->``; what is between them is written here and nowhere else (tests/test_figures.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import re
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
+import rows
+from rows import Row
+
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
 PLAIN = ("eager", "compile")
+PEERS = ("timm", "timm compiled", "official")
+Group = dict[str, Row]
 
 
-def load(path: Path) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, Any]]:
-    """(group -> contender -> benchmark, facts of the machine) of one stored run."""
-    benchmarks = json.loads(path.read_text())["benchmarks"]
-    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for benchmark in benchmarks:
-        if "contender" in benchmark["extra_info"]:
-            groups[benchmark["group"]][benchmark["extra_info"]["contender"]] = benchmark
-    if not groups:
-        raise SystemExit(f"{path} holds no benchmark of the ops: run pytest bench/bench_ops.py")
-    return dict(groups), benchmarks[0]["extra_info"]
+def figure(row: Row) -> str:
+    """A value with its unit, as people write it."""
+    value = row.value
+    if row.unit == "s":
+        if value < 1e-3:
+            return f"{value * 1e6:.0f} µs"
+        return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    if row.unit == "bytes":
+        return f"{value / 2**20:.0f} MiB"
+    if row.unit == "ratio":
+        return f"{value:.2f}×"
+    return f"{value:,.0f} {row.unit}" if value >= 100 else f"{value:.3g} {row.unit}"
 
 
-def median(benchmark: dict[str, Any]) -> float:
-    return benchmark["stats"]["median"]
+def groups(kept: Iterable[Row], suite: str | None = None) -> dict[tuple[str, str, str], Group]:
+    """(machine, dtype, case) -> contender -> row."""
+    found: dict[tuple[str, str, str], Group] = defaultdict(dict)
+    for row in kept:
+        if suite in (None, row.suite):
+            found[row.machine["device"], row.dtype or "", row.case][row.contender] = row
+    return dict(found)
 
 
-def ratios(group: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Speed of each of our backends over the faster way of writing it in plain torch."""
-    plain = [median(b) for name, b in group.items() if name in PLAIN]
-    if not plain:
-        return {}
-    return {n: min(plain) / median(b) for n, b in group.items() if n not in PLAIN}
+def ours_and_peer(group: Group) -> tuple[Row, Row] | None:
+    """The row of this package and the fastest honest peer's, if the group has both."""
+    peers = [r for name, r in group.items() if name in (*PLAIN, "timm", "timm compiled")]
+    ours = [r for name, r in group.items() if name in ("ours", "cpu", "triton", "cuda")]
+    timed = all(r.unit == "s" for r in (*peers, *ours))
+    if not (peers and ours and timed):
+        return None
+    return min(ours, key=lambda r: r.value), min(peers, key=lambda r: r.value)
 
 
-def table(groups: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    lines = [
-        "| op and size | eager | compile | ours | ratio | GFLOP/s | GB/s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, group in groups.items():
-        for backend, ratio in ratios(group).items():
-            plain = [_time(group[p]) if p in group else "" for p in PLAIN]
-            facts, seconds = group[backend]["extra_info"], median(group[backend])
+def closing_table(kept: Iterable[Row]) -> list[str]:
+    """One line a case: our time, the fastest peer's, and how many times as fast ours is."""
+    lines = []
+    for (_, dtype, case), group in groups(kept).items():
+        if pair := ours_and_peer(group):
+            ours, peer = pair
+            name = f"{case}, {dtype}" if dtype else case
             lines.append(
-                f"| {name} | {plain[0]} | {plain[1]} | {_time(group[backend])} ({backend}) | "
-                f"**{ratio:.2f}** | {facts['flops'] / seconds / 1e9:.0f} | "
-                f"{facts['bytes'] / seconds / 1e9:.1f} |"
+                f"{peer.value / ours.value:6.2f}x  {name}: {figure(ours)} "
+                f"({peer.contender}: {figure(peer)})"
             )
     return lines
 
 
-def _time(benchmark: dict[str, Any]) -> str:
-    seconds = median(benchmark)
-    return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+def machine_name(device: str) -> str:
+    """What people call a processor; clouds hide the model, family and model numbers do not."""
+    generations = {
+        "family 26": "Zen 5",
+        "family 25 model 17": "Zen 4",
+        "family 25 model 1": "Zen 3",
+    }
+    name, _, numbers = device.partition(", ")
+    known = next((g for key, g in generations.items() if numbers.startswith(key)), None)
+    return f"{name} ({known})" if known else device
 
 
-def plot(groups: dict[str, dict[str, dict[str, Any]]], facts: dict[str, Any], path: Path) -> None:
+def models_table(kept: list[Row]) -> list[str]:
+    """Speed-ups of whole steps over the peers, for every machine and dtype."""
+    lines = []
+    by_machine: dict[tuple[str, str], dict[str, Group]] = defaultdict(dict)
+    for (device, dtype, case), group in groups(kept, "models").items():
+        if "ours" in group and "timm" in group:
+            by_machine[device, dtype][case] = group
+    for (device, dtype), cases in by_machine.items():
+        facts = next(iter(cases.values()))["ours"].machine
+        lines += [
+            f"**{machine_name(device)}, {facts['threads']} threads, {dtype}, "
+            f"torch {facts['torch']}**",
+            "",
+            "| step | ours | over timm | timm compiled | official | of GEMM peak | counted FLOPs |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for case, group in cases.items():
+            ours = group["ours"].value
+            cells = [f"{group[p].value / ours:.2f}×" if p in group else "" for p in PEERS]
+            peak = f"{group['GEMM peak'].value:.0%}" if "GEMM peak" in group else ""
+            flops = f"{group['counted FLOPs'].value:.2f}×" if "counted FLOPs" in group else ""
+            lines.append(
+                f"| {_step(case)} | {figure(group['ours'])} | "
+                + " | ".join([*cells, peak, flops])
+                + " |"
+            )
+        lines.append("")
+    return lines[:-1]
+
+
+README_STEPS = [
+    f"{case} {mode}"
+    for case in (
+        "deep-base/16-P10-B8",
+        "deep-base/16-P50-B8",
+        "deep-base/16-P100-B8",
+        "deep-base/16-P200-B8",
+        "shallow-base/16-P50-B8",
+        "pgn-base/32-P16-B16",
+        "pgn-base/16-P16-B4",
+    )
+    for mode in ("train", "infer")
+]
+
+
+def models_summary(kept: list[Row]) -> list[str]:
+    """The chosen steps over timm eager and compiled, one column a machine and dtype."""
+    found = groups(kept, "models")
+    columns = list(dict.fromkeys((device, dtype) for device, dtype, _ in found))
+    heads = [f"{machine_name(device)}, {dtype}" for device, dtype in columns]
+    lines = [
+        f"| step | {' | '.join(heads)} | counted FLOPs |",
+        "| --- |" + " ---: |" * (len(columns) + 1),
+    ]
+    for case in README_STEPS:
+        cells, flops = [], ""
+        for device, dtype in columns:
+            group = found.get((device, dtype, case), {})
+            peers = [p for p in ("timm", "timm compiled") if p in group and "ours" in group]
+            ratios = [f"{group[p].value / group['ours'].value:.2f}×" for p in peers]
+            cells.append(" · ".join(ratios))
+            flops = f"{group['counted FLOPs'].value:.2f}×" if "counted FLOPs" in group else flops
+        lines.append(f"| {_step(case)} | {' | '.join(cells)} | {flops} |")
+    return lines
+
+
+def _step(case: str) -> str:
+    """ "deep-base/16-P50-B8 train" as people say it."""
+    match = re.fullmatch(r"(\w+)-(\w+)/(\w+)-P(\d+)-B(\d+) (\w+)", case)
+    if match is None:
+        return case
+    method, size, patch, P, B, mode = match.groups()
+    name = {"deep": "VPT-Deep", "shallow": "VPT-Shallow", "pgn": "PGN"}[method]
+    vit = f"{size[0].upper()}/{patch.removesuffix('_clip')}"
+    step = {"train": "training", "infer": "inference"}[mode]
+    return f"{name} {vit}, P={P}, B={B}, {step}"
+
+
+def ops_table(kept: list[Row]) -> list[str]:
+    """Every op and size: eager, compiled, ours, and ours over the faster of the two."""
+    lines = []
+    by_machine: dict[tuple[str, str], dict[str, Group]] = defaultdict(dict)
+    for (device, dtype, case), group in groups(kept, "ops").items():
+        if ours_and_peer(group):
+            by_machine[device, dtype][case] = group
+    for (device, dtype), cases in by_machine.items():
+        facts = next(iter(next(iter(cases.values())).values())).machine
+        lines += [
+            f"**{machine_name(device)}, {facts['threads']} threads, {dtype}, "
+            f"torch {facts['torch']}**",
+            "",
+            "| op and size | eager | compiled | ours | ratio |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for case, group in cases.items():
+            pair = ours_and_peer(group)
+            assert pair is not None
+            plain = [figure(group[p]) if p in group else "" for p in PLAIN]
+            ratio = pair[1].value / pair[0].value
+            lines.append(f"| {case} | {plain[0]} | {plain[1]} | {figure(pair[0])} | {ratio:.2f}× |")
+        lines.append("")
+    return lines[:-1]
+
+
+def memory_table(kept: list[Row]) -> list[str]:
+    """Peak memory of a step above model and batch, by plan."""
+    plans = ("timm", "official", "fast", "balanced", "min")
+    lines = [f"| | {' | '.join(plans)} |", "| --- |" + " ---: |" * len(plans)]
+    for (_, _, case), group in groups(kept, "memory").items():
+        cells = [
+            f"{figure(group[p])} ({group[p].value / group['timm'].value:.2f})" if p in group else ""
+            for p in plans
+        ]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return lines
+
+
+def plain_table(suite: str) -> Callable[[list[Row]], list[str]]:
+    """Case, contender and figure of a suite whose rows have no peer."""
+
+    def table(kept: list[Row]) -> list[str]:
+        lines = ["| what | who | figure |", "| --- | --- | ---: |"]
+        lines += [f"| {r.case} | {r.contender} | {figure(r)} |" for r in kept if r.suite == suite]
+        return lines
+
+    return table
+
+
+def demo_table(kept: list[Row]) -> list[str]:
+    """Accuracy, size and cost of each method in the demonstration."""
+    lines = [
+        "| method | top-1 (%) | trained parameters | seconds | peak memory (MB) |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for (_, _, _), group in groups(kept, "demo").items():
+        for name, row in group.items():
+            f = row.facts
+            lines.append(
+                f"| {name} | {row.value:.2f} ± {f['sd']:.2f} | {f['trained parameters']:,} | "
+                f"{f['seconds']:.1f} | {f['peak MB']:.0f} |"
+            )
+    return lines
+
+
+BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
+    "demo": demo_table,
+    "summary": models_summary,
+    "models": models_table,
+    "memory": memory_table,
+    "ops": ops_table,
+    "inversion": plain_table("inversion"),
+    "server": plain_table("server"),
+}
+
+
+def fill_blocks(text: str, kept: list[Row]) -> str:
+    """The text with every ``figures`` block written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        table = "\n".join(BLOCKS[match["name"]](kept))
+        return f"<!-- figures: {match['name']} -->\n\n{table}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- figures: (?P<name>\w+) -->.*?<!-- end -->", block, text, flags=re.S)
+
+
+def plot_cost(kept: list[Row], path: Path) -> None:
+    """A training step's time against the number of prompts: ours is flat."""
     from matplotlib.figure import Figure
 
-    bars = [
-        (f"{name} ({backend})", ratio)
-        for name, group in groups.items()
-        for backend, ratio in ratios(group).items()
-    ][::-1]
-    figure = Figure(figsize=(9, 1.2 + 0.28 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh([label for label, _ in bars], [ratio for _, ratio in bars], color="tab:blue")
-    axes.axvline(1, color="black", linewidth=1)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("speed over the faster of eager and torch.compile")
-    axes.set_title(_caption(facts), fontsize=9)
-    figure.savefig(path, dpi=120)
-
-
-def _caption(facts: dict[str, Any]) -> str:
-    return f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}"
+    pattern = re.compile(r"deep-base/16-P(\d+)-B8 train")
+    deep = {
+        int(match[1]): group
+        for (_, dtype, case), group in groups(kept, "models").items()
+        if dtype == "float32" and (match := pattern.fullmatch(case)) and "ours" in group
+    }
+    picture = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = picture.subplots()
+    for name in ("timm", "timm compiled", "ours"):
+        points = sorted((P, group[name].value) for P, group in deep.items() if name in group)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    device = next(iter(deep.values()))["ours"].machine["device"]
+    axes.set(xlabel="prompt tokens per layer", ylabel="training step (s)", ylim=(0, None))
+    axes.set_title(f"VPT-Deep, ViT-B/16, batch 8, float32, {machine_name(device)}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="JSON written by --benchmark-json")
-    parser.add_argument("--plot", type=Path, help="PNG to write")
+    parser.add_argument("files", type=Path, nargs="*", help="JSON lines (default: all stored)")
+    parser.add_argument("--write", action="store_true", help="write the pages' blocks")
+    parser.add_argument("--plot", type=Path, help="picture to write")
     arguments = parser.parse_args()
-    groups, facts = load(arguments.results)
-    print(f"{_caption(facts)}; medians.\n", *table(groups), sep="\n")
+    kept = rows.read(*arguments.files)
     if arguments.plot:
-        plot(groups, facts, arguments.plot)
+        plot_cost(kept, arguments.plot)
+    elif arguments.write:
+        for page in PAGES:
+            page.write_text(fill_blocks(page.read_text(), kept))
+    else:
+        for name, table in BLOCKS.items():
+            print(f"## {name}\n", *table(kept), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""Figures that people read come from stored rows, and from nowhere else."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("report")
+
+
+def test_pages_show_what_the_rows_say(report):
+    kept = report.rows.read()
+    for page in report.PAGES:
+        text = page.read_text()
+        assert report.fill_blocks(text, kept) == text, (
+            f"{page.name} is out of date: python bench/report.py --write"
+        )
+
+
+def test_no_measured_figure_stands_outside_a_block(report):
+    """Speed-ups, times, rates and memory in README's prose would be held by nothing."""
+    text = re.sub(
+        r"<!-- figures: .*?<!-- end -->", "", (report.ROOT / "README.md").read_text(), flags=re.S
+    )
+    measured = re.compile(r"\d[\d.,]*\s?(?:×(?! \d)|ms\b|µs\b|images/s|GFLOP/s|MiB\b)")
+    assert measured.findall(text) == []
+
+
+def test_rows_tell_what_they_were_measured_on(report):
+    for path in sorted(report.rows.RESULTS.glob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert lines, path
+        for line in lines:
+            assert line["value"] >= 0 and line["contender"] and line["case"]
+            told = line["machine"]
+            assert all(told[key] for key in ("device", "threads", "torch", "commit")), line
+
+
+def test_ratios_are_against_the_fastest_honest_peer(report):
+    Row = report.Row
+    case = lambda who, value: Row("ops", "an op", who, value, machine={"device": "a"})
+    kept = [case("eager", 4.0), case("compile", 3.0), case("cpu", 1.5), case("cuda", 6.0)]
+    (line,) = report.closing_table(kept)
+    assert line.split() == ["2.00x", "an", "op:", "1.50", "s", "(compile:", "3.00", "s)"]
+    assert report.closing_table(kept[:2]) == report.closing_table(kept[2:]) == []
+
+
+@pytest.mark.parametrize(
+    "value, unit, text",
+    [
+        (0.00006431, "s", "64 µs"),
+        (0.01193, "s", "11.9 ms"),
+        (1.494, "s", "1.49 s"),
+        (2**20 * 283, "bytes", "283 MiB"),
+        (4033.2, "images/s", "4,033 images/s"),
+        (2.849, "ratio", "2.85×"),
+    ],
+)
+def test_figures_are_written_as_people_do(report, value, unit, text):
+    assert report.figure(report.Row("ops", "x", "y", value, unit, machine={})) == text
