@@ -4,7 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 UV     := $(BIN)/uv pip install -q --python $(BIN)/python
 
-.PHONY: demo test mutations bench lint build
+# the oldest versions that pyproject.toml allows, spelled out; tests/test_package.py compares the two
+FLOORS := torch==2.10.0 timm==1.0.26 numpy==1.25.0 safetensors==0.4.3 pillow==10.3.0 rich==13.0.0
+
+.PHONY: demo test mutations bench floors lint build
 demo: build
 	$(BIN)/pgn-fast demo
 test: build lint
@@ -16,6 +19,12 @@ mutations: build
 	$(BIN)/python tests/mutations.py
 bench: build
 	$(BIN)/pytest bench/ --benchmark-only
+# the whole suite under the oldest versions, in an environment of its own
+floors:
+	$(PYTHON) -m venv .venv-floors
+	.venv-floors/bin/pip install -q uv
+	.venv-floors/bin/uv pip install -q --python .venv-floors/bin/python $(FLOORS) ".[dev]"
+	cd tests && ../.venv-floors/bin/pytest -c ../pyproject.toml --rootdir .. .
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pgn_fast"
@@ -91,3 +97,20 @@ def test_public_names_exist():
         assert getattr(pgn_fast, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         pgn_fast.nonsense  # noqa: B018
+
+
+def test_floors_are_the_ones_that_are_run():
+    """`make floors` installs exactly the oldest versions that pyproject.toml allows."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = dict(requirement.split(">=") for requirement in project["dependencies"])
+    (line,) = re.findall(r"^FLOORS := (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
+    run = dict(requirement.split("==") for requirement in line.split())
+    assert {name: version.split(".") for name, version in allowed.items()} == {
+        name: version.split(".")[: allowed[name].count(".") + 1] for name, version in run.items()
+    }
+
+
+def test_the_hard_dependencies_are_few():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {requirement.split(">=")[0] for requirement in project["dependencies"]}
+    assert names == {"torch", "timm", "numpy", "safetensors", "pillow", "rich"}
