@@ -29,7 +29,7 @@ LAYERS = [
     {"ops"},
     {"reference", "kernels", "_native"},
     {"_C"},
-    {"images"},
+    {"images", "hub"},
     {"errors", "_files", "digits", "plots"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

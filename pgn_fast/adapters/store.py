@@ -219,8 +219,15 @@ def _trained(model: Any) -> dict[str, Tensor]:
 
 
 def _backbone_name(backbone: Any) -> str | None:
-    """timm's name with its tag; None for a model that timm's registry did not make."""
+    """timm's name with its tag, or a twin's id on the hub; None for a model that has neither."""
+    origin = getattr(backbone, "origin", None)
+    if origin is not None:
+        return origin.name
     about = getattr(backbone, "pretrained_cfg", None) or {}
+    if about.get("source") == "hf-hub":
+        return about.get("hf_hub_id")
+    if about.get("source") == "local-dir" or about.get("file"):
+        return None  # a path on this machine, whatever tag its file repeats
     name, tag = about.get("architecture"), about.get("tag")
     return f"{name}.{tag}" if name and tag and name != DEMO_NAME else name
 

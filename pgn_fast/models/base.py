@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..backbone import twins
 from ..backbone.eager import pool, pool_mean, rows_read
 from ..backbone.engine import FastBackbone, encode_plainly
 from ..backbone.explain import backend_of, explain
@@ -164,6 +165,8 @@ class PromptedViT(nn.Module):
     def explain(self) -> str:
         """Which backend runs each op, which exact savings are on, and why the others are off."""
         text = explain(self.engine, self._outline(), self._rows_read(), self._reads_prompts())
+        if note := twins.copied_note(self.backbone):
+            text += f"\nBackbone: {note}."
         if isinstance(self.prompter, PromptGenerator):
             like = next(self.prompter.parameters())
             runs = backend_of("mix_prompts", like.device, like.dtype, self.backend)

@@ -1,0 +1,653 @@
+"""transformers' image encoders: ViT, DeiT, CLIP, SigLIP, SigLIP2, DINOv2 (with registers), DINOv3.
+
+Every value is read from the modules that compute with it, not from the configuration, and a module
+of an unknown type is refused: what is left cannot differ. Tokens are ``last_hidden_state``; the
+twin's head gives the logits of the ``...ForImageClassification`` classes and CLIP's projected
+features. Poolers with a trained layer of their own (ViT, DeiT: a linear layer and tanh) have no
+place in timm's classes and are left out: the twin pools the class token as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from timm.layers import activations as timm_activations
+from torch import Tensor, nn
+from transformers import activations as hf_activations
+
+from ... import hub
+from .assembly import BlockParts, MapParts, Parts, Pool, TwinRefused, nbytes
+from .preprocessing import from_processor
+
+# attention implementations of transformers that compute the same thing, each by its own kernels
+_ATTENTION = {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+# what the published checkpoints of a family were trained with, by the start of its model_type
+_USUAL_PIXELS: dict[str, dict[str, Any]] = {
+    "vit": {"mean": _HALF, "std": _HALF, "interpolation": "bilinear", "crop_mode": "squash"},
+    "deit": {**_IMAGENET, "interpolation": "bicubic"},
+    "clip": {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic"},
+    "siglip": {"mean": _HALF, "std": _HALF, "interpolation": "bicubic", "crop_mode": "squash"},
+    "siglip2": {"mean": _HALF, "std": _HALF, "interpolation": "bilinear", "crop_mode": "squash"},
+    "dinov2": {**_IMAGENET, "interpolation": "bicubic"},
+    "dinov3": {**_IMAGENET, "interpolation": "bilinear", "crop_mode": "squash"},
+}
+for _pixels in _USUAL_PIXELS.values():
+    _pixels.setdefault("crop_pct", 1.0)
+    _pixels.setdefault("crop_mode", "center")
+# classes of encoders that take images of any size without being told
+_ANY_SIZE = ("Dinov2", "DINOv3")
+_TORCH = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.LayerNorm,
+    nn.Dropout,
+    nn.Identity,
+    nn.Embedding,
+    nn.ModuleList,
+    nn.MultiheadAttention,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+)
+
+
+def parts_of(model: nn.Module, size: tuple[int, int] | None) -> Parts:
+    """The parts of a transformers model.
+
+    Args:
+        size: of the images, height and width; None: as configured. Position embeddings are
+            interpolated by the original's own code.
+
+    Raises:
+        TwinRefused: no such class, or a setting that the twin knows nothing of.
+    """
+    kind, vision = _kind(model), vision_tower(model)
+    _check_modules(vision)
+    try:
+        parts = kind.read(vision, size)
+    except AttributeError as error:
+        raise TwinRefused(
+            f"transformers {transformers.__version__} lays out {type(vision).__name__} in another "
+            f"way than its twin knows ({error}); update transformers, or use timm's own model"
+        ) from error
+    parts.pool = kind.pool
+    if kind.finish is not None:
+        kind.finish(model, vision, parts)
+    return parts
+
+
+def vision_tower(model: nn.Module) -> Any:
+    """The part of the model that the twin computes, whose tensors it shares."""
+    path = _kind(model).path
+    return model if path == "" else model.get_submodule(path)
+
+
+def _kind(model: nn.Module) -> _Kind:
+    kind = _KINDS.get(type(model).__name__)
+    if kind is None or not type(model).__module__.startswith("transformers.models."):
+        raise TwinRefused(
+            f"{type(model).__name__} of transformers has no twin; known: {', '.join(_KINDS)}"
+        )
+    return kind
+
+
+def load(location: str, revision: str | None, config: Mapping[str, Any], pretrained: bool) -> Any:
+    """The image encoder in a folder or a repository: float32, safetensors, none of its own code.
+
+    Args:
+        config: the content of its ``config.json``, which names the class.
+
+    Raises:
+        TwinRefused: a class that has no twin, or weights that are no safetensors.
+    """
+    architectures = config.get("architectures") or [""]
+    name = _WITHOUT_TEXT.get(architectures[0], architectures[0])
+    if name not in _KINDS:
+        name = _PLAIN.get(str(config.get("model_type")), "")
+    if not name:
+        raise TwinRefused(
+            f"{location} holds a {architectures[0] or config.get('model_type')}, which has no "
+            f"twin; known: {', '.join(_KINDS)}"
+        )
+    kind = getattr(transformers, name)
+    options = {"trust_remote_code": False, "revision": revision or "main"}
+    if not pretrained:
+        return kind(kind.config_class.from_pretrained(location, **options))
+    try:
+        return kind.from_pretrained(location, use_safetensors=True, dtype=torch.float32, **options)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise TwinRefused(
+            f"{location} has no model.safetensors; load it with transformers yourself, which may "
+            "take the older format, and pass the model"
+        ) from error
+
+
+def unwrap(model: nn.Module) -> Any:
+    """timm's own model inside ``TimmWrapperModel`` and its kin; None for others."""
+    if not type(model).__name__.startswith("TimmWrapper"):
+        return None
+    if getattr(model, "features_only", False):
+        raise TwinRefused("features_only=True: such a model gives maps of features, not tokens")
+    return model.timm_model
+
+
+def hub_name(model: Any) -> str | None:
+    """The id that the model was loaded from; None for a folder's, which another machine has not."""
+    name = getattr(model.config, "_name_or_path", "") or ""
+    return name if hub.is_repo_id(name) and not Path(name).exists() else None
+
+
+def takes_any_size(model: nn.Module) -> bool:
+    return type(vision_tower(model)).__name__.startswith(_ANY_SIZE)
+
+
+def configured_size(model: nn.Module) -> tuple[int, int]:
+    return _configured_size(vision_tower(model))
+
+
+def preprocessing(model: Any, processor: Any) -> dict[str, Any]:
+    """What the model's image processor does, in timm's terms.
+
+    Args:
+        processor: an image processor, a processor that holds one, its settings, or None: the one
+            on the disk beside the weights that the model was loaded from.
+    """
+    if processor is None:
+        wrapped = getattr(model.config, "pretrained_cfg", None)
+        if wrapped:
+            names = ("mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode")
+            return {n: wrapped[n] for n in names if n in wrapped}
+        return _processor_on_disk(model.config)
+    processor = getattr(processor, "image_processor", processor)
+    return from_processor(processor if isinstance(processor, Mapping) else processor.to_dict())
+
+
+def _processor_on_disk(config: Any) -> dict[str, Any]:
+    """The settings beside the model's weights, without the network; a family's usual mean and
+    standard deviation, with a warning, where they are not there."""
+    name = getattr(config, "_name_or_path", "")
+    if name:
+        settings = processor_settings(name, hub.cached)
+        if settings is not None:
+            return from_processor(settings)
+        warnings.warn(
+            f"{name}: no image processor on this machine, so mean and standard deviation are "
+            f"taken as usual for {config.model_type}; pass load_backbone(model, "
+            "processor=AutoImageProcessor.from_pretrained(...)) to be sure",
+            stacklevel=6,
+        )
+    return dict(_USUAL_PIXELS[config.model_type.partition("_")[0]])
+
+
+def processor_settings(
+    location: str, fetch: Callable[[str, str], Path | None]
+) -> dict[str, Any] | None:
+    """The image processor's settings in a folder or a repository; None where it has none.
+
+    Args:
+        fetch: repository's id and file name to a path, or None: ``hub.download`` or ``hub.cached``.
+    """
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        folder = Path(location)
+        path = folder / file if folder.is_dir() else fetch(location, file)
+        if path is None or not path.is_file():
+            continue
+        settings = json.loads(path.read_text())
+        # a processor of images and text keeps the images' part under its own name
+        settings = settings.get("image_processor", settings)
+        if "image_processor_type" in settings or "image_mean" in settings:
+            return settings
+    return None
+
+
+def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
+    """The original's tokens (B, S + N, D), by its own code."""
+    tower = vision_tower(model)
+    if type(tower).__name__ == "Siglip2VisionModel":
+        return tower(**_siglip2_inputs(tower, images), return_dict=True).last_hidden_state
+    if type(tower).__name__.startswith(_ANY_SIZE) or _configured_size(tower) == images.shape[2:]:
+        return tower(pixel_values=images, return_dict=True).last_hidden_state
+    out = tower(pixel_values=images, interpolate_pos_encoding=True, return_dict=True)
+    return out.last_hidden_state
+
+
+def _siglip2_inputs(tower: Any, images: Tensor) -> dict[str, Tensor]:
+    """Images (B, C, H, W) as the rows of pixels that SigLIP2 reads, all of them unmasked."""
+    p = tower.embeddings.patch_size
+    B, _, H, W = images.shape
+    rows = images.unflatten(3, (W // p, p)).unflatten(2, (H // p, p))  # (B, C, h, p, w, p)
+    rows = rows.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), -1)
+    shapes = torch.tensor([[H // p, W // p]] * B, device=images.device)
+    mask = torch.ones(rows.shape[:2], dtype=torch.int32, device=images.device)
+    return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def _check_modules(vision: nn.Module) -> None:
+    """Every module is of a known type, runs its own forward and has no hook."""
+    own = type(vision).__module__
+    implementation = getattr(vision.config, "_attn_implementation", None)  # type: ignore[union-attr]
+    if implementation not in _ATTENTION:
+        raise TwinRefused(
+            f"attention implementation {implementation!r} may compute something else; load the "
+            "model with attn_implementation='sdpa'"
+        )
+    for name, module in vision.named_modules():
+        if name.partition(".")[0] == "pooler":  # no part of the twin
+            continue
+        kind = type(module)
+        known = kind in _TORCH or kind.__module__ == own or _is_activation(module)
+        if not known:
+            raise TwinRefused(
+                f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}, of which the "
+                "twin knows nothing; merge adapters and take quantization off first, or put them "
+                "on the twin"
+            )
+        if "forward" in module.__dict__:
+            raise TwinRefused(
+                f"the forward of {name or 'the model'} was replaced (device_map does that, among "
+                "others); load the model without it"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise TwinRefused(f"a hook is registered on {name or 'the model'}; remove it first")
+        if isinstance(module, nn.Conv2d):
+            _check_patches(name, module)
+
+
+def _check_patches(name: str, conv: nn.Conv2d) -> None:
+    plain = conv.stride == conv.kernel_size and conv.groups == 1 and conv.dilation == (1, 1)
+    if not plain or conv.padding not in ("valid", (0, 0)):
+        raise TwinRefused(f"{name} is {conv}: its patches overlap or are padded")
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module) in _ACTIVATIONS or type(module).__module__ == hf_activations.__name__
+
+
+_ACTIVATIONS: dict[type[nn.Module], Callable[[], nn.Module]] = {
+    hf_activations.GELUActivation: nn.GELU,
+    hf_activations.GELUTanh: lambda: nn.GELU(approximate="tanh"),
+    hf_activations.QuickGELUActivation: timm_activations.QuickGELU,
+    nn.ReLU: nn.ReLU,
+    nn.SiLU: nn.SiLU,
+    hf_activations.SiLUActivation: nn.SiLU,
+}
+
+
+def _activation(module: nn.Module) -> nn.Module:
+    if isinstance(module, hf_activations.GELUActivation) and module.act is not nn.functional.gelu:
+        raise TwinRefused("hidden_act='gelu_python' is not known to the twin; use 'gelu'")
+    make = _ACTIVATIONS.get(type(module))
+    if make is None:
+        raise TwinRefused(
+            f"hidden_act {type(module).__name__} is not known to the twin; known: gelu, "
+            "gelu_pytorch_tanh, quick_gelu, relu, silu"
+        )
+    return make()
+
+
+# ---- embeddings -------------------------------------------------------------------------------
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return int(height), int(width)
+
+
+def _configured_size(vision: Any) -> tuple[int, int]:
+    return _pair(vision.config.image_size)
+
+
+def _positions(
+    vision: Any, pos: Tensor, size: tuple[int, int], configured: tuple[int, int], parts: Parts
+) -> Tensor:
+    """Position embedding (1, S + N, D) for images of ``size``, by the original's own resizing."""
+    patch = parts.patch_weight.shape[2:]
+    grid, own = ([s // p for s, p in zip(hw, patch, strict=True)] for hw in (size, configured))
+    # the DINOs resize theirs whenever an image is not square, be it to the same size
+    as_it_is = grid == own and (
+        grid[0] == grid[1] or not type(vision).__name__.startswith(_ANY_SIZE)
+    )
+    if as_it_is:
+        return pos
+    prefix = sum(t.shape[1] for t in (parts.cls, parts.dist) if t is not None)
+    rows = pos.new_empty(1, prefix + grid[0] * grid[1], pos.shape[-1])
+    try:
+        with torch.no_grad():
+            resized = vision.embeddings.interpolate_pos_encoding(rows, *size)
+    except (RuntimeError, TypeError) as error:
+        raise TwinRefused(
+            f"{type(vision).__name__} itself cannot resize its position embedding to images of "
+            f"{size[0]}x{size[1]} pixels ({error})"
+        ) from error
+    resized = resized.detach().contiguous()
+    parts.copied["pos_embed"] = nbytes(resized)
+    return resized
+
+
+def _read_vit(vision: Any, size: tuple[int, int] | None) -> Parts:
+    """ViT and DeiT."""
+    e = vision.embeddings
+    projection = e.patch_embeddings.projection
+    configured = _pair(e.patch_embeddings.image_size)
+    size = size or configured
+    parts = Parts(
+        image_size=size,
+        patch_weight=projection.weight,
+        patch_bias=projection.bias,
+        blocks=[_vit_block(layer) for layer in vision.layers],
+        cls=e.cls_token,
+        norm=vision.layernorm,
+    )
+    if hasattr(e, "distillation_token"):
+        parts.dist = e.distillation_token
+    parts.pos = _positions(vision, e.position_embeddings, size, configured, parts)
+    return parts
+
+
+def _vit_block(layer: Any) -> BlockParts:
+    attention = layer.attention
+    return BlockParts(
+        num_heads=_heads(attention, attention.num_attention_heads, attention.scaling),
+        norm1=layer.layernorm_before,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=attention.o_proj,
+        norm2=layer.layernorm_after,
+        fc1=layer.mlp.fc1,
+        fc2=layer.mlp.fc2,
+        act=_activation(layer.mlp.activation_fn),
+    )
+
+
+def _heads(attention: Any, num_heads: int, scale: float) -> int:
+    """The number of heads, after a look at what else shapes attention."""
+    head_dim = attention.q_proj.out_features // num_heads
+    if scale != head_dim**-0.5:
+        raise TwinRefused(f"attention scale {scale} is not 1 / sqrt({head_dim})")
+    if getattr(attention, "is_causal", False):
+        raise TwinRefused("is_causal=True: attention has a mask, of which the twin knows nothing")
+    for name in ("k_proj", "v_proj"):
+        if getattr(attention, name).out_features != attention.q_proj.out_features:
+            raise TwinRefused(f"{name} is not as wide as q_proj: heads share keys and values")
+    return num_heads
+
+
+def _read_clip(vision: Any, size: tuple[int, int] | None) -> Parts:
+    """CLIP, whose tokens leave without the last norm: it comes after pooling."""
+    e = vision.embeddings
+    configured = _pair(e.image_size)
+    size = size or configured
+    parts = Parts(
+        image_size=size,
+        patch_weight=e.patch_embedding.weight,
+        patch_bias=e.patch_embedding.bias,
+        blocks=[_clip_block(layer) for layer in vision.encoder.layers],
+        cls=e.class_embedding.view(1, 1, -1),
+        norm_pre=vision.pre_layrnorm,
+        fc_norm=vision.post_layernorm,
+    )
+    parts.pos = _positions(vision, e.position_embedding.weight[None], size, configured, parts)
+    return parts
+
+
+def _read_siglip(vision: Any, size: tuple[int, int] | None) -> Parts:
+    e = vision.embeddings
+    configured = _pair(e.image_size)
+    size = size or configured
+    parts = Parts(
+        image_size=size,
+        patch_weight=e.patch_embedding.weight,
+        patch_bias=e.patch_embedding.bias,
+        blocks=[_clip_block(layer) for layer in vision.encoder.layers],
+        norm=vision.post_layernorm,
+    )
+    parts.pos = _positions(vision, e.position_embedding.weight[None], size, configured, parts)
+    return parts
+
+
+def _read_siglip2(vision: Any, size: tuple[int, int] | None) -> Parts:
+    """SigLIP2 at its own size, num_patches patches in a square, none of them masked."""
+    e = vision.embeddings
+    side, p = e.position_embedding_size, e.patch_size
+    if side * side != e.num_patches:
+        raise TwinRefused(f"num_patches={e.num_patches} is no square, the twin's images are one")
+    configured = (side * p, side * p)
+    if size not in (None, configured):
+        raise TwinRefused(
+            f"images of {size[0]}x{size[1]} pixels: the twin of SigLIP2 knows its own size only, "  # type: ignore[index]
+            f"{configured[0]}x{configured[1]}"
+        )
+    weight = e.patch_embedding.weight.unflatten(1, (p, p, -1)).permute(0, 3, 1, 2)
+    return Parts(
+        image_size=configured,
+        patch_weight=weight,
+        patch_bias=e.patch_embedding.bias,
+        blocks=[_clip_block(layer) for layer in vision.encoder.layers],
+        pos=e.position_embedding.weight[None],
+        norm=vision.post_layernorm,
+    )
+
+
+def _clip_block(layer: Any) -> BlockParts:
+    attention = layer.self_attn
+    return BlockParts(
+        num_heads=_heads(attention, attention.num_heads, attention.scale),
+        norm1=layer.layer_norm1,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=attention.out_proj,
+        norm2=layer.layer_norm2,
+        fc1=layer.mlp.fc1,
+        fc2=layer.mlp.fc2,
+        act=_activation(layer.mlp.activation_fn),
+    )
+
+
+def _read_dinov2(vision: Any, size: tuple[int, int] | None) -> Parts:
+    e = vision.embeddings
+    projection = e.patch_embeddings.projection
+    configured = _pair(e.patch_embeddings.image_size)
+    size = size or configured
+    parts = Parts(
+        image_size=size,
+        patch_weight=projection.weight,
+        patch_bias=projection.bias,
+        blocks=[
+            _dino_block(layer, layer.attention.num_attention_heads)
+            for layer in vision.encoder.layer
+        ],
+        cls=e.cls_token,
+        norm=vision.layernorm,
+    )
+    parts.pos = _positions(vision, e.position_embeddings, size, configured, parts)
+    registers = getattr(e, "register_tokens", None)
+    if registers is not None and registers.shape[1]:
+        # registers have no position: the class token's is added to it, as timm's own models have it
+        parts.cls = (e.cls_token + parts.pos[:, :1]).detach()
+        parts.copied["cls_token"] = nbytes(parts.cls)
+        parts.pos, parts.reg = parts.pos[:, 1:], registers
+    return parts
+
+
+def _read_dinov3(vision: Any, size: tuple[int, int] | None) -> Parts:
+    e = vision.embeddings
+    size = size or _configured_size(vision)
+    patch = e.patch_embeddings
+    # it looks at the shape, the dtype and the device of the images
+    like = patch.weight.new_zeros(1, 1, 1, 1).expand(1, 1, *size)
+    with torch.no_grad():
+        cos, sin = vision.rope_embeddings(like)
+    registers = e.register_tokens
+    rope = torch.cat([sin, cos], dim=-1)
+    return Parts(
+        image_size=size,
+        patch_weight=patch.weight,
+        patch_bias=patch.bias,
+        blocks=[_dino_block(layer, layer.attention.num_heads) for layer in vision.model.layer],
+        cls=e.cls_token,
+        reg=registers if registers.shape[1] else None,
+        rope=rope,
+        norm=vision.norm,
+        copied={"rope": nbytes(rope)},
+    )
+
+
+def _dino_block(layer: Any, num_heads: int) -> BlockParts:
+    attention, mlp = layer.attention, layer.mlp
+    return BlockParts(
+        num_heads=_heads(attention, num_heads, attention.scaling),
+        norm1=layer.norm1,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=attention.o_proj,
+        norm2=layer.norm2,
+        gain1=layer.layer_scale1.lambda1,
+        gain2=layer.layer_scale2.lambda1,
+        **_dino_mlp(mlp),
+    )
+
+
+def _dino_mlp(mlp: Any) -> dict[str, Any]:
+    if hasattr(mlp, "fc1"):
+        return {"fc1": mlp.fc1, "fc2": mlp.fc2, "act": _activation(mlp.activation_fn)}
+    gate = getattr(mlp, "gate_proj", None)
+    act = _activation(mlp.act_fn)
+    return {"fc1": mlp.up_proj, "fc2": mlp.down_proj, "act": act, "gate": gate}
+
+
+# ---- what stands on the tokens ----------------------------------------------------------------
+
+
+def _classifier(model: Any, vision: Any, parts: Parts) -> None:
+    head = model.classifier
+    if isinstance(head, nn.Linear):
+        parts.head = head.weight, head.bias
+
+
+def _deit_teacher(model: Any, vision: Any, parts: Parts) -> None:
+    for name, head in (
+        ("head", model.cls_classifier),
+        ("head_dist", model.distillation_classifier),
+    ):
+        if isinstance(head, nn.Linear):
+            setattr(parts, name, (head.weight, head.bias))
+
+
+def _deit_class_token(model: Any, vision: Any, parts: Parts) -> None:
+    """Its classifier reads the class token alone: the distillation token is a register here."""
+    parts.dist, parts.reg = None, parts.dist
+    _classifier(model, vision, parts)
+
+
+def _projection(model: Any, vision: Any, parts: Parts) -> None:
+    parts.head = model.visual_projection.weight, model.visual_projection.bias
+
+
+def _clip_mean(model: Any, vision: Any, parts: Parts) -> None:
+    parts.fc_norm = None  # it is there and not used
+    _classifier(model, vision, parts)
+
+
+def _map(model: Any, vision: Any, parts: Parts) -> None:
+    if not vision.use_head:
+        parts.pool = "avg"
+        return
+    head = vision.head
+    attention = head.attention
+    if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
+        raise TwinRefused("the attention of its pooling head is no plain one")
+    parts.map = MapParts(
+        latent=head.probe,
+        in_proj_weight=attention.in_proj_weight,
+        in_proj_bias=attention.in_proj_bias,
+        out=attention.out_proj,
+        norm=head.layernorm,
+        fc1=head.mlp.fc1,
+        fc2=head.mlp.fc2,
+        act=_activation(head.mlp.activation_fn),
+        num_heads=attention.num_heads,
+    )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How one class of transformers is read.
+
+    Attributes:
+        path: of the vision tower inside it.
+        finish: adds the head and the pooling.
+    """
+
+    path: str
+    read: Callable[[Any, tuple[int, int] | None], Parts]
+    pool: Pool
+    finish: Callable[[Any, Any, Parts], None] | None = None
+
+
+def _kinds() -> Iterator[tuple[str, _Kind]]:
+    yield "ViTModel", _Kind("", _read_vit, "token")
+    yield "ViTForImageClassification", _Kind("vit", _read_vit, "token", _classifier)
+    yield "DeiTModel", _Kind("", _read_vit, "class_and_dist")
+    yield "DeiTForImageClassification", _Kind("deit", _read_vit, "token", _deit_class_token)
+    yield (
+        "DeiTForImageClassificationWithTeacher",
+        _Kind("deit", _read_vit, "class_and_dist", _deit_teacher),
+    )
+    yield "CLIPVisionModel", _Kind("", _read_clip, "token")
+    yield (
+        "CLIPVisionModelWithProjection",
+        _Kind("vision_model", _read_clip, "token", _projection),
+    )
+    yield "CLIPModel", _Kind("vision_model", _read_clip, "token", _projection)
+    yield "CLIPForImageClassification", _Kind("vision_model", _read_clip, "avg", _clip_mean)
+    for name, read in (("Siglip", _read_siglip), ("Siglip2", _read_siglip2)):
+        yield f"{name}VisionModel", _Kind("", read, "map", _map)
+        yield f"{name}Model", _Kind("vision_model", read, "map", _map)
+        yield f"{name}ForImageClassification", _Kind("vision_model", read, "avg", _classifier)
+    for name, path in (
+        ("Dinov2", "dinov2"),
+        ("Dinov2WithRegisters", "dinov2_with_registers"),
+    ):
+        yield f"{name}Model", _Kind("", _read_dinov2, "token")
+        yield (
+            f"{name}ForImageClassification",
+            _Kind(path, _read_dinov2, "class_and_mean", _classifier),
+        )
+    yield "DINOv3ViTModel", _Kind("", _read_dinov3, "token")
+
+
+_KINDS = dict(_kinds())
+# whole models -> the class that loads their vision tower alone
+_WITHOUT_TEXT = {
+    "CLIPModel": "CLIPVisionModelWithProjection",
+    "SiglipModel": "SiglipVisionModel",
+    "Siglip2Model": "Siglip2VisionModel",
+}
+# model_type -> the class for checkpoints of other classes, such as masked image models
+_PLAIN = {
+    "vit": "ViTModel",
+    "deit": "DeiTModel",
+    "clip": "CLIPVisionModelWithProjection",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+    "siglip2_vision_model": "Siglip2VisionModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
+}
