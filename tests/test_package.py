@@ -29,8 +29,9 @@ LAYERS = [
     {"ops"},
     {"reference", "kernels", "_native"},
     {"_C"},
-    {"images", "hub"},
-    {"errors", "_files", "digits", "plots"},
+    {"_values", "hub", "images"},
+    {"_files"},
+    {"errors", "digits", "plots"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # imports inside functions that close a circle on purpose, with the reason

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from .. import __version__
 from .._files import write_files
 from ..backbone.load import DEMO_NAME, load_backbone
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..inversion.gamut import GamutLibrary
 from ..models import PGN, VPT, PromptedViT
 from ..models.baselines import FineTuned, LinearProbe
 from ..models.heads import KeptHead, ZeroShotHead, count_classes
+from ..prompts.networks import check_kwargs
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -143,6 +144,7 @@ def from_pretrained(
     vit = _backbone(folder, config, backbone, pretrained=kind is not FineTuned)
     _check_shape(folder, config, vit)
     values = _arguments(folder, kind, config, modules)
+    _check_generator(folder, values)
     if values.get("head") == "zero_shot":
         values["class_embeddings"] = tensors.get("head.class_embeddings")
     try:
@@ -379,6 +381,22 @@ def _check_shape(folder: Path, config: Mapping[str, Any], backbone: Any) -> None
             "same shape, but hardly with the same weights.",
             stacklevel=3,
         )
+
+
+def _check_generator(folder: Path, values: Mapping[str, Any]) -> None:
+    """Nothing in a file reaches timm but plain settings of an architecture."""
+    name, kwargs = values.get("generator", "resnet10"), values.get("generator_kwargs")
+    if isinstance(name, nn.Module):
+        return
+    if not isinstance(name, str) or not isinstance(kwargs or {}, dict):
+        raise UserError(
+            f"{folder}: generator takes a name and generator_kwargs a dictionary, got "
+            f"{shown(name)} and {shown(kwargs)}."
+        )
+    try:
+        check_kwargs(name, kwargs or {})
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}.") from error
 
 
 def _arguments(

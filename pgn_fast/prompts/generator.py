@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from ..ops import mix_prompts
 from ..ops.mix_prompts import ACTIVATIONS
 from ..reference import mixture
+from . import networks
 from .official import convert_official
-from .resnet10 import ResNet10
 from .sizes import require_sizes
 
 
@@ -30,8 +30,9 @@ class PromptGenerator(nn.Module):
         generator: "resnet10" (the paper's), a timm model name ("resnet18"), or a module that maps
             (B, C, R, R) to (B, P * K).
         generator_kwargs: for a generator that is named; "resnet10" takes ``channels=16, groups=4,
-            blocks_per_group=1, max_pool=True, in_chans=3``, a timm name what
-            ``timm.create_model`` takes.
+            blocks_per_group=1, max_pool=True, in_chans=3``, a timm name the plain sizes and
+            settings of the architecture, and ``pretrained``, ``checkpoint_path`` and ``cache_dir``,
+            which are not recorded: what was trained is saved with the model.
         resolution: R in pixels; images are resized to it first, their shorter side, bilinear with
             antialiasing, the aspect kept. None leaves them as they are.
         activation: "softmax" (the paper's) or "sigmoid".
@@ -73,17 +74,33 @@ class PromptGenerator(nn.Module):
         self.library_size = library_size
         self.resolution = resolution
         self.activation = activation
-        named = isinstance(generator, str)
+        recorded = None
+        if isinstance(generator, str):
+            recorded, sources = networks.split_kwargs(generator, generator_kwargs)
+            outputs = num_prompts * library_size
+            network = networks.build(generator, outputs, **recorded, **sources)
+        elif generator_kwargs:
+            raise ValueError(
+                f"generator_kwargs {dict(generator_kwargs)}: given with a generator that is "
+                "already there"
+            )
+        elif isinstance(generator, nn.Module):
+            network = generator
+        else:
+            raise TypeError(
+                f"generator takes a name or a module from images to P * K numbers, got "
+                f"{type(generator).__name__}"
+            )
         self.config = {
             "num_prompts": num_prompts,
             "library_size": library_size,
-            "generator": generator if named else None,
-            "generator_kwargs": dict(generator_kwargs or {}) if named else None,
+            "generator": None if recorded is None else generator,
+            "generator_kwargs": recorded,
             "resolution": resolution,
             "activation": activation,
             "token_library": None if token_library is None else type(token_library).__name__,
         }
-        self.generator = _build(generator, num_prompts * library_size, generator_kwargs)
+        self.generator = network
         self.token_library: nn.Parameter | nn.Module
         if token_library is None:
             self.token_library = nn.Parameter(torch.empty(library_size, embed_dim))
@@ -178,24 +195,3 @@ def resize_shorter_side(images: Tensor, size: int | None) -> Tensor:
     # half precision has no antialiased kernel on CPU, and would lose pixels' last bits
     exact = images if images.dtype == torch.float64 else images.float()
     return F.interpolate(exact, new, mode="bilinear", antialias=True).to(images.dtype)
-
-
-def _build(
-    generator: str | nn.Module, out_features: int, kwargs: Mapping[str, Any] | None
-) -> nn.Module:
-    if isinstance(generator, nn.Module):
-        if kwargs:
-            raise ValueError(
-                f"generator_kwargs {dict(kwargs)}: given with a generator that is already there"
-            )
-        return generator
-    if generator == "resnet10":
-        return ResNet10(out_features, **(kwargs or {}))
-    import timm
-
-    if not timm.is_model(generator):
-        raise ValueError(
-            f"generator={generator!r} is neither 'resnet10' nor a timm model name; "
-            "timm.list_models() names them all"
-        )
-    return timm.create_model(generator, num_classes=out_features, **(kwargs or {}))
