@@ -29,7 +29,7 @@ LAYERS = [
     {"ops"},
     {"reference", "kernels", "_native"},
     {"_C"},
-    {"_values", "hub", "images"},
+    {"_stored", "_values", "hub", "images"},
     {"_files"},
     {"errors", "digits", "plots"},
 ]

@@ -395,10 +395,10 @@ def test_resume_refuses_another_run(world, tmp_path):
     assert loop.resume_config(tmp_path / "nothing", {}) is None
     path = tmp_path / "run" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(UserError, match="is damaged or no checkpoint"):
+    with pytest.raises(UserError, match="is damaged or truncated"):
         loop.resume_config(tmp_path / "run", {})
     torch.save({"weights": 1}, path)
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match="its digest differs, or it has none"):
         loop.resume_config(tmp_path / "run", {})
 
 

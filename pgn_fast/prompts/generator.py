@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._stored import check_shapes
+from ..errors import UserError, brief
 from ..ops import mix_prompts
 from ..ops.mix_prompts import ACTIVATIONS
 from ..reference import mixture
 from . import networks
-from .official import convert_official
+from .official import read_official
 from .sizes import require_sizes
 
 
@@ -159,27 +161,32 @@ class PromptGenerator(nn.Module):
         """Load a checkpoint that the official code has published or written.
 
         Args:
-            source: the path of a ``.pt`` or Lightning ``.ckpt`` file (read with ``weights_only``),
-                or its state dict.
+            source: the path of a ``.pt`` or Lightning ``.ckpt`` file, or its state dict. Of a file
+                nothing is run, and its checksums must be right.
             **overrides: what tensors do not tell: ``activation``, ``resolution`` and
                 ``generator_kwargs={"max_pool": ...}``. Sizes are read off the tensors; a size that
                 is given must agree with them.
 
         Raises:
-            ValueError: tensors are missing or unknown, or a given size differs from theirs.
+            ValueError: the file is damaged or holds something else; tensors are missing, unknown,
+                of another shape or not finite; or a given size differs from theirs.
         """
-        if isinstance(source, Mapping):
-            settings, state = convert_official(source)
-        else:
-            loaded = torch.load(source, map_location="cpu", weights_only=True)
-            settings, state = convert_official(loaded)
+        settings, state = read_official(source)
         in_network = {**settings.pop("generator_kwargs"), **overrides.pop("generator_kwargs", {})}
         for name, found in settings.items():
             if overrides.get(name, found) != found:
                 raise ValueError(
                     f"{name}={overrides[name]} was given, but the checkpoint's tensors have {found}"
                 )
-        generator = cls(**{**overrides, **settings}, generator_kwargs=in_network)
+        values = {**overrides, **settings, "generator_kwargs": in_network}
+        try:
+            # shapes first: what the file says must not decide how much memory is taken
+            with torch.device("meta"):
+                check_shapes(cls(**values).state_dict(), state)
+        except ValueError as error:
+            of = "" if isinstance(source, Mapping) else f"{source}: "
+            raise UserError(f"{of}{brief(error, 1000)}") from error
+        generator = cls(**values)
         generator.load_state_dict(state)
         return generator
 

@@ -15,10 +15,13 @@ import numpy as np
 import torch
 
 from .._files import write_files
+from .._stored import MEGABYTE, read_archive, seal_archive
 from ..errors import UserError
 
 FILE = "checkpoint.pt"
-_FORMAT = 1
+_FORMAT = 2
+# beside tensors: an epoch's scores, and the names of images that could not be read
+_LARGEST_PICKLE = 32 * MEGABYTE
 
 
 def save(output: Path, state: dict[str, Any]) -> None:
@@ -29,7 +32,7 @@ def save(output: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": _FORMAT, **state}, buffer)
-    write_files({output / FILE: buffer.getvalue()})
+    write_files({output / FILE: seal_archive(buffer.getvalue())})
 
 
 def load(output: Path) -> dict[str, Any] | None:
@@ -39,14 +42,12 @@ def load(output: Path) -> dict[str, Any] | None:
         UserError: the file is no checkpoint of this library, or damaged.
     """
     path = output / FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch names a damaged file and a pickle with code in it by many exceptions
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--resume: {path} is damaged or no checkpoint ({reason}).") from error
+        state = read_archive(path, largest_pickle=_LARGEST_PICKLE, sealed=True)
+    except UserError as error:
+        raise UserError(f"--resume: {error}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise UserError(
             f"--resume: {path} is not a checkpoint that this version of pgn_fast can continue."

@@ -1,0 +1,1 @@
+"""Hostile and unlucky inputs by the thousand: see ``run``."""
