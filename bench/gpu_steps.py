@@ -215,12 +215,14 @@ def mix_prompts(bench: Bench) -> None:
             bench.record(f"{group}, forward and backward", which, both, **costs)
 
 
-def backends(bench: Bench, op: str, *tensors: Tensor) -> list[str]:
+def backends(bench: Bench, op: str, *tensors: Tensor, **sizes: int) -> list[str]:
     """The kernels of ``op`` that this machine runs; in a rehearsal all but the interpreted."""
     from pgn_fast.ops.dispatch import BACKENDS, refusal
 
     skipped = ("reference", "triton") if bench.tiny else ("reference",)
-    return [b for b in BACKENDS if b not in skipped and refusal(b, op, *tensors) is None]
+    return [
+        b for b in BACKENDS if b not in skipped and refusal(b, op, *tensors, sizes=sizes) is None
+    ]
 
 
 def prompted_patch_embed(bench: Bench) -> None:

@@ -73,15 +73,12 @@ def test_registered_correctly():
 
 
 def test_transforms():
-    x, y = torch.randn(2, 3, 5, 8, dtype=torch.float64).unbind()
+    x, y = torch.randn(2, 3, 5, 8).unbind()
     plain = lambda x, y: add_layer_norm(x, y, backend="reference")[1]
-    torch.testing.assert_close(torch.func.vmap(plain)(x, y), plain(x, y))
-    torch.func.jvp(plain, (x, y), (x, y))
-    first = x.detach().requires_grad_()
-    (grad,) = torch.autograd.grad(plain(first, y).square().sum(), first, create_graph=True)
-    grad.sum().backward()
-    with pytest.raises(NotImplementedError, match=r"no rule for torch.func.vmap.*'reference'"):
-        torch.func.vmap(add_layer_norm)(x, y)
+    by_kernel = lambda x, y: add_layer_norm(x, y)[1]
+    for run in (plain, by_kernel):
+        torch.testing.assert_close(torch.func.vmap(run)(x, y), plain(x, y))
+        torch.func.jvp(run, (x, y), (x, y))
 
 
 def test_one_gradient_alone():
@@ -99,7 +96,7 @@ def test_one_gradient_alone():
     "x, y, message",
     [
         (torch.zeros(2, 3), torch.zeros(3, 3), "of one shape"),
-        (torch.zeros(2, 0), torch.zeros(2, 0), "1 <= D <= 16384"),
+        (torch.zeros(2, 0), torch.zeros(2, 0), "D >= 1"),
         (torch.zeros(2, 3), torch.zeros(2, 3).double(), "of one dtype and device"),
         (torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), "floating-point"),
     ],

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from pgn_fast import _C, _native
-from pgn_fast.ops import mix_prompts, prompt_attention, prompted_patch_embed
+from pgn_fast import _C, _native, reference
+from pgn_fast.ops import devices, dispatch, mix_prompts, prompt_attention, prompted_patch_embed
 from pgn_fast.ops.dispatch import refusal
 
 ROOT = Path(__file__).parents[1]
@@ -70,15 +70,125 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
+def registered_ops():
+    """Every op with arguments for it, backend left out: (op, arguments)."""
+    module = lambda name: importlib.import_module(f"pgn_fast.ops.{name}")
+    norm, rounding, linear = map(module, ("add_layer_norm", "feedback_round", "frozen_linear"))
+    mixing, attention, embed = map(
+        module, ("mix_prompts", "prompt_attention", "prompted_patch_embed")
+    )
+    random = torch.Generator().manual_seed(3)
+    normal = lambda *shape: torch.randn(*shape, generator=random)
+    heads = [normal(3, 2, n, 16) for n in (5, 9, 9)] + [normal(2, 4, 16) for _ in range(2)]
+    images, logits, library = normal(3, 3, 8, 12), normal(3, 5, 9), normal(9, 24)
+    embedding = (images, normal(24, 3, 4, 4), normal(24), normal(6, 24), normal(1, 24))
+    levels, feedback = 100 * normal(4, 12), normal(12, 12) / 12
+    _, normed, rstd = reference.add_layer_norm(normal(7, 24), normal(7, 24), 1e-6)
+    out, lse = reference.prompt_attention(*heads, 0.25)
+    factors = [0.5] * 3, [0.1] * 3
+    return {
+        "mix_prompts": (mixing._op, (logits, library, "softmax")),
+        "mix_prompts_backward": (
+            mixing.backward,
+            (normal(3, 5, 24), logits, library, "softmax"),
+        ),
+        "prompt_attention": (attention._op, (*heads, 0.25)),
+        "prompt_attention_backward": (
+            attention._backward_op,
+            (normal(3, 2, 5, 16), *heads, out, lse, 0.25, True, True, True),
+        ),
+        "add_layer_norm": (norm._op, (normal(7, 24), normal(7, 24), 1e-6)),
+        "add_layer_norm_backward": (
+            norm._backward_op,
+            (normal(7, 24), normal(7, 24), normed, rstd),
+        ),
+        "frozen_linear": (linear._op, (normal(70, 128), normal(256, 128), normal(256))),
+        "prompted_patch_embed": (
+            embed._op,
+            (*embedding, logits, library, None, *factors, "softmax", "append"),
+        ),
+        "feedback_round": (rounding._op, (levels, feedback, torch.randperm(12))),
+    }
+
+
+REGISTERED = registered_ops()
+
+
+def test_the_table_of_ops_is_whole():
+    rows = {name.removesuffix("_backward") for name in REGISTERED}
+    assert rows == set(dispatch.OPS)
+    names = torch._C._dispatch_get_all_op_names()
+    assert {n.removeprefix("pgn_fast::") for n in names if n.startswith("pgn_fast::")} == set(
+        REGISTERED
+    )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+@pytest.mark.parametrize("name", REGISTERED)
+def test_three_ways_through_an_op_give_the_same_bits(name, backend):
+    """The kernel directly, the autograd function, and torch.ops through the dispatcher."""
+    op, arguments = REGISTERED[name]
+    if backend == "cpu" and (reason := refusal("cpu", name, arguments[0])):
+        pytest.skip(reason)
+    as_tuple = lambda x: x if isinstance(x, tuple) else (x,)
+    kernel = as_tuple(op.kernel(*arguments, backend))
+    bare = as_tuple(op.op(*arguments, backend))
+    assert all(torch.equal(a, b) for a, b in zip(kernel, bare, strict=True))
+    if op.function is None:
+        return
+    frozen = name == "frozen_linear"
+    results = []
+    for way in (op.function.apply, op.op):
+        tensors = [
+            a.clone().requires_grad_(i == 0 or not frozen) if isinstance(a, torch.Tensor) else a
+            for i, a in enumerate(arguments)
+        ]
+        outputs = as_tuple(way(*tensors, backend))
+        loss = sum((x * torch.linspace(-1, 1, x.numel()).view(x.shape)).sum() for x in outputs[:2])
+        if name == "prompt_attention":  # its second output has no gradient
+            loss = (
+                outputs[0] * torch.linspace(-1, 1, outputs[0].numel()).view_as(outputs[0])
+            ).sum()
+        leaves = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+        grads = torch.autograd.grad(loss, leaves)
+        results.append((*(x.detach() for x in outputs), *grads))
+    assert all(torch.equal(a, b) for a, b in zip(kernel, results[0], strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_resolve_knows_sizes():
+    cpu, single = torch.device("cpu"), (torch.float32,)
+    name, reason = dispatch.resolve("prompt_attention", cpu, single, {"head_width": 320}, "cpu")
+    assert name == "reference" and "head widths up to 256, got 320" in reason
+    q = torch.randn(1, 1, 3, 320)
+    expected = prompt_attention(q, q, q, q[0], q[0], backend="reference")
+    assert torch.equal(prompt_attention(q, q, q, q[0], q[0]), expected)
+    with pytest.raises(RuntimeError) as raised:
+        prompt_attention(q, q, q, q[0], q[0], backend="cpu")
+    assert str(raised.value) == reason
+    for op, size in (("prompt_attention", {"head_width": 129}), ("mix_prompts", {})):
+        limited = devices.limit("cuda", op, torch.device("cuda"), torch.float16, size)
+        assert (limited is None) == (not size)
+    limited = devices.limit(
+        "cuda", "prompted_patch_embed", torch.device("cuda"), torch.float16, {"channels": 65}
+    )
+    assert "channels up to 64, got 65" in limited
+
+
 @needs_cpu_kernels
-@every_op
-def test_the_short_way_equals_the_op(case):
-    op, tensors = case()
-    expected = forward_and_gradients(op, tensors, backend="cpu")
-    with FlopCounterMode(display=False):  # a dispatch mode looks on
-        observed = forward_and_gradients(op, tensors, backend="cpu")
-    for a, b in zip(expected, observed, strict=True):
-        assert torch.equal(a, b)
+def test_resolve_names_backend_and_reason():
+    cpu = torch.device("cpu")
+    assert dispatch.resolve("mix_prompts", cpu, (torch.float32,)) == ("cpu", None)
+    assert dispatch.resolve("mix_prompts", cpu, (torch.float32,), None, "reference") == (
+        "reference",
+        None,
+    )
+    name, reason = dispatch.resolve("mix_prompts", cpu, (torch.float64,))
+    assert name == "reference" and "got torch.float64" in reason
+    name, reason = dispatch.resolve("mix_prompts", cpu, (torch.float32,), None, "cudnn")
+    assert name == "cpu" and "no backend named 'cudnn'" in reason
+    name, reason = dispatch.resolve("mix_prompts", torch.device("meta"), (torch.float32,))
+    assert name == "reference" and "no backend is faster than plain torch on meta" in reason
 
 
 @every_op
@@ -94,32 +204,41 @@ def test_autocast(case):
         assert torch.equal(grad, expected.float())
 
 
-@needs_cpu_kernels
 @every_op
-def test_transforms_that_are_refused(case):
+@pytest.mark.parametrize("backend", [None, "reference", "cpu"])
+def test_every_transform_is_plain_torch(case, backend):
     op, tensors = case()
-    with pytest.raises(NotImplementedError, match=r"no rule for torch.func.vmap.*'reference'"):
-        torch.func.vmap(op)(*(torch.stack([t, t]) for t in tensors))
-    with pytest.raises(NotImplementedError, match=r"no forward-mode derivative.*'reference'"):
-        torch.func.jvp(op, tensors, tuple(torch.ones_like(t) for t in tensors))
-    first = tensors[0].detach().requires_grad_()
-    out = op(first, *tensors[1:], backend="cpu").square().sum()
-    (grad,) = torch.autograd.grad(out, first, create_graph=True)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        grad.sum().backward()
+    expected = op(*tensors, backend="reference")
+    stacked = torch.func.vmap(lambda *t: op(*t, backend=backend))(*(t[None] for t in tensors))
+    torch.testing.assert_close(stacked[0], expected)
+    ones = tuple(torch.ones_like(t) for t in tensors)
+    out, tangent = torch.func.jvp(lambda *t: op(*t, backend=backend), tensors, ones)
+    assert torch.equal(out, expected)
+    _, plain = torch.func.jvp(lambda *t: op(*t, backend="reference"), tensors, ones)
+    assert torch.equal(tangent, plain) and tangent.abs().max() > 0
+    grad = torch.func.grad(lambda t: op(t, *tensors[1:], backend=backend).square().sum())
+    leaf = tensors[0].clone().requires_grad_()
+    op(leaf, *tensors[1:], backend="reference").square().sum().backward()
+    torch.testing.assert_close(grad(tensors[0]), leaf.grad, rtol=1e-4, atol=1e-4)
 
 
 @every_op
-def test_reference_takes_every_transform(case):
-    op, tensors = case(torch.float64)
-    rows = op(*tensors, backend="reference")
-    stacked = torch.func.vmap(lambda *t: op(*t, backend="reference"))(*(t[None] for t in tensors))
-    torch.testing.assert_close(stacked[0], rows)
-    first = tensors[0].detach().requires_grad_()
-    out = op(first, *tensors[1:], backend="reference").square().sum()
-    (grad,) = torch.autograd.grad(out, first, create_graph=True)
-    grad.square().sum().backward()
-    assert first.grad is not None
+def test_the_bare_op_under_vmap_says_what_to_call(case):
+    op, tensors = case()
+    bare = getattr(torch.ops.pgn_fast, op.__name__)
+    embedding = (None, [], [], "softmax", "append")
+    rest = {"mix_prompts": ("softmax",), "prompt_attention": (0.5,)}.get(op.__name__, embedding)
+    with pytest.raises(NotImplementedError, match=r"no rule for torch.func.vmap. Call the func"):
+        torch.func.vmap(lambda *t: bare(*t, *rest, "auto"))(*(t[None] for t in tensors))
+
+
+@every_op
+def test_traced_programs_are_plain_torch(case):
+    op, tensors = case()
+    traced = torch.jit.trace(lambda *t: op(*t), tensors)
+    spaces = {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()}
+    assert spaces <= {"aten", "prim"}
+    torch.testing.assert_close(traced(*tensors), op(*tensors, backend="reference"))
 
 
 @needs_cpu_kernels

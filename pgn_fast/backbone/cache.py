@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch
+from ..ops._register import leaves_this_package, transformed
 from . import blocks, packed, support
 from .fold import BlockWeights, fold_block, live_block
 from .packed import PackedLinear
@@ -37,6 +38,7 @@ class _Shared:
             self._key = support.state_key(self._modules)
             self.refusal = support.refusal(self.backbone)
             self.folded: dict[tuple[Any, ...], list[BlockWeights]] = {}
+            self.backends: dict[tuple[str, torch.dtype, str | None], str] = {}
 
     def follow(self) -> None:
         """Forget what was made from weights that have changed since."""
@@ -99,8 +101,6 @@ class BackboneCache:
         self.backend = backend
         self._shared = _shared_of(backbone)
         self._prompts: dict[int, tuple[Tensor, BlockWeights, tuple[Tensor, Tensor]]] = {}
-        self._backends: dict[tuple[str, torch.dtype, torch.device], str] = {}
-        self.fused_dtypes = self._dtypes_with_a_kernel()
 
     @property
     def device(self) -> torch.device:
@@ -129,8 +129,9 @@ class BackboneCache:
         self._prompts.clear()
 
     def weights(self, dtype: torch.dtype) -> list[BlockWeights]:
-        """One entry a block: folded in ``dtype``, or timm's own tensors under a compiler."""
-        if torch.compiler.is_compiling():
+        """One entry a block: folded in ``dtype``, or timm's own tensors where a compiler or
+        torch.jit.trace records what runs."""
+        if torch.compiler.is_compiling() or leaves_this_package():
             backend_for = partial(self.backend_for, dtype=dtype)
             return [live_block(block, backend_for) for block in self.backbone.blocks]
         backends = {op: self.backend_for(op, dtype) for op in ("frozen_linear", "add_layer_norm")}
@@ -140,7 +141,7 @@ class BackboneCache:
     def prompt_keys_values(self, i: int, w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """The prompts' keys and values in block ``i``; in inference on CPU those of the last call
         where the prompts are still the same, which is cheaper to see than to compute."""
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed()
         if plain or prompts.device.type != "cpu" or prompts.ndim != 2:
             return blocks.prompt_keys_values(w, prompts)
         if i in self._prompts:
@@ -154,27 +155,27 @@ class BackboneCache:
     def backend_for(self, op: str, dtype: torch.dtype) -> str:
         """Which backend runs an op: the named one if it can, else the fastest with a kernel, else
         "reference": plain torch, which compilers see through."""
-        key = op, dtype, self.device
-        if key not in self._backends:
-            like = torch.empty(0, dtype=dtype, device=self.device)
-            fastest = dispatch.PREFERENCE[op].get(self.device.type, ())
-            candidates = (self.backend, *fastest) if self.backend else fastest
-            runs = (name for name in candidates if dispatch.refusal(name, op, like) is None)
-            self._backends[key] = next(runs, "reference")
-        return self._backends[key]
+        known, key = self._shared.backends, (op, dtype, self.backend)
+        if key not in known:
+            sizes = self.sizes(op)
+            known[key] = dispatch.resolve(op, self.device, (dtype,), sizes, self.backend)[0]
+        return known[key]
 
-    def _dtypes_with_a_kernel(self) -> set[torch.dtype]:
-        """In which dtypes a kernel of this package runs attention with prompts."""
-        if self.backend == "reference":
-            return set()
-        candidates = dispatch.PREFERENCE["prompt_attention"].get(self.device.type, ())
-        found = set()
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            like = torch.empty(0, dtype=dtype, device=self.device)
-            refusals = (dispatch.refusal(name, "prompt_attention", like) for name in candidates)
-            if self.backend is not None or None in refusals:
-                found.add(dtype)
-        return found
+    def sizes(self, op: str) -> dict[str, int]:
+        """What ``dispatch.resolve`` wants to know of this backbone."""
+        backbone = self.backbone
+        if op == "prompt_attention":
+            attention = backbone.blocks[0].attn
+            return {"head_width": attention.proj.in_features // attention.num_heads}
+        if op == "prompted_patch_embed":
+            return {"channels": backbone.patch_embed.proj.in_channels}
+        return {"columns": backbone.embed_dim} if op == "add_layer_norm" else {}
+
+    def fuses_attention(self, dtype: torch.dtype) -> bool:
+        """Whether attention with prompts runs by a kernel; a named backend that cannot run is
+        left to say why itself."""
+        named = self.backend not in (None, "reference")
+        return named or self.backend_for("prompt_attention", dtype) != "reference"
 
     def packed_refusal(self, dtype: torch.dtype) -> str | None:
         """Why weights are not packed in this dtype, wanted or not; None where they can be."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import dispatch, prompted_patch_embed
-from ..ops.prompt_attention import LARGEST_HEAD
+from ..ops._register import leaves_this_package, transformed
 from . import blocks, recompute, support
 from .cache import BackboneCache
 from .eager import embed, encode_eager, prefix_tokens, remove_prompts
@@ -191,7 +191,8 @@ class FastBackbone:
             or self.cache.embed_refusal is not None
             or schedule.patch_weight is not None
             or backend == "reference"
-            or torch.compiler.is_exporting()
+            or leaves_this_package()
+            or transformed()
             # timm adds a float32 position embedding to what autocast computed
             or torch.is_autocast_enabled(images.device.type)
         ):
@@ -224,7 +225,7 @@ class FastBackbone:
     ) -> Tensor:
         """Tokens (B, S + N, D) to the rows that are read, ``left`` prompts last of them."""
         device_type, dtype = x.device.type, x.dtype
-        folds = not torch.compiler.is_compiling()
+        folds = not (torch.compiler.is_compiling() or leaves_this_package())
         autocast = torch.is_autocast_enabled(device_type)
         if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
@@ -302,11 +303,11 @@ class FastBackbone:
 
     def _fuses(self, like: Tensor, prompts_alone: bool) -> bool:
         """Whether ``prompt_attention`` runs by a kernel, and pays where all tokens are alike."""
-        # an exported program has to run where this package is not
-        if torch.compiler.is_exporting() or like.shape[-1] > LARGEST_HEAD:
+        # where this package is not, or a transform wants plain torch, torch's own attention is it
+        if leaves_this_package() or transformed():
             return False
         if prompts_alone:
-            return like.dtype in self.cache.fused_dtypes
+            return self.cache.fuses_attention(like.dtype)
         return (
             like.device.type in dispatch.BEATS_PLAIN_ATTENTION
             and self.cache.backend_for("prompt_attention", like.dtype) != "reference"

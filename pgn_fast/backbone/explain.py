@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -41,7 +41,9 @@ def explain(
     for op, what in _OPS.items():
         name = engine.cache.backend_for(op, engine.cache.dtype)
         lines.append(f"  {what}: {'plain torch' if name == 'reference' else f'backend {name}'}")
-    runs = backend_of("prompt_attention", engine.cache.device, engine.cache.dtype, engine.backend)
+    cache = engine.cache
+    sizes = cache.sizes("prompt_attention")
+    runs = backend_of("prompt_attention", cache.device, cache.dtype, engine.backend, sizes)
     if engine.cache.device.type in dispatch.BEATS_PLAIN_ATTENTION:
         lines.append(f"  attention: {runs}")
     elif _keys_and_values_only(schedule, len(backbone.blocks)):
@@ -135,13 +137,15 @@ def _keys_and_values_only(schedule: PromptSchedule, depth: int) -> set[int]:
     return blocks | (set() if schedule.keep or not schedule.layers else {schedule.last})
 
 
-def backend_of(op: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+def backend_of(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None,
+    sizes: Mapping[str, int] | None = None,
+) -> str:
     """Which backend runs an op on such tensors, in words; of a named one that cannot, why."""
-    like = torch.empty(0, dtype=dtype, device=device)
-    for name in (backend,) if backend else dispatch.PREFERENCE[op].get(device.type, ()):
-        reason = dispatch.refusal(name, op, like)
-        if reason is None and name != "reference":
-            return f"backend {name}"
-        if reason is not None and backend:
-            return reason
-    return "plain torch"
+    name, reason = dispatch.resolve(op, device, (dtype,), sizes, backend)
+    if backend is not None and reason is not None:
+        return reason
+    return "plain torch" if name == "reference" else f"backend {name}"

@@ -1,10 +1,10 @@
 """Frozen weights packed once for the matrix product's library, in place of at every call (CPU,
 float32).
 
-Both libraries that torch brings copy a weight into a layout of their own whenever they multiply; a
-weight that never changes can be packed once. On Intel's processors that is MKL's sgemm, which wants
-a copy for each number of rows (measured: 10-16 % faster on an AVX-512 Xeon); elsewhere oneDNN,
-whose copy serves any number (a training step takes 7-9 % less time on an EPYC).
+Both libraries that come with torch copy a weight into a layout of their own whenever they multiply;
+a weight that never changes can be packed once. On Intel's processors that is MKL's sgemm, which
+wants a copy for each number of rows (measured: 10-16 % faster on an AVX-512 Xeon); elsewhere
+oneDNN, whose copy serves any number (a training step takes 7-9 % less time on an EPYC).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _native
 from ..ops import frozen_linear, onednn
+from ..ops._register import transformed
 from .fold import FrozenLinear
 
 # below, packing saves less than the call through Python costs
@@ -57,12 +57,21 @@ class PackedLinear(FrozenLinear):
     packed: dict[tuple[bool, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _PackedProduct.apply(x, self)
-        return self.multiply(x, transposed=False)
+        return self._product(x, transposed=False)
 
     def input_gradient(self, grad: Tensor) -> Tensor:
-        return self.multiply(grad, transposed=True)
+        return self._product(grad, transposed=True)
+
+    def _product(self, x: Tensor, transposed: bool) -> Tensor:
+        if transformed():  # torch.func sees through torch's own product alone
+            return super().input_gradient(x) if transposed else super().__call__(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _PackedProduct.apply(x, self, transposed)
+        return self.multiply(x, transposed)
+
+    def without_bias(self) -> PackedLinear:
+        """The same weight and the same packed copies."""
+        return PackedLinear(self.weight, None, self.backend, self.packed)
 
     def multiply(self, x: Tensor, transposed: bool) -> Tensor:
         """x W^T + b, or x W where ``transposed``."""
@@ -88,12 +97,15 @@ class PackedLinear(FrozenLinear):
 
 
 class _PackedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: PackedLinear) -> Tensor:
-        ctx.linear = linear
-        return linear.multiply(x, transposed=False)
+    """``linear.multiply``, differentiable any number of times: the gradient is such a product."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.linear.input_gradient(grad), None
+    def forward(ctx: Any, x: Tensor, linear: PackedLinear, transposed: bool) -> Tensor:
+        ctx.linear, ctx.transposed = linear, transposed
+        return linear.multiply(x, transposed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        # without the bias: the product the other way round has none, and neither has a gradient
+        linear = ctx.linear if not ctx.transposed else ctx.linear.without_bias()
+        return linear._product(grad, not ctx.transposed), None, None

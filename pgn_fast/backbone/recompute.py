@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ..ops._register import leaves_this_package, transformed
 from ..ops.add_layer_norm import backward as add_layer_norm_backward
+from ..ops.add_layer_norm import rstd_gradient
 from . import blocks
 from .fold import BlockWeights
 from .support import Memory
@@ -33,14 +34,14 @@ def finish_block(w: BlockWeights, x: Tensor, o: Tensor, memory: Memory) -> Tenso
     if not needs_grad:
         y, n, _ = blocks.add_attention(w, x, o)
         return blocks.mlp(w, y, n)
-    if torch.compiler.is_compiling():
-        # the compiler sees plain torch and plans its own memory around the checkpoint
+    if torch.compiler.is_compiling() or leaves_this_package() or transformed():
+        # a compiler sees plain torch and plans its own memory around the checkpoint
         run = lambda y: blocks.mlp(w, y, w.norm2(y))
         y = blocks.add(x, w.out(o), w.gain1)
         if memory == "balanced":
             return checkpoint(run, y, use_reentrant=False, preserve_rng_state=False)
         return run(y)
-    return _SecondHalf.apply(x, o, w, memory != "balanced")
+    return _SecondHalf.apply(x, o, w, memory != "balanced")[0]
 
 
 def run_again(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -49,39 +50,77 @@ def run_again(run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 class _SecondHalf(torch.autograd.Function):
-    """y = x + W_o o + b_o;  u = W_1 norm(y) + b_1;  z = y + W_2 act(u) + b_2."""
+    """y = x + W_o o + b_o;  u = W_1 norm(y) + b_1;  z = y + W_2 act(u) + b_2.
+
+    What backward reads, y or norm(y) and 1 / std, comes out beside z: a gradient that somebody
+    differentiates again depends on it, and that is how it finds its way back to x and o.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, o: Tensor, w: BlockWeights, keep_hidden: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, o: Tensor, w: BlockWeights, keep_hidden: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         y, n, rstd = blocks.add_attention(w, x, o)
         u = w.fc1(n)
+        kept = y if rstd is None else n
         ctx.w, ctx.dtype = w, o.dtype
-        ctx.save_for_backward(y if rstd is None else n, rstd, u if keep_hidden else None)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kept, rstd, u if keep_hidden else None)
         z = w.fc2(blocks.hidden(w, u, overwrite=not keep_hidden))
-        return blocks.add(y, z, w.gain2)
+        return blocks.add(y, z, w.gain2), kept, rstd
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_z: Tensor | None, grad_kept: Tensor | None, grad_rstd: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         w, (kept, rstd, u) = ctx.w, ctx.saved_tensors
-        if u is None:
-            u = w.fc1(w.norm2(kept) if rstd is None else kept)
-        g = grad_z if w.gain2 is None else grad_z * w.gain2
-        grad_hidden = w.fc2.input_gradient(g.to(u.dtype))
-        grad_u = _hidden_gradient(w, u, grad_hidden)
-        del u, grad_hidden
-        grad_n = w.fc1.input_gradient(grad_u)
+        grad_n = None
+        if grad_z is not None:
+            if u is None or torch.is_grad_enabled():  # u as a function of what is kept
+                u = w.fc1(w.norm2(kept) if rstd is None else kept)
+            g = grad_z if w.gain2 is None else grad_z * w.gain2
+            grad_hidden = w.fc2.input_gradient(g.to(u.dtype))
+            grad_u = _hidden_gradient(w, u, grad_hidden)
+            del u, grad_hidden
+            grad_n = w.fc1.input_gradient(grad_u)
         if rstd is None:
-            grad_y = w.norm2.input_gradient(kept, grad_n).add_(grad_z)
+            through = None if grad_n is None else w.norm2.input_gradient(kept, grad_n)
+            grad_y = _sum(through, grad_z, grad_kept)
         else:
-            grad_y = add_layer_norm_backward(grad_z, grad_n, kept, rstd, w.norm2.backend)
+            grad_n = _sum(grad_n, grad_kept)
+            zeros = torch.zeros_like(kept) if grad_z is None or grad_n is None else kept
+            grad_y = add_layer_norm_backward(
+                zeros if grad_z is None else grad_z,
+                zeros if grad_n is None else grad_n,
+                kept,
+                rstd,
+                w.norm2.backend,
+            )
+            if grad_rstd is not None:
+                grad_y = grad_y + rstd_gradient(grad_rstd, kept, rstd)
+        if grad_y is None:
+            return None, None, None, None
         g = grad_y if w.gain1 is None else grad_y * w.gain1
         grad_o = w.out.input_gradient(g.to(ctx.dtype))
         return grad_y if ctx.needs_input_grad[0] else None, grad_o, None, None
 
 
+def _sum(first: Tensor | None, *others: Tensor | None) -> Tensor | None:
+    """The sum of what is there; ``first`` is used up where nobody differentiates the sum."""
+    for other in others:
+        if first is None:
+            first = None if other is None else other.clone()
+        elif other is not None:
+            first = first + other if torch.is_grad_enabled() else first.add_(other)
+    return first
+
+
 def _hidden_gradient(w: BlockWeights, u: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of u from that of ``blocks.hidden``, which runs again; ``grad`` is used up."""
+    """The gradient of u from that of ``blocks.hidden``, which runs again; ``grad`` is used up
+    unless it is differentiated."""
+    if torch.is_grad_enabled():  # create_graph=True
+        (grad_u,) = torch.autograd.grad(blocks.hidden(w, u), u, grad, create_graph=True)
+        return grad_u
     if not w.glu and w.hidden_norm is None:
         if kind := blocks.gelu_kind(w.act):
             return torch.ops.aten.gelu_backward.grad_input(

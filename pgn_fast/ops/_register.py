@@ -1,4 +1,4 @@
-"""The one wrapper over torch.library: define, implement, fake, gradient, and a short way round."""
+"""The one wrapper over torch.library: define, implement, fake, gradient, and who runs a call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,72 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+
+from . import dispatch
 
 _library = torch.library.Library("pgn_fast", "FRAGMENT")
+
+
+class Op:
+    """A registered op.
+
+    Call it with the schema's arguments and ``backend``: the arguments are checked, and what runs is
+
+    - plain PyTorch, ``plain``: for backend "reference"; in an exported or traced program, which has
+      to run where this package is not; under torch.func's transforms and forward-mode derivatives,
+      which no kernel has; for a gradient that the op's row leaves to torch's autograd;
+    - the op of ``torch.ops.pgn_fast``, where a compiler or a dispatch mode has to see it;
+    - else its kernel, inside of an autograd function where a gradient is wanted. The dispatcher's
+      way through an op in Python costs 20 to 40 us, as much as a small kernel.
+
+    The three run the same kernel on the same arguments: their results are the same bits.
+
+    Attributes:
+        op: the op of ``torch.ops.pgn_fast``; its last argument is a backend's name or "auto".
+        kernel: the same without a gradient.
+        function: the autograd function; None for a backward.
+        plain: the op in differentiable PyTorch; it takes no backend.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kernel: Callable[..., Any],
+        plain: Callable[..., Any],
+        check: Callable[..., None] | None,
+        function: type[torch.autograd.Function] | None,
+    ) -> None:
+        self.name, self.kernel, self.plain, self.function = name, kernel, plain, function
+        self.op = getattr(torch.ops.pgn_fast, name).default
+        self._check = check
+        self._trains_in_torch = dispatch.row(name).trains_in_torch if function else ()
+
+    def __call__(self, *arguments: Any, backend: str | None) -> Any:
+        if self._check is not None:
+            self._check(*arguments)
+        if backend is None and self._trains_in_torch and _wants_gradient(arguments):
+            device = next(a.device for a in arguments if isinstance(a, Tensor))
+            if device.type in self._trains_in_torch:
+                return self.plain(*arguments)
+        return self.run(*arguments, backend=backend or "auto")
+
+    def run(self, *arguments: Any, backend: str) -> Any:
+        """The same unchecked; the gradient is the op's own, whatever its row says."""
+        if backend == "reference" or leaves_this_package():
+            return self.plain(*arguments)
+        if torch.compiler.is_compiling():
+            return self.op(*arguments, backend)
+        if transformed():
+            return self.plain(*arguments)
+        wants_gradient = _wants_gradient(arguments)
+        if wants_gradient and self.function is None:
+            # second derivatives (create_graph=True): by torch's own autograd
+            return self.plain(*arguments)
+        if not _unobserved(arguments):
+            return self.op(*arguments, backend)
+        if wants_gradient and self.function is not None:
+            return self.function.apply(*arguments, backend)
+        return self.kernel(*arguments, backend)
 
 
 def register_op(
@@ -18,13 +81,25 @@ def register_op(
     kernel: Callable[..., Any],
     *,
     fake: Callable[..., Any],
+    plain: Callable[..., Any],
+    check: Callable[..., None] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
-    """Register ``schema`` in the namespace ``pgn_fast`` and return a function that calls the op.
+) -> Op:
+    """Register ``schema`` in the namespace ``pgn_fast``.
 
-    ``torch.library.custom_op`` does the same at about twice the cost of a call. An op without
-    ``backward`` is a backward itself; it raises when somebody differentiates through it.
+    ``torch.library.custom_op`` does the same at about twice the cost of a call.
+
+    Args:
+        schema: its last argument is ``str backend``.
+        kernel: runs it, backend included.
+        fake: shapes and dtypes of the results.
+        plain: the op in PyTorch, without the backend; it is differentiated for second derivatives.
+        check: of the arguments without the backend; raises ValueError.
+        setup_context, backward: as in torch.autograd.Function; none for an op that is a backward.
+            ``backward`` is run with gradients enabled for second derivatives (create_graph=True)
+            and must then be differentiable in all that it depends on: made of plain PyTorch and of
+            ``Op.run``, from saved inputs and outputs alone.
     """
     name = schema.partition("(")[0]
     qualified = f"pgn_fast::{name}"
@@ -39,52 +114,34 @@ def register_op(
         setup_context=setup_context if backward else None,
         lib=_library,
     )
-    op = getattr(torch.ops.pgn_fast, name).default
-    return _short_way(op, kernel, _function(name, kernel, setup_context, backward))
+    return Op(name, kernel, plain, check, _function(name, kernel, setup_context, backward))
 
 
-def _short_way(
-    op: Callable[..., Any],
-    kernel: Callable[..., Any],
-    function: type[torch.autograd.Function] | None,
-) -> Callable[..., Any]:
-    """Call the kernel without the dispatcher where nobody but autograd looks on.
-
-    The dispatcher's way through a Python op costs 20 to 40 us, as much as a small kernel.
-    """
-
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*arguments)
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(op, arguments)
-        if not _unobserved(arguments):
-            return op(*arguments)
-        if torch.is_grad_enabled() and any(
-            isinstance(a, Tensor) and a.requires_grad for a in arguments
-        ):
-            return op(*arguments) if function is None else function.apply(*arguments)
-        return kernel(*arguments)
-
-    return call
+def leaves_this_package() -> bool:
+    """Whether what runs is recorded to run where this package is not: torch.export, and ONNX after
+    it, or torch.jit.trace."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None
 
 
-def _refuse_tangents(op: Any, arguments: tuple[Any, ...]) -> None:
-    """torch would drop the tangents of an op without a forward-mode rule, and say nothing."""
-    tensors = (a for a in arguments if isinstance(a, Tensor) and a.is_floating_point())
-    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            f"{op.name().replace('::', '.')} has no forward-mode derivative (torch.func.jvp, "
-            "jacfwd, hessian). Run it with backend='reference'."
-        )
+def transformed() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative is active."""
+    return forward_ad._current_level >= 0 or (
+        torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(a, Tensor) and a.requires_grad for a in arguments
+    )
 
 
 def _unobserved(arguments: tuple[Any, ...]) -> bool:
-    """Only plain tensors; no functorch transform and no dispatch mode is active."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor))
+    """Only plain tensors, and no dispatch mode is active."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        type(a) in (Tensor, torch.nn.Parameter) for a in arguments if isinstance(a, Tensor)
     )
 
 
@@ -103,18 +160,15 @@ def _function(
         setup_context(ctx, arguments, output)
         return output
 
-    members = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(once_differentiable(backward)),
-    }
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
 
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"pgn_fast.{name} has no derivative of its own. For second derivatives run the "
-            "forward op with backend='reference'."
+            f"torch.ops.pgn_fast.{name} has no derivative of its own. For second derivatives call "
+            "the function of pgn_fast.ops, outside of dispatch modes."
         )
 
     return backward
@@ -123,8 +177,8 @@ def _no_second_derivative(name: str) -> Callable[..., Any]:
 def _no_vmap(name: str) -> Callable[..., Any]:
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         raise NotImplementedError(
-            f"pgn_fast.{name} takes whole batches and has no rule for torch.func.vmap. Put the "
-            "batch into its first dimension, or run it with backend='reference'."
+            f"torch.ops.pgn_fast.{name} takes whole batches and has no rule for torch.func.vmap. "
+            "Call the function of pgn_fast.ops, which is plain PyTorch there."
         )
 
     return vmap

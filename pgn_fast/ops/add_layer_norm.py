@@ -19,8 +19,6 @@ from .dispatch import select_kernel
 #   All (R, D) tensors are contiguous and of one dtype and device. D >= 1; R may be 0. Statistics
 #   are those of the sum as it is rounded, taken in float32 (float64 in plain torch for float64).
 
-_LARGEST = 16384  # columns that a Triton program holds
-
 
 def add_layer_norm(
     x: Tensor, y: Tensor, eps: float = 1e-6, *, backend: str | None = None
@@ -32,15 +30,15 @@ def add_layer_norm(
     A LayerNorm's scale and shift belong in the next frozen Linear, where they cost nothing.
 
     Args:
-        x: (..., D), floating point, 1 <= D <= 16384.
+        x: (..., D), floating point, D >= 1.
         y: same shape, dtype and device.
         eps: added to the variance.
         backend: "reference", "cpu" or "triton" for forward and backward; None runs the fastest
             that accepts the inputs.
 
     Returns:
-        total and normed, (..., D), in the dtype of the arguments. Differentiable once in both;
-        backward keeps ``normed`` and one number a row.
+        total and normed, (..., D), in the dtype of the arguments. Differentiable in both, twice in
+        plain torch; backward keeps ``normed`` and one number a row.
 
     Raises:
         ValueError: the shapes, dtypes or devices disagree.
@@ -48,9 +46,14 @@ def add_layer_norm(
 
     Source: Ba et al., arXiv:1607.06450.
     """
-    if x.shape != y.shape or x.ndim < 1 or not 1 <= x.shape[-1] <= _LARGEST:
+    total, normed, _ = _op(x, y, eps, backend=backend)
+    return total, normed
+
+
+def _check(x: Tensor, y: Tensor, eps: float) -> None:
+    if x.shape != y.shape or x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(
-            f"add_layer_norm takes x and y (..., D) of one shape, 1 <= D <= {_LARGEST}, got "
+            "add_layer_norm takes x and y (..., D) of one shape, D >= 1, got "
             f"{tuple(x.shape)} and {tuple(y.shape)}."
         )
     if x.dtype != y.dtype or x.device != y.device or not x.is_floating_point():
@@ -58,25 +61,20 @@ def add_layer_norm(
             f"add_layer_norm takes floating-point tensors of one dtype and device, got {x.dtype} "
             f"on {x.device} and {y.dtype} on {y.device}. Convert one, e.g. y.to(x)."
         )
-    total, normed, _ = with_rstd(x, y, eps, backend)
-    return total, normed
 
 
 def with_rstd(
     x: Tensor, y: Tensor, eps: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``add_layer_norm`` returns, unchecked, and 1 / sqrt(var + eps), (...)."""
-    # an exported program, and ONNX after it, has to run where this package is not
-    if backend == "reference" or torch.compiler.is_exporting():
-        return reference.add_layer_norm(x, y, eps)
-    return _op(x, y, eps, backend or "auto")
+    return _op.run(x, y, eps, backend=backend or "auto")
 
 
 def backward(
     grad_total: Tensor, grad_normed: Tensor, normed: Tensor, rstd: Tensor, backend: str | None
 ) -> Tensor:
     """The gradient of x, and of y, for a caller that kept what ``with_rstd`` returned."""
-    return _backward_op(grad_total, grad_normed, normed, rstd, backend or "auto")
+    return _backward_op.run(grad_total, grad_normed, normed, rstd, backend=backend or "auto")
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -84,7 +82,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _kernel(x: Tensor, y: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = select_kernel("add_layer_norm", backend, x, y)
+    kernel = select_kernel("add_layer_norm", backend, x, y, columns=x.shape[-1])
     total, normed, rstd = kernel(_rows(x), _rows(y), eps)
     return total.view(x.shape), normed.view(x.shape), rstd.view(x.shape[:-1])
 
@@ -98,7 +96,8 @@ def _fake(x: Tensor, y: Tensor, eps: float, backend: str) -> tuple[Tensor, Tenso
 def _backward_kernel(
     grad_total: Tensor, grad_normed: Tensor, normed: Tensor, rstd: Tensor, backend: str
 ) -> Tensor:
-    kernel = select_kernel("add_layer_norm_backward", backend, normed)
+    D = normed.shape[-1]
+    kernel = select_kernel("add_layer_norm_backward", backend, normed, columns=D)
     grads = _rows(grad_total), _rows(grad_normed)
     return kernel(*grads, _rows(normed), rstd.reshape(-1)).view(normed.shape)
 
@@ -114,15 +113,31 @@ def _setup_context(
 ) -> None:
     *_, ctx.backend = inputs
     _, normed, rstd = output
-    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(normed, rstd)
 
 
 def _backward(
-    ctx: Any, grad_total: Tensor, grad_normed: Tensor, grad_rstd: Tensor
+    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, grad_rstd: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    grad = _backward_op(grad_total, grad_normed, *ctx.saved_tensors, ctx.backend)
+    normed, rstd = ctx.saved_tensors
+    zeros = torch.zeros_like(normed) if grad_total is None or grad_normed is None else normed
+    grad = _backward_op.run(
+        zeros if grad_total is None else grad_total,
+        zeros if grad_normed is None else grad_normed,
+        normed,
+        rstd,
+        backend=ctx.backend,
+    )
+    if grad_rstd is not None:  # second derivatives alone: rstd is what this backward reads
+        grad = grad + rstd_gradient(grad_rstd, normed, rstd)
     return grad, grad, None, None  # eps and backend have no gradient
+
+
+def rstd_gradient(grad_rstd: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of x, and of y, from that of 1 / std: -grad rstd^2 normed / D."""
+    factor = grad_rstd * rstd.square() / normed.shape[-1]
+    return (-factor.unsqueeze(-1) * normed).to(normed.dtype)
 
 
 _backward_op = register_op(
@@ -130,11 +145,14 @@ _backward_op = register_op(
     "str backend) -> Tensor",
     _backward_kernel,
     fake=_backward_fake,
+    plain=reference.add_layer_norm_backward,
 )
 _op = register_op(
     "add_layer_norm(Tensor x, Tensor y, float eps, str backend) -> (Tensor, Tensor, Tensor)",
     _kernel,
     fake=_fake,
+    plain=reference.add_layer_norm,
+    check=_check,
     setup_context=_setup_context,
     backward=_backward,
 )

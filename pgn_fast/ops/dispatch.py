@@ -1,4 +1,8 @@
-"""Which backend runs an op: what is installed, what each accepts, and the measured preference."""
+"""Which backend runs an op: what is installed, what each accepts, and the measured preference.
+
+``resolve`` is the one place that decides. The ops, the engine, ``explain()`` and the benchmarks ask
+it; what a device and its sizes allow is in ``devices``.
+"""
 
 from __future__ import annotations
 
@@ -6,79 +10,76 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
-from . import onednn
+from . import devices, onednn
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Which backends to try first, by op and device; the first that accepts the inputs runs, and the
-# reference stands behind every list. An order here is data: bench/results holds the runs behind
-# it, and an op is listed only where it beats plain torch there. CUDA devices have no entry yet: no
-# kernel has been measured on one.
-PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
-    "add_layer_norm": {"cpu": ("cpu",)},
-    "frozen_linear": {"cpu": ("cpu",)},
-    "mix_prompts": {"cpu": ("cpu",)},
-    "prompted_patch_embed": {"cpu": ("cpu",)},
-    "prompt_attention": {"cpu": ("cpu",)},
-    "feedback_round": {"cpu": ("cpu",)},
-}
+HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
-# Ops whose gradient is left to torch's own autograd on these devices unless a backend is named: the
-# kernels win there, but a Python autograd function costs more than they win.
-TRAINED_IN_PLAIN_TORCH: dict[str, tuple[str, ...]] = {"mix_prompts": ("cpu",)}
+
+@dataclass(frozen=True)
+class OpRow:
+    """What is known of one op.
+
+    Attributes:
+        preference: by device type, the backends to try first; the first that accepts the inputs
+            runs, and the reference comes after all. An order is data: bench/results holds the runs
+            that justify it, and a backend is listed only where it beats eager PyTorch.
+        dtypes: what the kernels take.
+        trains_in_torch: device types on which the gradient is left to torch's own autograd unless a
+            backend is named: the kernels win there, but an autograd function in Python costs more
+            than they win.
+        bundled: backends whose kernel comes with torch, and the module that calls it.
+    """
+
+    preference: Mapping[str, tuple[str, ...]]
+    dtypes: tuple[torch.dtype, ...] = HALF_OR_FLOAT
+    trains_in_torch: tuple[str, ...] = ()
+    bundled: Mapping[str, ModuleType] = field(default_factory=dict)
+
+
+# CUDA devices have no preference yet: no kernel has been measured on one.
+OPS: dict[str, OpRow] = {
+    "prompted_patch_embed": OpRow({"cpu": ("cpu",)}),
+    "mix_prompts": OpRow({"cpu": ("cpu",)}, trains_in_torch=("cpu",)),
+    "prompt_attention": OpRow({"cpu": ("cpu",)}),
+    "add_layer_norm": OpRow({"cpu": ("cpu",)}),
+    # torch's own product takes half precision to oneDNN already
+    "frozen_linear": OpRow({"cpu": ("cpu",)}, dtypes=(torch.float32,), bundled={"cpu": onednn}),
+    "feedback_round": OpRow({"cpu": ("cpu",)}),
+}
 
 # Devices on which prompt_attention without any prompts beats torch's own attention.
 BEATS_PLAIN_ATTENTION = ("cpu",)
 
-HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
-
-# ops whose dtypes are fewer: torch's own product takes half precision to oneDNN already
-_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"frozen_linear": (torch.float32,)}
-
-# kernels that a library of torch's brings along: (backend, op) -> the module that calls it
-_BROUGHT_ALONG = {("cpu", "frozen_linear"): onednn}
+Sizes = tuple[tuple[str, int], ...]  # a mapping's items: hashable
 
 
-@functools.cache
+def row(op: str) -> OpRow:
+    """The row of an op; a backward has that of its forward."""
+    return OPS[op.removesuffix("_backward")]
+
+
 def _missing(backend: str) -> str | None:
     """Why a backend is not there on this machine at all; None where it is."""
     if backend == "cpu":
         return _native.cpu_missing
     if backend == "cuda":
-        return _native.cuda_missing or _cuda_device_missing()
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+        return _native.cuda_missing or devices.missing("cuda", torch.device("cuda"))
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        return None if _interpreted() else devices.missing("triton", torch.device("cuda"))
     return None
-
-
-def _cuda_device_missing() -> str | None:
-    """Why the CUDA kernels of this build run on no device here; None where they run."""
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible to torch"
-    major, minor = torch.cuda.get_device_capability()
-    archs = (_native.build_info().get("cuda_arch") or "").split()
-    for arch in archs:
-        number, _, real = arch.partition("-")
-        built_major, built_minor = int(number.rstrip("a")[:-1]), int(number.rstrip("a")[-1])
-        if number.endswith("a"):  # runs on this one architecture
-            fits = (major, minor) == (built_major, built_minor)
-        elif real:  # machine code runs on later devices of its own major version
-            fits = major == built_major and minor >= built_minor
-        else:  # PTX is compiled for any later device
-            fits = (major, minor) >= (built_major, built_minor)
-        if fits:
-            return None
-    return (
-        f"the CUDA kernels were built for {', '.join(archs)}, this device is sm_{major}{minor}; "
-        f"rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
-    )
 
 
 def _interpreted() -> bool:
@@ -86,46 +87,97 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def refusal(backend: str, op: str, *tensors: Tensor | None) -> str | None:
-    """Why ``backend`` cannot run ``op`` on these tensors; None where it can.
+def resolve(
+    op: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    sizes: Mapping[str, int] | None = None,
+    requested: str | None = None,
+) -> tuple[str, str | None]:
+    """Which backend runs an op, and why not the one that was asked for.
 
-    The sentence is the one that a user reads in the error of a named backend.
+    Args:
+        op: the op's name; a backward is decided like its forward.
+        device: of the tensors.
+        dtypes: of the tensors, the first of them the one that counts for a kernel's memory.
+        sizes: those of ``devices.limit`` that are known; none of the others is checked.
+        requested: a backend's name; None: the fastest.
+
+    Returns:
+        A backend's name and a reason. A requested backend that can run comes with None. One that
+        cannot run comes as the fastest that can, and the reason is the sentence that an op raises.
+        Without a request, the reason says why a preferred backend does not run, or that none is
+        preferred there; it is None where the most preferred one runs.
     """
+    return _resolve(op, device, dtypes, tuple((sizes or {}).items()), requested)
+
+
+@functools.lru_cache(maxsize=4096)
+def _resolve(
+    op: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    sizes: Sizes,
+    requested: str | None,
+) -> tuple[str, str | None]:
+    reason = None
+    if requested is not None:
+        reason = _refusal(requested, op, device, dtypes, sizes)
+        if reason is None:
+            return requested, None
+    preferred = row(op).preference.get(device.type, ())
+    for name in preferred:
+        refused = _refusal(name, op, device, dtypes, sizes)
+        if refused is None:
+            return name, reason
+        reason = reason or refused
+    return "reference", reason or f"{op}: no backend is faster than plain torch on {device.type}"
+
+
+def refusal(
+    backend: str, op: str, *tensors: Tensor | None, sizes: Mapping[str, int] | None = None
+) -> str | None:
+    """Why ``backend`` cannot run ``op`` on these tensors; None where it can. See ``resolve``."""
     present = [t for t in tensors if t is not None]
-    return _refusal(backend, op, present[0].device.type, tuple(t.dtype for t in present))
+    return resolve(op, present[0].device, tuple(t.dtype for t in present), sizes, backend)[1]
 
 
-@functools.cache
-def _refusal(backend: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _refusal(
+    backend: str, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes
+) -> str | None:
     prefix = f"{op}: backend={backend!r} cannot run: "
     if backend not in BACKENDS:
         return f"{op}: no backend named {backend!r}; known: {', '.join(BACKENDS)}."
     if backend == "reference":
         return None
-    library = _BROUGHT_ALONG.get((backend, op))
-    if reason := library.missing() if library else _missing(backend):
+    bundled = row(op).bundled.get(backend)
+    if reason := bundled.missing() if bundled else _missing(backend):
         return f"{prefix}{reason}. Leave backend=None to use the fastest one that can."
     if not _has_kernel(backend, op):
         return f"{prefix}it has no kernel of this op. Leave backend=None to use one that has."
     wanted = "cpu" if backend == "cpu" else "cuda"
-    if device != wanted and not (backend == "triton" and _interpreted()):
+    if device.type == "cuda" and wanted == "cuda" and (reason := devices.missing(backend, device)):
+        return f"{prefix}{reason}. Leave backend=None to use the fastest one that can."
+    if device.type != wanted and not (backend == "triton" and _interpreted()):
         return (
-            f"{prefix}its kernels run on {wanted} tensors, these are on {device}. "
+            f"{prefix}its kernels run on {wanted} tensors, these are on {device.type}. "
             "Leave backend=None to use the fastest one that can."
         )
-    taken = _DTYPES.get(op, HALF_OR_FLOAT)
+    taken = row(op).dtypes
     for dtype in dtypes:
         if dtype.is_floating_point and dtype not in taken:
             return (
                 f"{prefix}its kernels take {', '.join(map(str, taken))}, got {dtype}. "
                 "Leave backend=None to run it in plain torch."
             )
+    if reason := devices.limit(backend, op, device, dtypes[0], dict(sizes)):
+        return f"{prefix}{reason}. Leave backend=None to run it in plain torch."
     return None
 
 
 @functools.cache
 def _has_kernel(backend: str, op: str) -> bool:
-    if (backend, op) in _BROUGHT_ALONG:
+    if backend in row(op).bundled:
         return True
     if backend == "triton":
         found = importlib.util.find_spec(_triton_name(op)) is not None
@@ -146,49 +198,42 @@ def _kernel(backend: str, op: str) -> Callable[..., Any]:
         from .. import reference
 
         return getattr(reference, op)
-    if library := _BROUGHT_ALONG.get((backend, op)):
-        return getattr(library, op)
+    if bundled := row(op).bundled.get(backend):
+        return getattr(bundled, op)
     if backend == "triton":
         return getattr(importlib.import_module(_triton_name(op)), op)
     return getattr(torch.ops.pgn_fast_C, op).default
 
 
-def select_kernel(op: str, backend: str, *tensors: Tensor | None) -> Callable[..., Any]:
+def select_kernel(
+    op: str, backend: str, *tensors: Tensor | None, **sizes: int
+) -> Callable[..., Any]:
     """The function that runs ``op`` on these tensors.
 
     Args:
-        op: the op's name; a backward is found under its forward's preference.
+        op: the op's name.
         backend: a backend's name, or "auto" for the fastest that accepts the inputs.
         tensors: the op's tensor arguments, the first of them on the device that counts.
+        sizes: see ``resolve``.
 
     Raises:
         RuntimeError: the named backend cannot run these inputs; the message says why.
     """
     present = [t for t in tensors if t is not None]
-    return _select(op, backend, present[0].device.type, tuple(t.dtype for t in present))
+    dtypes = tuple([t.dtype for t in present])
+    return _select(op, backend, present[0].device, dtypes, tuple(sizes.items()))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _select(
-    op: str, backend: str, device: str, dtypes: tuple[torch.dtype, ...]
+    op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes
 ) -> Callable[..., Any]:
-    if backend != "auto":
-        if reason := _refusal(backend, op, device, dtypes):
-            raise RuntimeError(reason)
-        return _kernel(backend, op)
-    for candidate in PREFERENCE[op.removesuffix("_backward")].get(device, ()):
-        if _refusal(candidate, op, device, dtypes) is None:
-            return _kernel(candidate, op)
-    return _kernel("reference", op)
-
-
-def trains_in_plain_torch(op: str, *tensors: Tensor) -> bool:
-    """Whether these tensors need a gradient that TRAINED_IN_PLAIN_TORCH leaves to torch."""
-    return (
-        torch.is_grad_enabled()
-        and any(t.requires_grad for t in tensors)
-        and tensors[0].device.type in TRAINED_IN_PLAIN_TORCH.get(op, ())
-    )
+    if backend == "auto":
+        return _kernel(_resolve(op, device, dtypes, sizes, None)[0], op)
+    name, reason = _resolve(op, device, dtypes, sizes, backend)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return _kernel(name, op)
 
 
 def backends() -> dict[str, str]:
@@ -202,8 +247,6 @@ def backends() -> dict[str, str]:
     info = _native.build_info()
     for backend in BACKENDS[1:]:
         reason = _missing(backend)
-        if reason is None and backend == "triton" and not torch.cuda.is_available():
-            reason = None if _interpreted() else "no CUDA device is visible to torch"
         detail = {
             "cpu": info.get("cpu_isa"),
             "cuda": f"built with CUDA {info.get('cuda')} for {info.get('cuda_arch')}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import reference
 from ._register import register_op
 from .dispatch import select_kernel
 
@@ -40,9 +41,9 @@ def feedback_round(
 
     Source: Babai, Combinatorica 6 (1986); Frantar et al., arXiv:2210.17323, section 3.
     """
-    _check(levels, feedback, order)
+    _check(levels, feedback, order)  # before what follows takes their dtypes for granted
     dtype = torch.float64 if levels.dtype == torch.float64 else torch.float32
-    return _op(levels.detach().to(dtype), feedback.detach().to(dtype), order, backend or "auto")
+    return _op(levels.detach().to(dtype), feedback.detach().to(dtype), order, backend=backend)
 
 
 def _check(levels: Tensor, feedback: Tensor, order: Tensor) -> None:
@@ -82,4 +83,5 @@ _op = register_op(
     "feedback_round(Tensor levels, Tensor feedback, Tensor order, str backend) -> Tensor",
     _kernel,
     fake=_fake,
+    plain=reference.feedback_round,
 )

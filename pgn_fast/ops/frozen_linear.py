@@ -38,18 +38,14 @@ def frozen_linear(
 
     Returns:
         (..., O) in the dtype of the arguments (under autocast: the autocast dtype). Differentiable
-        in ``x`` alone; ``x`` is not kept for the backward.
+        in ``x`` alone, any number of times; ``x`` is not kept for the backward.
 
     Raises:
         ValueError: the shapes, dtypes or devices disagree, or the weight requires a gradient.
         RuntimeError: the named backend cannot run these inputs; the message says why.
     """
     x, weight, bias = follow_autocast(x, weight, bias)  # type: ignore[assignment]
-    _check(x, weight, bias)
-    # an exported program, and ONNX after it, has to run where this package is not
-    if backend == "reference" or torch.compiler.is_exporting():
-        return reference.frozen_linear(x, weight, bias)
-    return _op(x, weight, bias, backend or "auto")
+    return _op(x, weight, bias, backend=backend)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -96,7 +92,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (weight,) = ctx.saved_tensors
-    grad_x = _op(grad, weight.T, None, ctx.backend) if ctx.needs_input_grad[0] else None
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _op.run(grad, weight.T, None, backend=ctx.backend)
     return grad_x, None, None, None  # weight and bias are frozen; backend has no gradient
 
 
@@ -104,6 +102,8 @@ _op = register_op(
     "frozen_linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     _kernel,
     fake=_fake,
+    plain=reference.frozen_linear,
+    check=_check,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import reference
 from ._register import follow_autocast, register_op
-from .dispatch import select_kernel, trains_in_plain_torch
+from .dispatch import select_kernel
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -46,9 +45,9 @@ def mix_prompts(
 
     Returns:
         Prompt tokens, (B, P, D), in the dtype of the arguments (under autocast: the autocast
-        dtype). Differentiable once in both arguments. Sums run in float32; the (B, P, K)
-        coefficients are recomputed in backward, not stored, but for training on CPU without a named
-        backend, which torch's own autograd does faster.
+        dtype). Differentiable in both arguments, twice in plain torch. Sums run in float32; the
+        (B, P, K) coefficients are recomputed in backward, not stored, except in training on CPU
+        without a named backend, which torch's own autograd does faster.
 
     Raises:
         ValueError: the shapes, dtypes or devices disagree, or the activation is unknown.
@@ -57,13 +56,7 @@ def mix_prompts(
     Source: Loedeman et al., BMVC 2024 (arXiv:2210.06466); official code, ``pgn_models/tlpgn.py``.
     """
     logits, token_library = follow_autocast(logits, token_library)  # type: ignore[assignment]
-    check(logits, token_library, activation)
-    # an exported program, and ONNX after it, has to run where this package is not
-    if backend == "reference" or torch.compiler.is_exporting():
-        return reference.mix_prompts(logits, token_library, activation)
-    if backend is None and trains_in_plain_torch("mix_prompts", logits, token_library):
-        return reference.mix_prompts(logits, token_library, activation)
-    return _op(logits, token_library, activation, backend or "auto")
+    return _op(logits, token_library, activation, backend=backend)
 
 
 def check(logits: Tensor, token_library: Tensor, activation: str) -> None:
@@ -128,20 +121,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_prompts: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _backward_op(grad_prompts, *ctx.saved_tensors, ctx.activation, ctx.backend)
+    grads = backward.run(grad_prompts, *ctx.saved_tensors, ctx.activation, backend=ctx.backend)
     return *grads, None, None  # activation and backend have no gradient
 
 
-_backward_op = register_op(
+backward = register_op(
     "mix_prompts_backward(Tensor grad_prompts, Tensor logits, Tensor token_library, "
     "str activation, str backend) -> (Tensor, Tensor)",
     _backward_kernel,
     fake=_backward_fake,
+    plain=reference.mix_prompts_backward,
 )
 _op = register_op(
     "mix_prompts(Tensor logits, Tensor token_library, str activation, str backend) -> Tensor",
     _kernel,
     fake=_fake,
+    plain=reference.mix_prompts,
+    check=check,
     setup_context=_setup_context,
     backward=_backward,
 )

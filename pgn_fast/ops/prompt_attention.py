@@ -11,8 +11,6 @@ from .. import reference
 from ._register import follow_autocast, register_op
 from .dispatch import select_kernel
 
-LARGEST_HEAD = 256  # the widest that the kernels hold
-
 # What every kernel of this op gets and may rely on:
 #
 #   prompt_attention(q, k, v, prompt_k, prompt_v, scale) -> (out, lse)
@@ -24,7 +22,8 @@ LARGEST_HEAD = 256  # the widest that the kernels hold
 #   (B, h, P, d). One dtype and device. The last stride of each is 1; the others are free: q, k and
 #   v are often views of one (B, T, 3, h, d) buffer, and prompts of a (P, 2, h, d) one. k and v
 #   have equal shapes but need not have equal strides, likewise prompt_k and prompt_v. An expanded
-#   dimension (stride 0) is possible. h, T >= 1, 1 <= d <= 256; B, Q and P may be 0.
+#   dimension (stride 0) is possible. h, T, d >= 1, d up to what ``devices`` says of the
+#   backend; B, Q and P may be 0.
 #   out (B, h, Q, d): the transpose(1, 2) of a contiguous (B, Q, h, d), so that joining the heads
 #   costs nothing. lse (B, h, Q), contiguous float32: natural logarithm of the sum over all keys of
 #   exp(scale * q.k).
@@ -64,8 +63,9 @@ def prompt_attention(
 
     Returns:
         (B, h, Q, d) in the dtype of the arguments (under autocast: the autocast dtype), laid out
-        so that ``transpose(1, 2).flatten(2)`` is a view. Differentiable once in all five tensors;
-        gradients that nobody needs are not computed. No (Q, P + T) matrix is kept.
+        so that ``transpose(1, 2).flatten(2)`` is a view. Differentiable in all five tensors,
+        twice in plain torch; gradients that are not needed are not computed. No (Q, P + T) matrix
+        is kept.
 
     Raises:
         ValueError: the shapes, dtypes or devices disagree.
@@ -75,12 +75,9 @@ def prompt_attention(
     and values matter. Dao, arXiv:2307.08691, section 3 (the log-sum-exp kept for the backward).
     """
     q, k, v, prompt_k, prompt_v = follow_autocast(q, k, v, prompt_k, prompt_v)  # type: ignore[assignment]
-    _check(q, k, v, prompt_k, prompt_v)
+    _check(q, k, v, prompt_k, prompt_v)  # before the head width is taken for granted
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    # an exported program, and ONNX after it, has to run where this package is not
-    if backend == "reference" or torch.compiler.is_exporting():
-        return reference.prompt_attention(q, k, v, prompt_k, prompt_v, scale)[0]
-    return _op(q, k, v, prompt_k, prompt_v, scale, backend or "auto")[0]
+    return _op(q, k, v, prompt_k, prompt_v, scale, backend=backend)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> None:
@@ -101,10 +98,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) 
             f"prompt_attention takes prompt_k and prompt_v ({h}, P, {d}), shared by the batch, or "
             f"({B}, {h}, P, {d}), got {tuple(prompt_k.shape)} and {tuple(prompt_v.shape)}."
         )
-    if k.shape[2] == 0 or h == 0 or not 1 <= d <= LARGEST_HEAD:
+    if 0 in (h, k.shape[2], d):
         raise ValueError(
-            "prompt_attention takes at least one token and head, and a head width d of 1 to "
-            f"{LARGEST_HEAD}; got k {tuple(k.shape)}."
+            "prompt_attention takes at least one token and head, and a head width d of at least "
+            f"1; got k {tuple(k.shape)}."
         )
     named = {"k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
     for name, tensor in named.items():
@@ -134,9 +131,15 @@ def _kernel(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    kernel = select_kernel("prompt_attention", backend, q, k, v, prompt_k, prompt_v)
+    tensors = q, k, v, prompt_k, prompt_v
+    kernel = select_kernel("prompt_attention", backend, *tensors, **_sizes(q))
     out, lse = kernel(*map(_unit_columns, (q, k, v, prompt_k, prompt_v)), scale)
     return _heads_last(out), lse
+
+
+def _sizes(q: Tensor) -> dict[str, int]:
+    """What the kernels' limits depend on."""
+    return {"head_width": q.shape[3], "rows": q.shape[0] * q.shape[2]}
 
 
 def _heads_last(x: Tensor) -> Tensor:
@@ -177,7 +180,8 @@ def _backward_kernel(
     grad_prompts: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernel = select_kernel("prompt_attention_backward", backend, q, k, v, prompt_k, prompt_v)
+    tensors = q, k, v, prompt_k, prompt_v
+    kernel = select_kernel("prompt_attention_backward", backend, *tensors, **_sizes(q))
     inputs = map(_unit_columns, (grad_out, q, k, v, prompt_k, prompt_v))
     grads = kernel(*inputs, out, lse, scale, grad_q, grad_kv, grad_prompts)
     return *(_heads_last(g) if g.ndim == 4 else g for g in grads[:3]), *grads[3:]
@@ -208,6 +212,26 @@ def _backward_fake(
     )
 
 
+def _plain_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients as functions of the inputs alone: ``out`` and ``lse``, which depend on the
+    inputs too, are computed again where somebody differentiates through them."""
+    if torch.is_grad_enabled():
+        out, lse = reference.prompt_attention(q, k, v, prompt_k, prompt_v, scale)
+    inputs = q, k, v, prompt_k, prompt_v
+    return reference.prompt_attention_backward(grad_out, *inputs, out, lse, scale, *wanted)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.backend = inputs
     out, lse = output
@@ -218,7 +242,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[:5]
     flags = needs[0], needs[1] or needs[2], needs[3] or needs[4]
-    grads = _backward_op(grad_out, *ctx.saved_tensors, ctx.scale, *flags, ctx.backend)
+    tensors = grad_out, *ctx.saved_tensors
+    grads = _backward_op.run(*tensors, ctx.scale, *flags, backend=ctx.backend)
     wanted = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     return *wanted, None, None  # scale and backend have no gradient
 
@@ -229,12 +254,14 @@ _backward_op = register_op(
     "bool grad_prompts, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     fake=_backward_fake,
+    plain=_plain_backward,
 )
 _op = register_op(
     "prompt_attention(Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, "
     "float scale, str backend) -> (Tensor, Tensor)",
     _kernel,
     fake=_fake,
+    plain=reference.prompt_attention,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import reference
 from ._register import follow_autocast, register_op
 from .dispatch import select_kernel
+from .mix_prompts import backward as mix_prompts_backward
 from .mix_prompts import check as check_mixture
 
 POSITIONS = ("append", "prepend")
@@ -85,8 +86,8 @@ def prompted_patch_embed(
 
     Returns:
         (B, S + N + P, D), contiguous, in the dtype of ``weight`` (under autocast: the autocast
-        dtype). Prompts get no position embedding. Differentiable once in every tensor: logits,
-        library and prompts cheaply, the rest in plain torch.
+        dtype). Prompts get no position embedding. Differentiable in every tensor: logits, library
+        and prompts cheaply, the rest, and second derivatives, in plain torch.
 
     Raises:
         ValueError: the shapes, dtypes or devices disagree; the message names the argument.
@@ -117,10 +118,7 @@ def prompted_patch_embed(
         prefix, pos_embed = prefix + pos_embed[:S], pos_embed[S:]
     arguments = (images, weight, bias, pos_embed, prefix, logits, token_library, prompts)
     options = (scale, shift, activation, position)
-    # an exported program, and ONNX after it, has to run where this package is not
-    if backend == "reference" or torch.compiler.is_exporting():
-        return reference.prompted_patch_embed(*arguments, *options)
-    return _op(*arguments, *options, backend or "auto")
+    return _op(*arguments, *options, backend=backend)
 
 
 def _num_patches(images: Tensor, weight: Tensor) -> int:
@@ -234,7 +232,9 @@ def _kernel(
     backend: str,
 ) -> Tensor:
     rest = (weight, bias, pos_embed, prefix, logits, token_library, prompts)
-    kernel = select_kernel("prompted_patch_embed", backend, weight, images, logits)
+    channels = images.shape[1]
+    tensors = weight, images, logits
+    kernel = select_kernel("prompted_patch_embed", backend, *tensors, channels=channels)
     if not images.is_contiguous(memory_format=torch.channels_last):
         images = images.contiguous()
     packed = [None if t is None else t.contiguous() for t in rest]
@@ -270,8 +270,8 @@ def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
     grad_patches, grad_prompts = grads if ctx.position == "append" else reversed(grads)
     grad_logits = grad_library = grad_images = grad_weight = None
     if logits is not None and (needs[5] or needs[6]):
-        grad_logits, grad_library = torch.ops.pgn_fast.mix_prompts_backward(
-            grad_prompts, logits, token_library, ctx.activation, ctx.backend
+        grad_logits, grad_library = mix_prompts_backward.run(
+            grad_prompts, logits, token_library, ctx.activation, backend=ctx.backend
         )
     if images is not None or weight is not None:
         rows = ctx.images_shape[2] // ctx.weight_shape[2]
@@ -303,6 +303,7 @@ _op = register_op(
     "float[] shift, str activation, str position, str backend) -> Tensor",
     _kernel,
     fake=_fake,
+    plain=reference.prompted_patch_embed,
     setup_context=_setup_context,
     backward=_backward,
 )
