@@ -125,7 +125,9 @@ class KeyValues(argparse.Action):
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     """ADAPTER and how to come by its backbone; see ``load_adapter``."""
     parser.add_argument(
-        "adapter", metavar="ADAPTER", help="a folder such as runs/pgn/best, with its two files"
+        "adapter",
+        metavar="ADAPTER",
+        help="a folder such as runs/pgn/best, with its two files, or a run's, whose best is meant",
     )
     parser.add_argument(
         "--model", metavar="NAME", help="the backbone (default: the one that the adapter names)"
@@ -133,6 +135,15 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
     )
+
+
+def adapter_folder(given: str) -> str:
+    """The folder of an adapter; of a run's folder its ``best``."""
+    from pathlib import Path
+
+    best = Path(given) / "best"
+    is_run = not (Path(given) / "adapter_config.json").exists()
+    return str(best) if is_run and (best / "adapter_config.json").exists() else given
 
 
 def load_adapter(args: argparse.Namespace) -> Any:
@@ -145,11 +156,12 @@ def load_adapter(args: argparse.Namespace) -> Any:
     from ..backbone.load import load_backbone
     from ..errors import as_user_error
 
+    folder = adapter_folder(args.adapter)
     with as_user_error(TypeError, RuntimeError):
         if args.model is None and not args.model_kwargs:
-            return from_pretrained(args.adapter)
-        name = args.model or read_adapter(args.adapter)[0]["base_model_name_or_path"]
-        return from_pretrained(args.adapter, load_backbone(name, **(args.model_kwargs or {})))
+            return from_pretrained(folder)
+        name = args.model or read_adapter(folder)[0]["base_model_name_or_path"]
+        return from_pretrained(folder, load_backbone(name, **(args.model_kwargs or {})))
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
+import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from ..errors import UserError
 from ._options import (
+    adapter_folder,
     add_adapter_arguments,
     add_device_argument,
     add_run_arguments,
@@ -19,13 +21,26 @@ from ._options import (
     pick_device,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..train.data import Split
+    from ..train.tables import Columns, Parts
+
 HELP = "name the classes of images, as CSV or JSON lines"
 EPILOG = """\
+Rows are written as they come, and a file takes its name when it is whole. Under torchrun, or with
+--parts N, each part is a file in OUTPUT.parts/; a second start computes only what is missing, and
+whoever finishes last joins them. Exit code 2 where no image could be read.
+
 examples:
   pgn-fast predict runs/photos/best cat.jpg dog.png
-  pgn-fast predict runs/photos/best new_photos --output predictions.csv
-  pgn-fast predict runs/photos/best new_photos --format jsonl --topk 3 | head
+  pgn-fast predict runs/photos new_photos --output predictions.csv
+  pgn-fast predict runs/photos new_photos --format jsonl --topk 3 | head
+  torchrun --nproc-per-node 8 -m pgn_fast.cli predict runs/photos archive --output archive.csv
 """
+# seconds between two lines of progress: on a terminal, and elsewhere
+_TERMINAL_S, _LOG_S = 0.5, 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topk", type=at_least(1), default=1, metavar="K", help="classes an image (1)"
     )
+    parser.add_argument("--logits", action="store_true", help="write every class's logit too")
+    parser.add_argument(
+        "--parts",
+        type=at_least(1),
+        metavar="N",
+        help="files that the rows are computed in, each kept when it is whole (one a process)",
+    )
     add_run_arguments(parser)
     add_device_argument(parser)
 
@@ -47,72 +69,203 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
 
-    from .._files import write_files
     from ..train.data import image_files
+    from ..train.distributed import Processes
+    from ..train.tables import Columns, Parts
 
-    images = image_files(args.images).images
-    rows, unreadable = _predict(args, images, load_adapter(args).to(device), device)
-    suffix = Path(args.output).suffix if args.output else ""
-    kind = args.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv")
-    text = _as_csv(rows) if kind == "csv" else _as_json_lines(rows)
-    if args.output:
-        write_files({Path(args.output): text.encode()})
-    else:
-        sys.stdout.write(text)
-    for name in unreadable:
-        print(f"unreadable, left out: {name}", file=sys.stderr)
-    print(f"{len(rows)} of {len(images)} images classified", file=sys.stderr)
+    # torchrun's numbers alone: processes that share nothing need no process group
+    processes = Processes(device)
+    output = _checked_output(args.output)
+    count = args.parts or processes.world
+    if count > 1 and output is None:
+        raise UserError("--output FILE is needed where rows are computed in parts.")
+    split = image_files(args.images)
+    if processes.first:
+        for note in split.notes:
+            print(note, file=sys.stderr)
+    model = load_adapter(args).to(processes.device)
+    names = model.class_names or [str(c) for c in range(model.num_classes)]
+    suffix = output.suffix if output else ""
+    columns = Columns(
+        args.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv"),
+        min(args.topk, len(names)),
+        names if args.logits else None,
+    )
+    predictor = _Predictor(args, model, processes.device, names, columns)
+    if count > 1:
+        assert output is not None
+        parts = Parts(output, count, _digest_of_run(args, split, columns, count))
+        return _in_parts(predictor, split, parts, processes.rank, processes.world)
+    if output is None:
+        return _to_terminal(predictor, split)
+
+    from ..train.tables import replacing
+
+    with replacing(output) as file:
+        about = predictor.write(split, file)
+    return _end(about["rows"], about["images"])
+
+
+def _checked_output(given: str | None) -> Path | None:
+    """The file that will be written, looked at before any work is done."""
+    if given is None:
+        return None
+    path = Path(given)
+    if path.is_dir():
+        raise UserError(f"--output {given} is a folder; give the name of a file in it.")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {given}: there is no folder {path.parent}. Make it first.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--output {given}: no permission to write there.")
+    return path
+
+
+def _digest_of_run(args: argparse.Namespace, split: Split, columns: Columns, count: int) -> str:
+    from ..train.tables import digest_of, digest_of_files
+
+    folder = Path(adapter_folder(args.adapter))
+    adapter = digest_of_files(sorted(folder.iterdir()) if folder.is_dir() else [folder])
+    names = [split.images.name(i) for i in split.indices]
+    options = [args.model, repr(args.model_kwargs), args.amp, args.amp_dtype, columns.kind]
+    return digest_of(names, adapter, options, columns.topk, columns.logits, count)
+
+
+def _to_terminal(predictor: _Predictor, split: Split) -> int:
+    # a name that is not UTF-8 goes out as the bytes that it is
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")
+    try:
+        about = predictor.write(split, sys.stdout)
+    except BrokenPipeError:
+        # the reader has what it wanted, as head does; nothing may be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return _end(about["rows"], about["images"])
+
+
+def _in_parts(predictor: _Predictor, split: Split, parts: Parts, rank: int, world: int) -> int:
+    """Compute this process's parts, as far as they are missing, and join all where it is last."""
+    from dataclasses import replace
+    from functools import partial
+
+    from ..train.tables import digest_of_files
+
+    for number in range(rank, parts.count, world):
+        begin, end = (len(split) * k // parts.count for k in (number, number + 1))
+        share = replace(split, indices=range(begin, end))
+        digest = digest_of_files(split.images.paths[begin:end])
+        path = parts.path(number)
+        if parts.done(number, digest):
+            print(f"{path} is there already", file=sys.stderr)
+            continue
+        parts.write(number, digest, partial(predictor.write, share))
+        print(f"{path} is written", file=sys.stderr)
+    notes = parts.join(predictor.columns.header())
+    if notes is None:
+        return 0  # another process is not done, and will join
+    print(
+        f"{parts.output} is joined from {parts.count} parts; {parts.folder} may be removed",
+        file=sys.stderr,
+    )
+    return _end(*(sum(note[key] for note in notes) for key in ("rows", "images")))
+
+
+def _end(rows: int, images: int) -> int:
+    print(f"{rows} of {images} images classified", file=sys.stderr)
     return 0 if rows else 2
 
 
-def _predict(
-    args: argparse.Namespace, images: Any, model: Any, device: Any
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """One row an image, {"file", "predictions": [{"class", "index", "probability"}, ...]}, and
-    the images that could not be read."""
-    import torch
+class _Predictor:
+    """Rows of images, as the model finds them."""
 
-    from ..train.data import Split
-    from ..train.evaluation import Autocast
-    from ..train.loader import eval_transform, make_loader
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: Any,
+        device: torch.device,
+        names: list[str],
+        columns: Columns,
+    ) -> None:
+        self.args, self.model, self.device = args, model, device
+        self.names, self.columns = names, columns
 
-    split = Split("all", "the given files", images, range(len(images)))
-    loader = make_loader(
-        split, eval_transform(model.preprocessing), args.batch_size, workers=args.workers
-    )
-    autocast = Autocast(device, args.amp, args.amp_dtype)
-    names = model.class_names or [str(c) for c in range(model.num_classes)]
-    rows: list[dict[str, Any]] = []
-    unreadable: list[str] = []
-    for pixels, _, indices, missing in loader:
-        unreadable += missing
-        if len(indices) == 0:
-            continue
-        with torch.no_grad(), autocast():
-            logits = model(pixels.to(device))
-        best = logits.float().softmax(dim=1).topk(min(args.topk, len(names)), dim=1)
-        for index, values, classes in zip(
-            indices.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
-        ):
-            predictions = [
-                {"class": names[c], "index": c, "probability": round(p, 6)}
-                for p, c in zip(values, classes, strict=True)
-            ]
-            rows.append({"file": images.name(index), "predictions": predictions})
-    return rows, unreadable
+    def write(self, split: Split, file: TextIO) -> dict[str, Any]:
+        """All rows of a split: how many images and rows there are, and what was unreadable."""
+        unreadable: list[str] = []
+        rows = 0
+        progress = _Progress(len(split))
+        file.write(self.columns.header())
+        for batch, missing in self._batches(split):
+            for row in batch:
+                file.write(self.columns.line(row))
+            file.flush()
+            for name in missing:
+                progress.say(f"unreadable, left out: {name}")
+            rows += len(batch)
+            unreadable += missing
+            progress.update(len(batch) + len(missing))
+        progress.end()
+        return {"images": len(split), "rows": rows, "unreadable": unreadable}
+
+    def _batches(self, split: Split) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+        """Rows {"file", "predictions": [{"class", "index", "probability"}, ...]}, and the images
+        that could not be read."""
+        import torch
+
+        from ..train.evaluation import Autocast
+        from ..train.loader import eval_transform, make_loader
+
+        args = self.args
+        transform = eval_transform(self.model.preprocessing)
+        loader = make_loader(split, transform, args.batch_size, workers=args.workers)
+        autocast = Autocast(self.device, args.amp, args.amp_dtype)
+        for pixels, _, indices, missing in loader:
+            if len(indices) == 0:
+                yield [], missing
+                continue
+            with torch.no_grad(), autocast():
+                logits = self.model(pixels.to(self.device)).float()
+            best = logits.softmax(dim=1).topk(self.columns.topk, dim=1)
+            rows = []
+            for index, values, classes, scores in zip(
+                indices.tolist(),
+                best.values.tolist(),
+                best.indices.tolist(),
+                logits.tolist(),
+                strict=True,
+            ):
+                predictions = [
+                    {"class": self.names[c], "index": c, "probability": round(p, 6)}
+                    for p, c in zip(values, classes, strict=True)
+                ]
+                row = {"file": split.images.name(index), "predictions": predictions}
+                rows.append(row | ({"logits": scores} if self.columns.logits else {}))
+            yield rows, missing
 
 
-def _as_csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    count = len(rows[0]["predictions"]) if rows else 1
-    numbered = [f"{name}{k}" for k in range(1, count + 1) for name in ("class", "probability")]
-    writer.writerow(["file", *(numbered if count > 1 else ("class", "probability"))])
-    for row in rows:
-        cells = [cell for p in row["predictions"] for cell in (p["class"], p["probability"])]
-        writer.writerow([row["file"], *cells])
-    return text.getvalue()
+class _Progress:
+    """How far it is, on stderr: a line that is rewritten on a terminal, one a minute elsewhere."""
 
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._terminal = sys.stderr.isatty()
+        self._start = self._last = time.monotonic()
 
-def _as_json_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    def update(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._last < (_TERMINAL_S if self._terminal else _LOG_S):
+            return
+        self._last = now
+        rate = self._done / (now - self._start)
+        left = time.strftime("%H:%M:%S", time.gmtime((self._total - self._done) / rate))
+        line = f"{self._done:,} of {self._total:,} images  {rate:,.0f} images/s  left {left}"
+        print(f"\r{line}\x1b[K" if self._terminal else line, end="", file=sys.stderr)
+        print(end="" if self._terminal else "\n", file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr)
+
+    def end(self) -> None:
+        if self._terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

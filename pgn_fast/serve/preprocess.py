@@ -19,6 +19,7 @@ from timm.data import create_transform
 from torch import Tensor
 
 from ..images import bounded
+from .errors import overloaded
 
 Levels = NDArray[np.uint8]
 
@@ -52,11 +53,18 @@ class Preprocessing:
         self._identity_at_size = self._is_identity_at_size()
 
     def geometry(self, image: Image.Image) -> Levels:
-        """Resized and cropped levels (C, H, W) of one RGB image."""
+        """Resized and cropped levels (C, H, W) of one RGB image.
+
+        Raises:
+            ApiError: 503, no memory left.
+        """
         if self._identity_at_size and image.size == (self.width, self.height):
             pixels = np.frombuffer(image.tobytes(), np.uint8)
             return pixels.reshape(self.height, self.width, 3).transpose(2, 0, 1)
-        return np.asarray(self._geometry(image))
+        try:
+            return np.asarray(self._geometry(image))
+        except MemoryError:
+            raise overloaded("there is no memory left to resize this image; try again.") from None
 
     def stack(self, levels: Sequence[Levels]) -> Tensor:
         """One batch (B, C, H, W), uint8, of images that went through ``geometry``."""

@@ -370,8 +370,8 @@ def _named(config: TrainConfig, name: str, wanted: str | None) -> Split:
             download=config.dataset_download,
             batch_size=config.batch_size,
             seed=config.seed,
-            # opened as they are stored: pgn_fast.images decides how they become RGB
-            input_img_mode="",
+            # as they are stored: pgn_fast.images decides how they become RGB; TensorFlow gives RGB
+            input_img_mode="RGB" if prefix == "tfds" else "",
         )
     except ImportError as error:
         raise UserError(f"data: {config.data} needs the package {error.name}.") from error

@@ -1,0 +1,92 @@
+"""Where the CPU time of training input goes: decoding, transforms, batching, on 2,000 photos.
+
+    python bench/profile_input.py [--images 2000] [--size 500 375] [--model-size 224]
+
+Times are CPU time of one thread (``time.process_time``), so that a busy machine does not distort
+them. Photos are made up: smooth fields with some grain, which JPEG compresses as it does photos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pgn_fast.images import read_image
+from pgn_fast.train.config import TrainConfig
+from pgn_fast.train.loader import collate, eval_transform, pixels_to_keep, seeded, train_transform
+
+
+def write_photos(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
+    """JPEGs of quality 90, of which only a few hundred differ in their fields."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(count):
+        coarse = rng.integers(0, 256, (9, 12, 3), np.uint8)
+        field = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.int16)
+        grain = rng.integers(-12, 13, field.shape, np.int16)
+        paths.append(folder / f"{i}.jpg")
+        Image.fromarray((field + grain).clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+    return paths
+
+
+def per_image(work: Callable[[Any], Any], items: list[Any]) -> tuple[float, list[Any]]:
+    """CPU milliseconds an item, and the results."""
+    began = time.process_time()
+    results = [work(item) for item in items]
+    return 1000 * (time.process_time() - began) / len(items), results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--size", type=int, nargs=2, default=(500, 375))
+    parser.add_argument("--model-size", type=int, default=224)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    pixels = {
+        "input_size": (3, args.model_size, args.model_size),
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+    }
+    config = TrainConfig.make(data="photos")
+    training, evaluation = train_transform(config, pixels), eval_transform(pixels)
+    keep = pixels_to_keep(config, pixels)
+    totals: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photos(Path(folder), args.images, tuple(args.size))
+        bytes_ = sum(path.stat().st_size for path in paths) / len(paths)
+        for begin in range(0, len(paths), 64):
+            batch = paths[begin : begin + 64]
+            whole_ms, images = per_image(read_image, batch)
+            keep_ms, _ = per_image(lambda path: read_image(path, at_least=keep), batch)
+            with seeded(begin):
+                train_ms, tensors = per_image(training, images)
+            eval_ms, _ = per_image(evaluation, images)
+            samples = [(tensor, 0, i) for i, tensor in enumerate(tensors)]
+            collate_ms, _ = per_image(lambda _, samples=samples: collate(samples), [None])
+            for name, value in {
+                "decode, whole": whole_ms,
+                f"decode, {keep} px kept": keep_ms,
+                "transform, training": train_ms,
+                "transform, evaluation": eval_ms,
+                "batch": collate_ms / len(batch),
+            }.items():
+                totals.setdefault(name, []).append(value)
+    print(f"{args.images} JPEGs of {args.size[0]} × {args.size[1]}, {bytes_ / 1000:.0f} kB each")
+    for name, values in totals.items():
+        mean = sum(values) / len(values)
+        print(f"{name:<26}{mean:8.3f} ms an image  {1000 / mean:10,.0f} a second and core")
+
+
+if __name__ == "__main__":
+    main()
