@@ -92,7 +92,8 @@ class Parts:
         pos: position embedding, (1, N, D) for the patches alone or (1, S + N, D).
         rope: sine and cosine side by side, (N, 2 d), turned half and half; makes it class Eva.
         norm, fc_norm: the norm of all tokens, and the one after pooling.
-        head, head_dist: linear layers (weight, bias) on the pooled features.
+        head: on the pooled features, a linear layer (weight, bias) or a module of the original's;
+            head_dist: a linear layer on the distillation token.
         copied: tensors above that are new memory.
     """
 
@@ -110,7 +111,7 @@ class Parts:
     fc_norm: nn.LayerNorm | None = None
     pool: Pool = "token"
     map: MapParts | None = None
-    head: tuple[Tensor, Tensor | None] | None = None
+    head: tuple[Tensor, Tensor | None] | nn.Module | None = None
     head_dist: tuple[Tensor, Tensor | None] | None = None
     copied: dict[str, int] = field(default_factory=dict)
 
@@ -161,7 +162,7 @@ class _Builder:
             "embed_dim": self.width,
             "depth": len(parts.blocks),
             "num_heads": parts.blocks[0].num_heads,
-            "num_classes": 0 if parts.head is None else parts.head[0].shape[0],
+            "num_classes": _num_classes(parts.head),
             "norm_layer": partial(nn.LayerNorm, eps=1e-6),
             "device": "meta",
         }
@@ -242,8 +243,12 @@ class _Builder:
             setattr(vit, name, nn.Identity() if norm is None else _norm(norm))
         self._head(vit, "head", parts.head)
 
-    def _head(self, vit: Any, name: str, pair: tuple[Tensor, Tensor | None] | None) -> None:
-        setattr(vit, name, nn.Identity() if pair is None else _linear(*pair))
+    def _head(
+        self, vit: Any, name: str, head: tuple[Tensor, Tensor | None] | nn.Module | None
+    ) -> None:
+        if head is None:
+            head = nn.Identity()
+        setattr(vit, name, head if isinstance(head, nn.Module) else _linear(*head))
 
     def _block(self, block: Any, own: BlockParts) -> None:
         block.norm1, block.norm2 = _norm(own.norm1), _norm(own.norm2)
@@ -340,6 +345,12 @@ def _neighbors(tensors: Sequence[Tensor | None]) -> Tensor | None:
         end += t.numel()
     shape = (sum(t.shape[0] for t in present), *first.shape[1:])
     return first.detach().as_strided(shape, first.stride(), first.storage_offset())
+
+
+def _num_classes(head: tuple[Tensor, Tensor | None] | nn.Module | None) -> int:
+    if not isinstance(head, nn.Module):
+        return 0 if head is None else head[0].shape[0]
+    return [m.out_features for m in head.modules() if isinstance(m, nn.Linear)][-1]
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

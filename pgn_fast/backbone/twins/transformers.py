@@ -30,6 +30,7 @@ from transformers import activations as hf_activations
 
 from ... import hub
 from .assembly import BlockParts, MapParts, Parts, Pool, TwinRefused, nbytes
+from .checks import check_modules
 from .preprocessing import from_processor
 
 # attention implementations of transformers that compute the same thing, each by its own kernels
@@ -51,17 +52,6 @@ for _pixels in _USUAL_PIXELS.values():
     _pixels.setdefault("crop_mode", "center")
 # classes of encoders that take images of any size without being told
 _ANY_SIZE = ("Dinov2", "DINOv3")
-_TORCH = (
-    nn.Linear,
-    nn.Conv2d,
-    nn.LayerNorm,
-    nn.Dropout,
-    nn.Identity,
-    nn.Embedding,
-    nn.ModuleList,
-    nn.MultiheadAttention,
-    nn.modules.linear.NonDynamicallyQuantizableLinear,
-)
 
 
 def parts_of(model: nn.Module, size: tuple[int, int] | None) -> Parts:
@@ -237,41 +227,16 @@ def _siglip2_inputs(tower: Any, images: Tensor) -> dict[str, Tensor]:
     return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-def _check_modules(vision: nn.Module) -> None:
-    """Every module is of a known type, runs its own forward and has no hook."""
-    own = type(vision).__module__
-    implementation = getattr(vision.config, "_attn_implementation", None)  # type: ignore[union-attr]
+def _check_modules(vision: Any) -> None:
+    implementation = getattr(vision.config, "_attn_implementation", None)
     if implementation not in _ATTENTION:
         raise TwinRefused(
             f"attention implementation {implementation!r} may compute something else; load the "
             "model with attn_implementation='sdpa'"
         )
-    for name, module in vision.named_modules():
-        if name.partition(".")[0] == "pooler":  # no part of the twin
-            continue
-        kind = type(module)
-        known = kind in _TORCH or kind.__module__ == own or _is_activation(module)
-        if not known:
-            raise TwinRefused(
-                f"{name or 'the model'} is a {kind.__module__}.{kind.__qualname__}, of which the "
-                "twin knows nothing; merge adapters and take quantization off first, or put them "
-                "on the twin"
-            )
-        if "forward" in module.__dict__:
-            raise TwinRefused(
-                f"the forward of {name or 'the model'} was replaced (device_map does that, among "
-                "others); load the model without it"
-            )
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise TwinRefused(f"a hook is registered on {name or 'the model'}; remove it first")
-        if isinstance(module, nn.Conv2d):
-            _check_patches(name, module)
-
-
-def _check_patches(name: str, conv: nn.Conv2d) -> None:
-    plain = conv.stride == conv.kernel_size and conv.groups == 1 and conv.dilation == (1, 1)
-    if not plain or conv.padding not in ("valid", (0, 0)):
-        raise TwinRefused(f"{name} is {conv}: its patches overlap or are padded")
+    own = type(vision).__module__
+    # the pooler is no part of the twin
+    check_modules(vision, lambda m: type(m).__module__ == own or _is_activation(m), ("pooler",))
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -566,10 +531,7 @@ def _map(model: Any, vision: Any, parts: Parts) -> None:
     if not vision.use_head:
         parts.pool = "avg"
         return
-    head = vision.head
-    attention = head.attention
-    if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
-        raise TwinRefused("the attention of its pooling head is no plain one")
+    head, attention = vision.head, vision.head.attention
     parts.map = MapParts(
         latent=head.probe,
         in_proj_weight=attention.in_proj_weight,
