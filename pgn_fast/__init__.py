@@ -17,6 +17,12 @@ _EXPORTS = {
     "VPT": "models",
     "PromptedViT": "models",
     "PromptGenerator": "prompts",
+    "Prompter": "prompts",
+    "PromptSchedule": "backbone.schedule",
+    "Mixture": "backbone.schedule",
+    "KeyValues": "backbone.schedule",
+    "register_method": "methods",
+    "create_model": "methods",
     "GamutLibrary": "inversion",
     "invert": "inversion",
     "from_pretrained": "adapters",
@@ -29,13 +35,19 @@ __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
     from .adapters import from_pretrained as from_pretrained
+    from .backbone.schedule import KeyValues as KeyValues
+    from .backbone.schedule import Mixture as Mixture
+    from .backbone.schedule import PromptSchedule as PromptSchedule
     from .cuda_graphs import capture as capture
     from .inversion import GamutLibrary as GamutLibrary
     from .inversion import invert as invert
+    from .methods import create_model as create_model
+    from .methods import register_method as register_method
     from .models import PGN as PGN
     from .models import VPT as VPT
     from .models import PromptedViT as PromptedViT
     from .ops.dispatch import backends as backends
+    from .prompts import Prompter as Prompter
     from .prompts import PromptGenerator as PromptGenerator
 
 

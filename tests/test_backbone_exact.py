@@ -66,7 +66,7 @@ def compare(
     rows: int | None,
     tolerance: float = 1e-10,
 ) -> None:
-    leaves = list(schedule.layers.values())
+    leaves = list(schedule.entries.values())
     expected = encode_eager(backbone, images, schedule, rows=rows)
     engine = FastBackbone(backbone, options)
     assert engine.cache.refusal is None

@@ -23,6 +23,7 @@ LAYERS = [
     {"cli"},
     {"train", "serve", "demo", "client"},
     {"tasks", "inversion", "adapters"},
+    {"methods"},
     {"models"},
     {"prompts", "cuda_graphs"},
     {"backbone"},

@@ -12,8 +12,9 @@ from small_world import tiny_vit
 from torch import nn
 
 from pgn_fast.errors import UserError
+from pgn_fast.methods import METHODS
 from pgn_fast.train import recipe
-from pgn_fast.train.config import METHODS, RECIPES, TrainConfig
+from pgn_fast.train.config import RECIPES, TrainConfig
 from pgn_fast.train.methods import build_model
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -21,8 +21,9 @@ import pgn_fast
 from pgn_fast import _files
 from pgn_fast.adapters import WEIGHTS_FILE, backbone_pixels, read_adapter
 from pgn_fast.errors import TrainingStopped, UserError
+from pgn_fast.methods import METHODS
 from pgn_fast.train import checkpoints, data, loop
-from pgn_fast.train.config import METHODS, TrainConfig
+from pgn_fast.train.config import TrainConfig
 
 CPU = torch.device("cpu")
 

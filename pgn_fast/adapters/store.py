@@ -8,7 +8,6 @@ tensors in both tells whether the two belong together.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,32 +25,14 @@ from .._files import write_files
 from ..backbone.load import DEMO_NAME, load_backbone
 from ..errors import UserError, shown
 from ..inversion.gamut import GamutLibrary
-from ..models import PGN, VPT, PromptedViT
+from ..methods import ABOUT_ADAPTER, METHODS, Method, method_of
+from ..models import PGN, PromptedViT
 from ..models.baselines import FineTuned, LinearProbe
 from ..models.heads import KeptHead, ZeroShotHead, count_classes
 from ..prompts.networks import check_kwargs
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-METHODS: dict[str, type[nn.Module]] = {
-    "pgn": PGN,
-    "vpt-deep": VPT,
-    "vpt-shallow": VPT,
-    "linear": LinearProbe,
-    "full": FineTuned,
-}
-# entries of the configuration that are no constructor values
-_ABOUT = (
-    "pgn_fast_version",
-    "method",
-    "base_model_name_or_path",
-    "embed_dim",
-    "depth",
-    "patch_size",
-    "class_names",
-    "preprocessing",
-    "weights_digest",
-)
 # constructor arguments that may be modules of the user's own
 _MODULES = ("generator", "token_library", "head")
 _GIVEN = "module:"
@@ -140,22 +121,23 @@ def from_pretrained(
         raise UserError(
             f"{folder / CONFIG_FILE}: method is {method!r}; known: {', '.join(METHODS)}."
         )
-    kind = METHODS[method]
-    vit = _backbone(folder, config, backbone, pretrained=kind is not FineTuned)
+    row = METHODS[method]
+    vit = _backbone(folder, config, backbone, pretrained=not row.trains_backbone)
     _check_shape(folder, config, vit)
-    values = _arguments(folder, kind, config, modules)
-    _check_generator(folder, values)
+    values = _arguments(folder, row, config, modules)
+    if row.name == "pgn":
+        _check_generator(folder, values)
     if values.get("head") == "zero_shot":
         values["class_embeddings"] = tensors.get("head.class_embeddings")
     try:
         if isinstance(values.get("token_library"), Mapping):
             values["token_library"] = GamutLibrary.from_config(vit, values["token_library"])
-        model = kind(vit, **values)
-        model.load_adapter_state_dict(tensors)  # type: ignore[operator]
+        model: Any = row.build(vit, **values)
+        model.load_adapter_state_dict(tensors)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: {' '.join(str(error).split())}") from error
-    model.class_names = config.get("class_names")  # type: ignore[assignment]
-    model.preprocessing = config.get("preprocessing")  # type: ignore[assignment]
+    model.class_names = config.get("class_names")
+    model.preprocessing = config.get("preprocessing")
     return model.train() if trainable else model.requires_grad_(False).eval()
 
 
@@ -205,18 +187,12 @@ def backbone_pixels(backbone: Any, **overrides: Any) -> dict[str, Any]:
     return resolve_model_data_config(backbone, args=sized | overrides)
 
 
-def method_of(model: nn.Module) -> str:
-    """ "pgn", "vpt-deep", "vpt-shallow", "linear" or "full"."""
-    if isinstance(model, VPT):
-        return "vpt-deep" if model.config["deep"] else "vpt-shallow"
-    for method, kind in METHODS.items():
-        if isinstance(model, kind):
-            return method
-    raise TypeError(f"an adapter holds a PGN, a VPT or a baseline, got {type(model).__name__}")
-
-
 def _trained(model: Any) -> dict[str, Tensor]:
-    method_of(model)
+    if method_of(model) not in METHODS:
+        raise TypeError(
+            f"an adapter holds a model of a registered method, got {type(model).__name__}; known "
+            f"methods: {', '.join(METHODS)}"
+        )
     return model.adapter_state_dict()
 
 
@@ -245,7 +221,7 @@ def _shape(backbone: Any) -> dict[str, Any]:
 
 def _constructor_values(model: Any) -> dict[str, Any]:
     """The constructor's values in types that JSON has; modules by their class names."""
-    values = dict(model.config)
+    values = dict(model.adapter_config)
     if isinstance(model, PGN):
         library = model.prompter.token_library
         values["token_library"] = library if isinstance(library, nn.Module) else None
@@ -254,7 +230,8 @@ def _constructor_values(model: Any) -> dict[str, Any]:
         if values["generator"] is None:
             values["generator"] = model.prompter.generator
     values |= _head_values(model, values)
-    return {name: _plain(value) for name, value in values.items() if name in _parameters(model)}
+    known = _parameters(METHODS[model.method])
+    return {name: _plain(value) for name, value in values.items() if name in known}
 
 
 def _head_values(model: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,9 +275,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _parameters(kind: nn.Module | type[nn.Module]) -> set[str]:
-    constructor = kind if isinstance(kind, type) else type(kind)
-    return set(inspect.signature(constructor).parameters) - {"backbone", "class_embeddings"}
+def _parameters(row: Method) -> set[str]:
+    return set(row.parameters()) - {"class_embeddings"}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -401,13 +377,13 @@ def _check_generator(folder: Path, values: Mapping[str, Any]) -> None:
 
 def _arguments(
     folder: Path,
-    kind: type[nn.Module],
+    row: Method,
     config: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
 ) -> dict[str, Any]:
     """The constructor's arguments: the configuration's, and modules that the caller brings."""
-    known = _parameters(kind)
-    if unknown := sorted(set(config) - known - set(_ABOUT)):
+    known = _parameters(row)
+    if unknown := sorted(set(config) - known - {*row.fixed, *ABOUT_ADAPTER}):
         warnings.warn(
             f"{folder / CONFIG_FILE}: unknown entries are ignored: {', '.join(unknown)}.",
             stacklevel=3,

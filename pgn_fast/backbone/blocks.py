@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..ops import prompt_attention
 from ..ops.add_layer_norm import with_rstd
 from .fold import BlockWeights, Norm
+from .schedule import KeyValues
 
 Projected = tuple[Tensor, Tensor, Tensor]
 
@@ -58,6 +59,37 @@ def prompt_keys_values(w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor
     kv = w.kv(w.norm1(prompts)).unflatten(-1, (2, w.num_heads, -1))
     k, v = kv.transpose(-4, -2).unbind(-3)
     return _normalize(w.k_norm, k), v
+
+
+def free_keys_values(
+    w: BlockWeights, keys: KeyValues, absorbed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Keys and values that come without tokens, to stand beside those that ``w`` projects.
+
+    The tokens' keys here lack a bias that shifts all scores of a token alike, and their values one
+    that the output projection adds: neither holds for keys and values from outside, which give it
+    back. ``absorbed``: for ``attend_absorbed``, whose keys lack every bias.
+    """
+    dtype = w.qkv.weight.dtype
+    k, v = keys.k.to(dtype), keys.v.to(dtype)
+    shifts = [w.key_shift, w.value_shift]
+    if absorbed and w.kv.bias is not None:
+        own = w.kv.bias.chunk(2)
+        shifts = [b if s is None else s + b for s, b in zip(shifts, own, strict=True)]
+    k_shift, v_shift = (None if s is None else s.view(w.num_heads, 1, -1) for s in shifts)
+    return k if k_shift is None else k - k_shift, v if v_shift is None else v - v_shift
+
+
+def join(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Two sets of keys and values, (h, P, d) or (B, h, P, d) each, as one."""
+    if other is None:
+        return one
+    return tuple(_beside(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[return-value]
+
+
+def _beside(a: Tensor, b: Tensor) -> Tensor:
+    batch = torch.broadcast_shapes(a.shape[:-3], b.shape[:-3])
+    return torch.cat([t.to(a.dtype).expand(*batch, *t.shape[-3:]) for t in (a, b)], dim=-2)
 
 
 def _normalize(norm: Norm | None, x: Tensor) -> Tensor:
@@ -107,7 +139,13 @@ def attend(
     return _normalize(w.inner_norm, o.transpose(-3, -2).flatten(-2))
 
 
-def attend_absorbed(w: BlockWeights, x: Tensor, num_queries: int, prompts: Tensor | None) -> Tensor:
+def attend_absorbed(
+    w: BlockWeights,
+    x: Tensor,
+    num_queries: int,
+    prompts: Tensor | None,
+    keys: KeyValues | None = None,
+) -> Tensor:
     """Attention of the first M rows of x (B, T, D), keys and values never formed: (B, M, A).
 
     For each head, with n the normalized tokens and prompts (P, D) or (B, P, D):
@@ -118,22 +156,29 @@ def attend_absorbed(w: BlockWeights, x: Tensor, num_queries: int, prompts: Tenso
     4 M h D flops a token in place of 4 D^2: with one row and heads of 64, 64 times fewer. The key
     bias shifts a row's scores alike and is left out.
     """
-    (B, T, D), h, M, A = x.shape, w.num_heads, num_queries, w.attn_dim
+    (B, _, D), h, M, A = x.shape, w.num_heads, num_queries, w.attn_dim
     n = w.norm1(x).to(w.kv.weight.dtype)  # (B, T, D)
     q = _normalize(w.q_norm, split_heads(w.q(n[:, :M]), h)) * w.scale  # (B, h, M, d)
     key_weight, value_weight = w.kv.weight.view(2, h, A // h, D)
     u = q.transpose(0, 1).flatten(1, 2) @ key_weight  # (h, B M, D)
     u = u.unflatten(1, (B, M)).transpose(0, 1).flatten(1, 2)  # (B, h M, D)
-    scores = u @ n.mT  # (B, h M, T)
-    if prompts is None:
-        z = scores.softmax(dim=-1) @ n  # (B, h M, D)
-    else:
-        n_prompts = w.norm1(prompts).to(n.dtype)
-        scores = torch.cat([scores, u @ n_prompts.mT], dim=-1)
-        p, p_prompts = scores.softmax(dim=-1).split([T, n_prompts.shape[-2]], dim=-1)
-        z = p @ n + p_prompts @ n_prompts
+    parts = [u @ n.mT]  # (B, h M, T)
+    n_prompts = None if prompts is None else w.norm1(prompts).to(n.dtype)
+    if n_prompts is not None:
+        parts.append(u @ n_prompts.mT)
+    k, v = (None, None) if keys is None else free_keys_values(w, keys, absorbed=True)
+    if k is not None:
+        parts.append((q @ k.mT).flatten(1, 2))
+    scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    p = iter(scores.softmax(dim=-1).split([part.shape[-1] for part in parts], dim=-1))
+    z = next(p) @ n  # (B, h M, D)
+    if n_prompts is not None:
+        z = z + next(p) @ n_prompts
     z = z.unflatten(1, (h, M)).transpose(0, 1).flatten(1, 2)  # (h, B M, D)
-    o = (z @ value_weight.mT).unflatten(1, (B, M)).permute(1, 2, 0, 3).flatten(2)  # (B, M, A)
+    o = (z @ value_weight.mT).unflatten(1, (B, M)).permute(1, 0, 2, 3)  # (B, h, M, d)
+    if v is not None:
+        o = o + next(p).unflatten(1, (h, M)) @ v
+    o = o.transpose(1, 2).flatten(2)  # (B, M, A)
     if w.kv.bias is not None:
         o = o + w.kv.bias[A:]
     return _normalize(w.inner_norm, o)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from . import keyed
 from .inputs import normalized
-from .schedule import Position, PromptSchedule
+from .schedule import KeyValues, Mixture, Position, PromptFunction, PromptSchedule, call
 
 
 def encode_eager(
@@ -28,40 +29,85 @@ def encode_eager(
     schedule: PromptSchedule,
     *,
     rows: int | None = None,
+    prompts_read: bool = True,
+    backend: str | None = "reference",
 ) -> Tensor:
-    """Images and prompts to tokens after the backbone's final norm, prompts included.
+    """Images and prompts to tokens after the backbone's final norm.
 
     Args:
         backbone: a timm ``VisionTransformer`` or one of its relatives (see ``load_backbone``).
         images: normalized images (B, C, H, W), in the backbone's dtype, or uint8.
         schedule: the prompts; those of another dtype are cast to the tokens'.
         rows: return only the first ``rows`` tokens, where the caller reads no others; None all.
+        prompts_read: False: prompts that are left after the last block are not returned.
+        backend: which backend mixes a ``Mixture``.
 
     Returns:
         (B, S + P + N, D) in the order that ``schedule.position`` names, P being
-        ``schedule.num_prompts_left``; (B, rows, D) with ``rows``.
+        ``schedule.num_prompts_left``; (B, S + N, D) without prompts; (B, rows, D) with ``rows``.
     """
+    depth, num_prefix, position = (
+        len(backbone.blocks),
+        backbone.num_prefix_tokens,
+        schedule.position,
+    )
+    check_schedule(backbone, schedule, images.shape[0])
     x, rope = embed(backbone, images, schedule.patch_weight)
-    num_prefix = backbone.num_prefix_tokens
-    if 0 in schedule.layers:
-        x = add_prompts(x, schedule.layers[0], schedule.position, num_prefix)
-    x = getattr(backbone, "norm_pre", nn.Identity())(x)
-
-    inside = schedule.num_prompts if 0 in schedule.layers else 0
-    for i in range(len(backbone.blocks)):
-        if i > 0 and i in schedule.layers:
-            x = remove_prompts(x, inside, schedule.position, num_prefix)
-            x = add_prompts(x, schedule.layers[i], schedule.position, num_prefix)
-            inside = schedule.num_prompts
-        run = block_function(backbone, i, rope, inside, schedule.position)
+    inside = 0  # prompt tokens in the sequence
+    for i in range(depth):
+        tokens, keys = schedule.parts(i)
+        if i in schedule.entries and position == "add":
+            x = x + tokens.to(x.dtype)  # type: ignore[union-attr]
+        elif i in schedule.entries:
+            x = remove_prompts(x, inside, position, num_prefix)
+            prompts = None if tokens is None else prompt_tokens(i, tokens, x, backend)
+            inside = 0 if prompts is None else prompts.shape[-2]
+            if prompts is not None:
+                x = add_prompts(x, prompts, position, num_prefix)
+        if i == 0:
+            x = getattr(backbone, "norm_pre", nn.Identity())(x)
+        run = block_function(backbone, i, rope, inside, position, keys)
         if backbone.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint(run, x, use_reentrant=False)
         else:
             x = run(x)
         if i == schedule.last and not schedule.keep:
-            x = remove_prompts(x, inside, schedule.position, num_prefix)
+            x = remove_prompts(x, inside, position, num_prefix)
             inside = 0
+    if not prompts_read and rows is None:
+        x = remove_prompts(x, inside, position, num_prefix)
     return backbone.norm(x[:, :rows])
+
+
+def check_schedule(backbone: Any, schedule: PromptSchedule, batch_size: int) -> None:
+    """Refuse a schedule that does not fit the backbone, in one sentence that names the block.
+
+    Raises:
+        ValueError: wrong shapes, no such block, or keys and values for a block that takes none.
+    """
+    blocks = backbone.blocks
+    for i in schedule.entries:
+        has_keys = i < len(blocks) and schedule.parts(i).keys is not None
+        if has_keys and (reason := keyed.refusal(blocks[i])):
+            raise ValueError(f"PromptSchedule: block {i} takes no KeyValues: {reason}")
+    schedule.check(
+        depth=len(blocks),
+        width=backbone.embed_dim,
+        heads=lambda i: keyed.heads(blocks[i]),
+        batch_size=batch_size,
+    )
+
+
+def prompt_tokens(
+    i: int, tokens: Tensor | Mixture | PromptFunction, x: Tensor, backend: str | None
+) -> Tensor:
+    """The prompt tokens that enter block ``i``, (P, D) or (B, P, D), in the dtype of its input x,
+    (B, S + N, D) without prompts."""
+    if isinstance(tokens, Mixture):
+        tokens = tokens.tokens(backend)
+    elif not isinstance(tokens, Tensor):
+        tokens = call(i, tokens, x)
+    return tokens.to(x.dtype)
 
 
 def embed(
@@ -126,16 +172,23 @@ def block_function(
     rope: Tensor | None,
     num_prompts: int,
     position: Position,
+    keys: KeyValues | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """Block ``index`` as a function of the sequence, its position terms extended to the prompts."""
     block = backbone.blocks[index]
+    bias = None
     if isinstance(backbone, Eva):
         if rope is not None and getattr(backbone, "rope_mixed", False):
             rope = rope[index]
-        return lambda x: block(x, rope=_extend_rope(rope, num_prompts, position))
+        rope = _extend_rope(rope, num_prompts, position)
+        if keys is None:
+            return lambda x: block(x, rope=rope)
     if isinstance(backbone, Beit):
         bias = _extend_relative_bias(backbone, block, num_prompts, position)
-        return lambda x: _beit_block(block, x, bias)
+        if keys is None:
+            return lambda x: _beit_block(block, x, bias)
+    if keys is not None:
+        return lambda x: keyed.run_block(block, x, keys, rope, bias)
     return block
 
 

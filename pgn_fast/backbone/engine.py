@@ -8,7 +8,7 @@ wherever the schedule puts them; the order is restored at the end if anybody rea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from ..ops import dispatch, prompted_patch_embed
 from ..ops._register import leaves_this_package, transformed
 from . import blocks, recompute, support
 from .cache import BackboneCache
-from .eager import embed, encode_eager, prefix_tokens, remove_prompts
+from .eager import check_schedule, embed, encode_eager, prefix_tokens, prompt_tokens
 from .fold import BlockWeights
 from .inputs import mean_and_std
-from .schedule import PromptSchedule
+from .schedule import Entry, KeyValues, PromptSchedule
 from .support import FastOptions
 
 # rows up to which an absorbed last block is cheaper than its key and value projections: M h D
@@ -32,33 +32,21 @@ ABSORB_ROWS = 8
 _CHEAP_FLOPS_CPU, _CHEAP_FLOPS = 2e10, 1e12
 
 
-def encode_plainly(
-    backbone: Any,
-    images: Tensor,
-    schedule: PromptSchedule,
-    *,
-    rows: int | None = None,
-    prompts_read: bool = True,
-) -> Tensor:
-    """``encode_eager`` with the arguments of ``FastBackbone.encode``."""
-    tokens = encode_eager(backbone, images, schedule, rows=rows)
-    if prompts_read or rows is not None:
-        return tokens
-    left = schedule.num_prompts_left
-    return remove_prompts(tokens, left, schedule.position, backbone.num_prefix_tokens)
-
-
 @dataclass(frozen=True)
 class BlockStep:
     """What one block has to do.
 
     Attributes:
-        prompts: the prompts that enter here, (P, D) or (B, P, D).
-        keys_only: nobody reads their outputs, nor those of prompts that were there before.
+        replaces: prompts that are in the sequence leave before this block.
+        prompts: the prompt tokens that enter here, (P, D) or (B, P, D).
+        keys: keys and values beside those of the tokens.
+        keys_only: the outputs of prompts are not used, neither of these nor of those before.
         rows: output rows of the tokens that are no prompts; None all.
     """
 
+    replaces: bool = False
     prompts: Tensor | None = None
+    keys: KeyValues | None = None
     keys_only: bool = False
     rows: int | None = None
 
@@ -117,14 +105,13 @@ class FastBackbone:
         """
         backbone, random = self.backbone, torch.Generator().manual_seed(0)
         size = backbone.in_chans, *backbone.patch_embed.img_size
-        images = torch.randn(1, *size, generator=random).to(self.cache.device, self.cache.dtype)
-        layers = {
-            i: torch.randn(2, backbone.embed_dim, generator=random).to(
-                self.cache.device, self.cache.dtype
-            )
+        like = next(backbone.parameters())
+        images = torch.randn(1, *size, generator=random).to(like)
+        entries: dict[int, Entry] = {
+            i: torch.randn(2, backbone.embed_dim, generator=random).to(like)
             for i in range(min(2, len(backbone.blocks)))
         }
-        schedule = PromptSchedule("append", layers)
+        schedule = PromptSchedule("append", entries)
         with torch.no_grad(), torch.autocast(self.cache.device.type, enabled=False):
             expected = encode_eager(backbone, images, schedule, rows=1).double()
             actual = self.encode(images, schedule, rows=1).double()
@@ -156,28 +143,39 @@ class FastBackbone:
         """
         backbone, num_prefix = self.backbone, self.backbone.num_prefix_tokens
         if self.cache.refusal is not None:
-            return encode_plainly(backbone, images, schedule, rows=rows, prompts_read=prompts_read)
+            return encode_eager(
+                backbone,
+                images,
+                schedule,
+                rows=rows,
+                prompts_read=prompts_read,
+                backend=self.backend,
+            )
 
+        check_schedule(backbone, schedule, images.shape[0])
         below = images.requires_grad or schedule.patch_weight is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and below):
             x, rope = self._embed(images, schedule)
-        entering = {i: prompts.to(x.dtype) for i, prompts in schedule.layers.items()}
         norm_pre = getattr(backbone, "norm_pre", nn.Identity())
-        if 0 in entering and schedule.position == "add":
-            x = x + entering.pop(0)
-        elif 0 in entering:
-            entering[0] = norm_pre(entering[0])
+        entering = schedule.parts(0).tokens
+        if entering is not None:
+            entering = prompt_tokens(0, entering, x, self.backend)
+            if schedule.position == "add":
+                x, entering = x + entering, None
+            else:
+                entering = norm_pre(entering)
         x = norm_pre(x)
 
-        # among the rows that are read, where the schedule puts them?
-        before = num_prefix if schedule.position == "prepend" else x.shape[1]
-        left = schedule.num_prompts_left if prompts_read else 0
-        if rows is not None and rows <= before:
-            left = 0
-        x = self._run_blocks(x, rope, entering, schedule, rows, left)
-        if left and schedule.position == "prepend":
-            prefix, patches, prompts = x.split(
-                [num_prefix, x.shape[1] - num_prefix - left, left], 1
+        # are prompts among the rows that are read, where the schedule puts them?
+        num_tokens = x.shape[1]
+        before = num_prefix if schedule.position == "prepend" else num_tokens
+        reads = prompts_read and schedule.keep and (rows is None or rows > before)
+        x = self._run_blocks(x, rope, entering, schedule, rows, reads)
+        if x.shape[1] > num_tokens and schedule.position == "prepend":
+            prefix, patches, prompts = (
+                x[:, :num_prefix],
+                x[:, num_prefix:num_tokens],
+                x[:, num_tokens:],
             )
             x = torch.cat([prefix, prompts, patches], dim=1)
         return backbone.norm(x[:, :rows])
@@ -218,12 +216,17 @@ class FastBackbone:
         self,
         x: Tensor,
         rope: Tensor | None,
-        entering: dict[int, Tensor],
+        entering: Tensor | None,
         schedule: PromptSchedule,
         rows: int | None,
-        left: int,
+        reads: bool,
     ) -> Tensor:
-        """Tokens (B, S + N, D) to the rows that are read, ``left`` prompts last of them."""
+        """Tokens (B, S + N, D) to the rows that are read, prompts last of them.
+
+        Args:
+            entering: the prompt tokens of block 0, as the block gets them.
+            reads: prompts that are left after the last block are read.
+        """
         device_type, dtype = x.device.type, x.dtype
         folds = not (torch.compiler.is_compiling() or leaves_this_package())
         autocast = torch.is_autocast_enabled(device_type)
@@ -235,25 +238,32 @@ class FastBackbone:
         num_tokens = x.shape[1]
         # folded weights are in autocast's dtype already; live ones are cast by autocast
         with torch.autocast(device_type, dtype, enabled=autocast and not folds):
-            for i, step in enumerate(self._steps(entering, schedule, rows, left)):
+            for i, step in enumerate(self._steps(schedule, rows, reads)):
                 here = rope[i] if rope is not None and by_block else rope
-                if schedule.position == "add" and step.prompts is not None:
-                    x = x + step.prompts
-                    step = BlockStep(rows=step.rows)
+                tokens = entering if i == 0 else schedule.parts(i).tokens
+                if step.replaces:
+                    x = x[:, :num_tokens]
+                if tokens is not None:
+                    prompts = prompt_tokens(i, tokens, x, self.backend)
+                    if schedule.position == "add":
+                        x = x + prompts
+                    else:
+                        step = replace(step, prompts=prompts)
                 x = self._block(i, weights[i], x, here, step, num_tokens)
         return x
 
     def _steps(
-        self, entering: dict[int, Tensor], schedule: PromptSchedule, rows: int | None, left: int
+        self, schedule: PromptSchedule, rows: int | None, reads: bool
     ) -> Iterator[BlockStep]:
-        depth, latest = len(self.backbone.blocks), max(schedule.layers, default=-1)
+        depth = len(self.backbone.blocks)
         for i in range(depth):
             end = i == depth - 1
-            leave = i + 1 in schedule.layers or (i == latest and not schedule.keep)
+            leave = i + 1 in schedule.entries or (i == schedule.last and not schedule.keep)
             yield BlockStep(
-                prompts=entering.get(i),
-                keys_only=leave or (end and left == 0),
-                rows=rows if end and left == 0 and self.options.last_rows else None,
+                replaces=i in schedule.entries and schedule.position != "add",
+                keys=schedule.parts(i).keys,
+                keys_only=leave or (end and not reads),
+                rows=rows if end and not reads and self.options.last_rows else None,
             )
 
     def _block(
@@ -266,23 +276,20 @@ class FastBackbone:
         num_tokens: int,
     ) -> Tensor:
         """Block ``i`` on tokens (B, T, D), prompts last of them: (B, M, D), likewise."""
-        if step.prompts is not None:
-            x = x[:, :num_tokens]
         trade = "min" if self.backbone.grad_checkpointing else self.options.memory
 
         def run(x: Tensor) -> Tensor:
             if step.rows is not None and self._absorbs(i, step.rows, rope):
-                o = blocks.attend_absorbed(w, x, step.rows, step.prompts)
+                o = blocks.attend_absorbed(w, x, step.rows, step.prompts, step.keys)
                 return recompute.finish_block(w, x[:, : step.rows], o, trade)
-            keys, alone = None, False
-            if step.prompts is None:
+            keys = None if step.keys is None else blocks.free_keys_values(w, step.keys)
+            if step.prompts is None or (step.keys_only and self.options.kv_only):
                 M = self._rows_out(step, x.shape[1], num_tokens)
-                q, k, v = blocks.project(w, x, M)
-            elif step.keys_only and self.options.kv_only:
-                M = self._rows_out(step, num_tokens, num_tokens)
-                keys = self.cache.prompt_keys_values(i, w, step.prompts)
-                alone = True
-                q, k, v = blocks.project(w, x, M, separate=not self._fuses(keys[0], alone))
+                if step.prompts is not None:
+                    own = self.cache.prompt_keys_values(i, w, step.prompts)
+                    keys = blocks.join(own, keys)
+                copied = keys is not None and not self._fuses(keys[0], True)
+                q, k, v = blocks.project(w, x, M, separate=copied)
             else:
                 M = self._rows_out(step, num_tokens + step.prompts.shape[-2], num_tokens)
                 together = torch.cat([x, step.prompts.expand(x.shape[0], -1, -1)], dim=1)
@@ -293,6 +300,7 @@ class FastBackbone:
                 x = together
             num_prefix = self.backbone.num_prefix_tokens
             q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
+            alone = keys is not None
             backend = self.backend if alone else self.cache.backend_for("prompt_attention", q.dtype)
             o = blocks.attend(w, q, k, v, keys, self._fuses(q, alone), backend)
             return recompute.finish_block(w, x[:, :M], o, trade)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from ..ops import dispatch
 from . import packed, support
@@ -73,10 +74,11 @@ def _savings(
     """Name, what it does here, and why it is off or None."""
     options, depth = engine.options, len(engine.backbone.blocks)
     off = lambda wanted, reason=None: reason if wanted else _NOT_WANTED
-    tokens = schedule.position != "add" and bool(schedule.layers)
+    tokens = schedule.position != "add" and bool(schedule.entries)
 
     alone = _keys_and_values_only(schedule, depth)
-    per_image = any(p.ndim == 3 for p in schedule.layers.values())
+    shared = (isinstance(t, Tensor) and t.ndim == 2 for t in map(_tokens_of(schedule), alone))
+    per_image = not all(shared)
     once = "for each image" if per_image else "once a batch"
     reason = None if alone else "every block reads what the prompts became before"
     yield (
@@ -130,11 +132,17 @@ def _savings(
 
 
 def _keys_and_values_only(schedule: PromptSchedule, depth: int) -> set[int]:
-    """The blocks behind which nobody reads what their prompts became."""
+    """Blocks whose prompt outputs are discarded."""
     if schedule.position == "add":
         return set()
-    blocks = {i for i in schedule.layers if i + 1 in schedule.layers or i == depth - 1}
-    return blocks | (set() if schedule.keep or not schedule.layers else {schedule.last})
+    entries = schedule.entries
+    blocks = {i for i in entries if i + 1 in entries or i == depth - 1}
+    blocks |= set() if schedule.keep or not entries else {schedule.last}
+    return {i for i in blocks if schedule.parts(i).tokens is not None}
+
+
+def _tokens_of(schedule: PromptSchedule) -> Callable[[int], object]:
+    return lambda i: schedule.parts(i).tokens
 
 
 def backend_of(

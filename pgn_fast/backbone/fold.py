@@ -115,6 +115,8 @@ class BlockWeights:
         out: attention output projection (D, A); fc1: (H, D), or (2 H, D) with the gate first
             where ``glu``; fc2: (D, H).
         gain1, gain2: LayerScale, None where there is none or it is folded.
+        key_shift, value_shift: (A,), biases that keys and values lack here because their effect is
+            nowhere or in ``out``; None where nothing was taken out.
     """
 
     num_heads: int
@@ -134,6 +136,8 @@ class BlockWeights:
     fc2: FrozenLinear
     gain2: Tensor | None
     rotate_half: bool
+    key_shift: Tensor | None = None
+    value_shift: Tensor | None = None
     attn_dim: int = 0
 
     def __post_init__(self) -> None:
@@ -218,10 +222,12 @@ def fold_block(
     if options.biases and qkv.bias is not None:
         bias = qkv.bias.clone()
         if w.k_norm is None and not rope:
+            w.key_shift = _placed(bias[A : 2 * A], dtype, w)
             bias[A : 2 * A] = 0
         if w.inner_norm is None:
             moved = out.weight @ bias[2 * A :]
             out = FrozenLinear(out.weight, moved if out.bias is None else out.bias + moved)
+            w.value_shift = _placed(bias[2 * A :], dtype, w)
             bias[2 * A :] = 0
         qkv = FrozenLinear(qkv.weight, bias)
     if options.fold:
@@ -236,6 +242,10 @@ def fold_block(
     wide = iter((qkv, out, fc1, fc2))
     w.replace_linears(lambda original: _round(next(wide), original, dtype))
     return w
+
+
+def _placed(bias: Tensor, dtype: torch.dtype, w: BlockWeights) -> Tensor:
+    return bias.to(dtype, copy=True).to(w.qkv.weight.device)
 
 
 def _fold_norm(norm: Norm, linear: FrozenLinear) -> tuple[Norm, FrozenLinear]:

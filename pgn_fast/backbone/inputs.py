@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..ops.prompted_patch_embed import pixel_factors
 from ..reference import normalize
+
+if TYPE_CHECKING:  # prompts import this file, and have to do without timm
+    from timm.models.vision_transformer import VisionTransformer
 
 
 def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..methods import METHODS
 from ..train.config import TrainConfig
 from ._options import KeyValues, add_device_argument, at_least, pick_device
 
@@ -21,13 +22,12 @@ examples:
 Both ways are measured in turns, so that a busy machine slows both; the figures are medians.
 The repository's own suite, with every op and backend, is `pytest bench`.
 """
-_METHODS = ("pgn", "vpt-deep", "vpt-shallow")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="pgn_demo_vit", metavar="NAME", help="a timm ViT")
     parser.add_argument("--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE")
-    parser.add_argument("--method", choices=_METHODS, help="default: all three")
+    parser.add_argument("--method", choices=tuple(METHODS), help="default: those with prompts")
     parser.add_argument(
         "--num-prompts", type=at_least(1), metavar="P", help="default: the method's"
     )
@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         f"timm {timm.__version__}, {torch.get_num_threads()} threads"
     )
     print(f"{'':<24}{'timm blocks':>14}{'fast path':>14}{'ratio':>8}   images/s")
-    for method in [args.method] if args.method else _METHODS:
+    prompted = ("pgn", "vpt-deep", "vpt-shallow")
+    for method in [args.method] if args.method else prompted:
         config = TrainConfig.make(
             method=method,
             model=args.model,

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..train.config import METHODS, RECIPES, SCHEDULES, TrainConfig
+from ..methods import METHODS
+from ..train.config import RECIPES, SCHEDULES, TrainConfig
 from ._canvas import add_canvas_arguments
 from ._options import (
     KeyValues,
@@ -57,7 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
     )
-    _add(model, "method", str, "what is trained", choices=METHODS)
+    _add(model, "method", str, f"what is trained: {', '.join(METHODS)}, or one that you registered")
+    model.add_argument(
+        "--method-kwargs",
+        nargs="*",
+        action=KeyValues,
+        metavar="NAME=VALUE",
+        help="further arguments of the method's constructor, such as layers=[0,1] of vpt-deep",
+    )
     _add(model, "num_prompts", int, "P; vpt-*: 50")
     _add(model, "library_size", int, "K, tokens in PGN's library")
     _add(model, "generator", str, "PGN's network: resnet10, or a timm name such as resnet18")

@@ -126,7 +126,7 @@ def _check_prompts(model: Any) -> None:
             'deep=False, location="prepend").'
         )
 
-    location = model.config["location"]
+    location = model.adapter_config["location"]
     if location != "prepend":
         raise refuse(f"location={location!r} adds no prompt tokens to the input sequence")
     layers = tuple(prompter.layers)
@@ -135,7 +135,7 @@ def _check_prompts(model: Any) -> None:
             f"prompts enter blocks {layers[0]} to {layers[-1]}, inside the network, where no image "
             "reaches (VPT-Deep)"
         )
-    if not model.config["expand"]:
+    if not model.adapter_config["expand"]:
         raise refuse("expand=False removes the prompts behind block 0; a server keeps its patches")
     if model.pool != "original":
         raise refuse(f"pool={model.pool!r} is not the pooling of the server's own model")

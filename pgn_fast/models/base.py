@@ -1,7 +1,8 @@
-"""Frozen vision transformers with prompts: ``PGN``, ``VPT`` and what both are, ``PromptedViT``."""
+"""``PromptedViT``: a frozen vision transformer with prompts and a head, whatever the method."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from numbers import Integral
@@ -11,14 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbone import twins
-from ..backbone.eager import pool, pool_mean, rows_read
-from ..backbone.engine import FastBackbone, encode_plainly
+from ..backbone.eager import encode_eager, pool, pool_mean, rows_read
+from ..backbone.engine import FastBackbone
 from ..backbone.explain import backend_of, explain
-from ..backbone.schedule import PromptSchedule
+from ..backbone.load import load_backbone
+from ..backbone.schedule import Mixture, PromptSchedule
 from ..backbone.support import FastOptions
 from ..ops.dispatch import BACKENDS
-from ..prompts import PromptGenerator
-from .heads import KeptHead, count_classes, linear_head, trained_dtype
+from ..prompts import Prompter, PromptGenerator
+from .heads import KeptHead, build_head, count_classes, linear_head, trained_dtype
 
 POOLS = ("original", "img_pool", "prompt_pool", "imgprompt_pool")
 
@@ -27,17 +29,19 @@ class PromptedViT(nn.Module):
     """A frozen timm vision transformer, something that makes prompts for it, and a head.
 
     Images (B, C, H, W), normalized as the backbone wants them, to logits (B, num_classes); uint8
-    images are normalized by the backbone's own mean and standard deviation. Built by ``PGN`` or
-    ``VPT``. Only the prompter and the head are trained; the backbone stays in eval mode
-    and without gradients, and ``train()`` does not change that.
+    images are normalized by the backbone's own mean and standard deviation. Built by ``PGN``,
+    ``VPT`` or ``create_model``. Only the prompter and the head are trained; the backbone stays in
+    eval mode and without gradients, and ``train()`` does not change that.
 
     The trained parts are float32, also on a half-precision backbone (float64 on a float64 one).
 
     Attributes:
         backbone: the frozen transformer.
-        prompter: ``PromptGenerator``, ``VisualPrompts`` or ``PixelPrompts``.
+        method: the name that built it, a row of ``pgn_fast.methods.METHODS``.
+        prompter: ``PromptGenerator``, ``VisualPrompts``, ``PixelPrompts`` or your ``Prompter``.
         head: a module from pooled features (B, D) to logits.
-        config: the constructor's values, by their names; the class embeddings are in the head.
+        adapter_config: the constructor's values, by their names; the class embeddings are in the
+            head.
         backend: which backend the ops run on; None is the fastest.
         class_names: of the logits, in their order, where a loaded adapter knew them; else None.
     """
@@ -45,9 +49,10 @@ class PromptedViT(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        prompter: nn.Module,
+        prompter: Prompter,
         head: nn.Module,
         *,
+        method: str,
         config: Mapping[str, Any],
         pool: str = "original",
         backend: str | None = None,
@@ -56,10 +61,12 @@ class PromptedViT(nn.Module):
         super().__init__()
         self.backbone: Any = backbone
         like = next(backbone.parameters())
+        self.method = method
         self.prompter: Any = prompter.to(like.device, trained_dtype(like.dtype))
         self.head = head
         self.class_names: Sequence[str] | None = None  # in label order, where an adapter knew them
-        self.config = {**config, "num_classes": count_classes(head, config["num_classes"])}
+        num_classes = count_classes(head, config["num_classes"])
+        self.adapter_config = {**config, "num_classes": num_classes}
         if backend not in (None, *BACKENDS):
             raise ValueError(f"backend={backend!r}; known: {', '.join(BACKENDS)}, or None")
         self.pool = pool
@@ -70,7 +77,7 @@ class PromptedViT(nn.Module):
         if self._options is not None:
             self._engine = FastBackbone(backbone, self._options, backend)
         if isinstance(fast, FastOptions):
-            self.config["fast"] = asdict(fast)
+            self.adapter_config["fast"] = asdict(fast)
         self.train()
 
     @property
@@ -106,13 +113,14 @@ class PromptedViT(nn.Module):
 
     @property
     def num_prompts(self) -> int:
-        """P, prompt tokens per block, as the constructor was told."""
-        return self.config["num_prompts"]
+        """P, prompt tokens per block, as the constructor was told; 0 where it takes no such
+        argument."""
+        return self.adapter_config.get("num_prompts", 0)
 
     @property
     def num_classes(self) -> int:
         """C, the length of the logits; 0 without a head, or where a given module does not say."""
-        return self.config["num_classes"]
+        return self.adapter_config["num_classes"]
 
     @property
     def num_features(self) -> int:
@@ -136,7 +144,7 @@ class PromptedViT(nn.Module):
         self._follow_backbone()
         images, schedule = self._prompted(images, "reference")
         reads, rows = self._reads_prompts(), self._rows_read()
-        tokens = encode_plainly(self.backbone, images, schedule, rows=rows, prompts_read=reads)
+        tokens = encode_eager(self.backbone, images, schedule, rows=rows, prompts_read=reads)
         return self._classify(tokens, schedule.num_prompts_left if reads else 0)
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -156,15 +164,23 @@ class PromptedViT(nn.Module):
     def prompts(self, images: Tensor) -> Tensor:
         """The prompt tokens that enter the first prompted block, one set an image: (B, P, D)."""
         _, schedule = self._prompted(images, self.backend)
-        if not schedule.layers:
+        if not schedule.entries:
+            prompter = type(self.prompter).__name__
+            raise ValueError(f"this {prompter} prompts the image itself; it has no tokens")
+        tokens = schedule.parts(schedule.first).tokens
+        if isinstance(tokens, Mixture):
+            tokens = tokens.tokens(self.backend)
+        if not isinstance(tokens, Tensor):
+            kind = "no tokens, only keys and values" if tokens is None else "a function"
             raise ValueError(
-                f"location={self.config['location']!r} prompts the image itself; it has no tokens"
+                f"block {schedule.first} is the first with prompts, and its entry is {kind}"
             )
-        return schedule.layers[schedule.first].expand(images.shape[0], -1, -1)
+        return tokens.expand(images.shape[0], -1, -1)
 
     def explain(self) -> str:
         """Which backend runs each op, which exact savings are on, and why the others are off."""
-        text = explain(self.engine, self._outline(), self._rows_read(), self._reads_prompts())
+        example = self.prompter.example(self.backbone)
+        text = explain(self.engine, example, self._rows_read(), self._reads_prompts())
         if note := twins.copied_note(self.backbone):
             text += f"\nBackbone: {note}."
         if isinstance(self.prompter, PromptGenerator):
@@ -188,7 +204,7 @@ class PromptedViT(nn.Module):
                 f"{self.backbone.global_pool!r}; create it with another global_pool instead"
             )
         self.head = linear_head(self.backbone, num_classes)
-        self.config |= {"num_classes": num_classes, "head": "linear"}
+        self.adapter_config |= {"num_classes": num_classes, "head": "linear"}
         self.class_names = None
 
     def no_weight_decay(self) -> set[str]:
@@ -279,11 +295,8 @@ class PromptedViT(nn.Module):
 
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         """Check the images; the images that the backbone gets, and which prompts enter where."""
-        raise NotImplementedError
-
-    def _outline(self) -> PromptSchedule:
-        """A schedule like those of ``_prompted``, without values: for ``explain``."""
-        raise NotImplementedError
+        self.prompter.check_images(images, self.backbone)
+        return self.prompter.prompt(images, self.backbone, backend)
 
     def _encode(
         self,
@@ -292,16 +305,23 @@ class PromptedViT(nn.Module):
         rows: int | None = None,
         prompts_read: bool = True,
     ) -> Tensor:
-        """The tokens behind the final norm, by the engine that this model was built with.
+        """The tokens after the final norm, by the engine that this model was built with.
 
         Returns:
             (B, S + P + N, D) with prompts where the schedule puts them, or (B, S + N, D) where
-            nobody reads them; with ``rows`` only the first ones, (B, rows, D).
+            they are not read; with ``rows`` only the first ones, (B, rows, D).
         """
         engine = self.engine
         if engine is not None:
             return engine.encode(images, schedule, rows=rows, prompts_read=prompts_read)
-        return encode_plainly(self.backbone, images, schedule, rows=rows, prompts_read=prompts_read)
+        return encode_eager(
+            self.backbone,
+            images,
+            schedule,
+            rows=rows,
+            prompts_read=prompts_read,
+            backend=self.backend,
+        )
 
     def _rows_read(self) -> int | None:
         """How many leading tokens the pooling reads; None: all."""
@@ -311,7 +331,7 @@ class PromptedViT(nn.Module):
         return self.pool in ("prompt_pool", "imgprompt_pool")
 
     def _classify(self, tokens: Tensor, num_prompts: int) -> Tensor:
-        """Tokens of which ``num_prompts`` behind the prefix tokens are prompts, to logits."""
+        """Tokens of which ``num_prompts`` after the prefix tokens are prompts, to logits."""
         first = self.backbone.num_prefix_tokens
         return self._head_on(tokens, prompts=slice(first, first + num_prompts))
 
@@ -332,6 +352,58 @@ class PromptedViT(nn.Module):
             return pooled
         own = next(self.head.parameters(), None)
         return self.head(pooled if own is None else pooled.to(own.dtype))
+
+
+def prompted_vit(
+    method: str,
+    constructor: type[Prompter],
+    backbone: str | nn.Module,
+    num_classes: int | None = None,
+    /,
+    *,
+    head: str | nn.Module = "linear",
+    class_embeddings: Tensor | None = None,
+    logit_scale: float = 100.0,
+    backend: str | None = None,
+    fast: bool | str | Mapping[str, Any] | FastOptions = True,
+    **values: Any,
+) -> PromptedViT:
+    """A registered prompter in front of a frozen backbone; see ``pgn_fast.create_model``.
+
+    Args:
+        method: its name.
+        constructor: its prompter's class.
+        values: the prompter's own arguments.
+
+    Raises:
+        ValueError: the prompter keeps the backbone, or an argument cannot work.
+    """
+    config = constructor_values(locals())
+    del config["method"], config["constructor"], config["values"]
+    vit: Any = load_backbone(backbone)
+    bound = inspect.signature(constructor).bind(vit, **values)
+    bound.apply_defaults()
+    own = dict(list(bound.arguments.items())[1:])
+    prompter = constructor(vit, **values)
+    frozen = {id(p) for p in vit.parameters()}
+    if kept := [name for name, p in prompter.named_parameters() if id(p) in frozen]:
+        raise ValueError(
+            f"method {method!r}: {type(prompter).__name__} keeps parameters of the backbone as "
+            f"its own ({kept[0]} and {len(kept) - 1} more), which would be trained and saved; keep "
+            "sizes, or copies, or the module in a tuple"
+        )
+    built = build_head(
+        head, vit, num_classes, class_embeddings=class_embeddings, logit_scale=logit_scale
+    )
+    return PromptedViT(
+        vit,
+        prompter,
+        built,
+        method=method,
+        config=config | constructor_values(own),
+        backend=backend,
+        fast=fast,
+    )
 
 
 def constructor_values(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backbone.load import load_backbone
 from .heads import linear_head
 
 
@@ -22,16 +22,18 @@ class LinearProbe(nn.Module):
     """A trained linear layer on the pooled features of a frozen backbone.
 
     Args:
-        backbone: a frozen timm vision transformer, from ``load_backbone``; it stays in eval mode.
-        num_classes: C.
+        backbone: as for ``PGN``; it is frozen in place and stays in eval mode.
+        num_classes: C; None: as many as the backbone has.
     """
 
-    def __init__(self, backbone: Any, num_classes: int) -> None:
+    def __init__(self, backbone: str | nn.Module, num_classes: int | None = None) -> None:
         super().__init__()
-        self.backbone = backbone.requires_grad_(False).eval()
+        self.backbone = load_backbone(backbone)
+        num_classes = self.backbone.num_classes if num_classes is None else num_classes
         self.num_classes = num_classes
-        self.config = {"num_classes": num_classes}
-        self.head = linear_head(backbone, num_classes)
+        self.method = "linear"
+        self.adapter_config = {"num_classes": num_classes}
+        self.head = linear_head(self.backbone, num_classes)
 
     def train(self, mode: bool = True) -> LinearProbe:
         """Training mode for the head; the backbone stays in eval mode."""
@@ -59,18 +61,20 @@ class FineTuned(nn.Module):
     """A backbone that is trained as a whole, with a new linear head.
 
     Args:
-        backbone: a timm vision transformer; from here on its weights change.
-        num_classes: C.
+        backbone: as for ``PGN``; from here on its weights change.
+        num_classes: C; None: as many as the backbone has.
     """
 
-    def __init__(self, backbone: Any, num_classes: int) -> None:
+    def __init__(self, backbone: str | nn.Module, num_classes: int | None = None) -> None:
         super().__init__()
-        self.backbone = backbone.requires_grad_(True)
+        self.backbone = load_backbone(backbone).requires_grad_(True)
+        num_classes = self.backbone.num_classes if num_classes is None else num_classes
         # the backbone's own head would be a parameter without a gradient
         self.backbone.reset_classifier(0)
         self.num_classes = num_classes
-        self.config = {"num_classes": num_classes}
-        self.head = linear_head(backbone, num_classes)
+        self.method = "full"
+        self.adapter_config = {"num_classes": num_classes}
+        self.head = linear_head(self.backbone, num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone, as the backbone names them."""

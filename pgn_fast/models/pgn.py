@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..backbone.inputs import check_images, normalized
 from ..backbone.load import load_backbone
-from ..backbone.schedule import PromptSchedule
 from ..backbone.support import FastOptions
 from ..prompts import PromptGenerator
 from .base import PromptedViT, constructor_values
@@ -20,7 +18,7 @@ from .heads import build_head
 class PGN(PromptedViT):
     """A frozen ViT whose prompts a small network generates from each image.
 
-    The prompts enter behind the patch tokens, without position embedding, before ``norm_pre`` where
+    The prompts enter after the patch tokens, without position embedding, before ``norm_pre`` where
     the backbone has one (CLIP), and stay to the end; pooling never sees them.
 
     Args:
@@ -91,22 +89,14 @@ class PGN(PromptedViT):
             head, vit, num_classes, class_embeddings=class_embeddings, logit_scale=logit_scale
         )
         super().__init__(
-            vit, prompter, built, config=config | prompter.config, backend=backend, fast=fast
+            vit,
+            prompter,
+            built,
+            method="pgn",
+            config=config | prompter.config,
+            backend=backend,
+            fast=fast,
         )
-
-    def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
-        check_images(self.backbone, images)
-        pixels = normalized(self.backbone, images)
-        prompts = self.prompter(pixels, backend=backend)
-        # a library that is trained for a canvas knows what stands where (inversion.GamutLibrary)
-        place = getattr(self.prompter.token_library, "place", None)
-        if place is not None:
-            return place(pixels, prompts)
-        return images, PromptSchedule("append", {0: prompts})
-
-    def _outline(self) -> PromptSchedule:
-        prompts = torch.empty(1, self.num_prompts, self.embed_dim, device="meta")
-        return PromptSchedule("append", {0: prompts})
 
     def prompts(self, images: Tensor) -> Tensor:
         """The prompt tokens of each image, (B, P, D); of a GamutLibrary, what a patch adds to the

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..backbone.inputs import check_images, normalized
 from ..backbone.load import load_backbone
-from ..backbone.schedule import Position, PromptSchedule
 from ..backbone.support import FastOptions
-from ..prompts import PixelPrompts, VisualPrompts
+from ..prompts import PixelPrompts, Prompter, VisualPrompts
 from ..prompts.pixels import LOCATIONS as PIXEL_LOCATIONS
 from ..prompts.sizes import require_sizes
 from .base import POOLS, PromptedViT, constructor_values
@@ -24,7 +21,7 @@ TOKEN_LOCATIONS = ("prepend", "add", "add-1")
 class VPT(PromptedViT):
     """A frozen ViT with learned prompts, the same for every image: VPT-Deep, -Shallow, ablations.
 
-    Prompts stand behind the prefix tokens and before the patch tokens. Those of block 0 enter
+    Prompts stand after the prefix tokens and before the patch tokens. Those of block 0 enter
     before ``norm_pre`` where the backbone has one (CLIP), those of other blocks before the block.
 
     Args:
@@ -36,7 +33,7 @@ class VPT(PromptedViT):
         deep: new prompts at every block; False: VPT-Shallow, prompts at block 0 that stay.
         layers: the block indices, from 0, that get prompts of their own; None: all.
         shared: one set of prompts for all these blocks.
-        expand: behind the last such block the prompts stay in the sequence; False: they leave.
+        expand: after the last such block the prompts stay in the sequence; False: they leave.
         project_dim: the prompts' stored width, projected to D by one shared linear layer.
         dropout: on the prompts, in training; each image and block has its own mask.
         location: "prepend", or the paper's ablations "add" (one vector per token, added), "add-1"
@@ -95,9 +92,9 @@ class VPT(PromptedViT):
         if pool == "prompt_pool" and without_tokens:
             raise ValueError(
                 f"pool='prompt_pool' averages prompt tokens, but with location={location!r} and "
-                f"expand={expand} none are there behind the last block"
+                f"expand={expand} none are there after the last block"
             )
-        prompter: nn.Module
+        prompter: Prompter
         if location in PIXEL_LOCATIONS:
             token_only = {"layers": layers is not None, "project_dim": project_dim is not None}
             token_only |= {"shared": shared, "dropout": dropout > 0}
@@ -117,6 +114,8 @@ class VPT(PromptedViT):
                 shared=shared,
                 project_dim=project_dim,
                 dropout=dropout,
+                position="prepend" if location == "prepend" else "add",
+                keep=expand,
             )
         built = build_head(
             head,
@@ -126,43 +125,16 @@ class VPT(PromptedViT):
             logit_scale=logit_scale,
             init="vpt" if head_init == "official" else head_init,
         )
-        super().__init__(vit, prompter, built, config=config, pool=pool, backend=backend, fast=fast)
-
-    def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
-        prompter, location = self.prompter, self.config["location"]
-        self._check_images(images)
-        if isinstance(prompter, VisualPrompts):
-            position: Position = "prepend" if location == "prepend" else "add"
-            layers = prompter(images.shape[0])
-            return images, PromptSchedule(position, layers, keep=self.config["expand"])
-        if location.startswith("prepend-pixel"):
-            return images, PromptSchedule("prepend", {0: prompter.tokens(self.backbone)})
-        images = normalized(self.backbone, images)
-        patch_weight = prompter.patch_projection(images.dtype)
-        return prompter.images(images), PromptSchedule("add", {}, patch_weight=patch_weight)
-
-    def _outline(self) -> PromptSchedule:
-        prompter, location = self.prompter, self.config["location"]
-        prompts = torch.empty(self.num_prompts, self.embed_dim, device="meta")
-        if not isinstance(prompter, VisualPrompts):
-            entering = {0: prompts} if location.startswith("prepend-pixel") else {}
-            return PromptSchedule("prepend" if entering else "add", entering)
-        if self.training and prompter.dropout > 0:
-            prompts = prompts[None]
-        position: Position = "prepend" if location == "prepend" else "add"
-        layers = dict.fromkeys(prompter.layers, prompts)
-        return PromptSchedule(position, layers, keep=self.config["expand"])
-
-    def _check_images(self, images: Tensor) -> None:
-        location = self.config["location"]
-        border = self.num_prompts if location == "pad" else 0
-        check_images(self.backbone, images, border)
-        own = tuple(size - 2 * border for size in self.backbone.patch_embed.img_size)
-        if location in ("add", "pad", "below") and images.shape[2:] != own:
-            raise ValueError(
-                f"images are {images.shape[2]}x{images.shape[3]} pixels, but the prompts of "
-                f"location={location!r} were made for {own[0]}x{own[1]}"
-            )
+        super().__init__(
+            vit,
+            prompter,
+            built,
+            method="vpt-deep" if deep else "vpt-shallow",
+            config=config,
+            pool=pool,
+            backend=backend,
+            fast=fast,
+        )
 
 
 def _prompted_blocks(layers: Sequence[int] | None, deep: bool, depth: int) -> tuple[int, ...]:

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._stored import check_shapes
+from ..backbone.inputs import normalized
+from ..backbone.schedule import Mixture, PromptSchedule
 from ..errors import UserError, brief
 from ..ops import mix_prompts
 from ..ops.mix_prompts import ACTIVATIONS
 from ..reference import mixture
 from . import networks
+from .base import Prompter
 from .official import read_official
 from .sizes import require_sizes
 
 
-class PromptGenerator(nn.Module):
+class PromptGenerator(Prompter):
     """Images (B, C, H, W) to prompt tokens (B, P, D).
 
         prompts[b, p] = sum_k activation(generator(image[b]))[p, k] * token_library[k]
@@ -125,6 +128,30 @@ class PromptGenerator(nn.Module):
         library = self.library()
         logits = self.mixture_logits(images).to(library.dtype)
         return mix_prompts(logits, library, self.activation, backend=backend)
+
+    def schedule(self, images: Tensor) -> PromptSchedule:
+        """A mixture of the token library for each image, after the patches of block 0."""
+        library = self.library()
+        logits = self.mixture_logits(images).to(library.dtype)
+        return PromptSchedule("append", {0: Mixture(logits, library, self.activation)})
+
+    def prompt(
+        self, images: Tensor, backbone: Any, backend: str | None
+    ) -> tuple[Tensor, PromptSchedule]:
+        """As ``Prompter.prompt``; a library that is trained for a canvas places its tokens itself
+        (``pgn_fast.inversion.GamutLibrary.place``)."""
+        pixels = normalized(backbone, images)
+        place = getattr(self.token_library, "place", None)
+        if place is not None:
+            return place(pixels, self(pixels, backend=backend))
+        return images, self.schedule(pixels)
+
+    def example(self, backbone: Any) -> PromptSchedule:
+        """As ``Prompter.example``, without running the network."""
+        P, K, D = self.num_prompts, self.library_size, self.embed_dim
+        library = torch.empty(K, D, device="meta")
+        logits = torch.empty(1, P, K, device="meta")
+        return PromptSchedule("append", {0: Mixture(logits, library, self.activation)})
 
     def mixture_logits(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to mixture coefficients before the activation, (B, P, K)."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backbone.schedule import Entry, Position, PromptSchedule
+from .base import Prompter
 
-class VisualPrompts(nn.Module):
+
+class VisualPrompts(Prompter):
     """Prompt tokens of the blocks that have some.
 
     Args:
@@ -20,7 +24,9 @@ class VisualPrompts(nn.Module):
         layers: the block indices, from 0, that get prompts.
         shared: one set of prompts for all of them.
         project_dim: the prompts' stored width d, projected to D by one linear layer; None: d = D.
-        dropout: on the prompts of each image and block on its own, behind the projection.
+        dropout: on the prompts of each image and block on its own, after the projection.
+        position: "prepend", or "add" for prompts that are added to the tokens: P = S + N, or 1.
+        keep: after the last of ``layers`` the prompts stay in the sequence.
 
     Attributes:
         prompts: Parameter (len(layers) or 1, P, d), uniform in +-sqrt(6 / (3 p^2 + d)).
@@ -39,8 +45,13 @@ class VisualPrompts(nn.Module):
         shared: bool = False,
         project_dim: int | None = None,
         dropout: float = 0.0,
+        position: Position = "prepend",
+        keep: bool = True,
     ) -> None:
         super().__init__()
+        self.position: Position = position
+        self.keep = keep
+        self.embed_dim = embed_dim
         self.layers = tuple(layers)
         self.dropout = dropout
         width = embed_dim if project_dim is None else project_dim
@@ -51,7 +62,30 @@ class VisualPrompts(nn.Module):
             self.projection = nn.Linear(project_dim, embed_dim)
             nn.init.kaiming_normal_(self.projection.weight, a=0, mode="fan_out")
 
-    def forward(self, batch_size: int) -> dict[int, Tensor]:
+    def schedule(self, images: Tensor) -> PromptSchedule:
+        """The prompts of every block, whatever the images."""
+        return PromptSchedule(self.position, self(images.shape[0]), keep=self.keep)
+
+    def prompt(
+        self, images: Tensor, backbone: Any, backend: str | None
+    ) -> tuple[Tensor, PromptSchedule]:
+        """As ``Prompter.prompt``; images stay as they are, uint8 too."""
+        return images, self.schedule(images)
+
+    def check_images(self, images: Tensor, backbone: Any) -> None:
+        """Refuse images that the backbone cannot read with these prompts (ValueError)."""
+        super().check_images(images, backbone)
+        if self.position == "add" and self.prompts.shape[1] > 1:
+            check_size(images, backbone, "add")
+
+    def example(self, backbone: Any) -> PromptSchedule:
+        """As ``Prompter.example``."""
+        prompts = torch.empty(self.prompts.shape[1], self.embed_dim, device="meta")
+        if self.training and self.dropout > 0:
+            prompts = prompts[None]
+        return PromptSchedule(self.position, dict.fromkeys(self.layers, prompts), keep=self.keep)
+
+    def forward(self, batch_size: int) -> dict[int, Entry]:
         """The prompts of every block: (P, D) shared by the batch, or (B, P, D) under dropout."""
         prompts = self.prompts if self.projection is None else self.projection(self.prompts)
         sets = prompts.unbind()
@@ -60,6 +94,16 @@ class VisualPrompts(nn.Module):
         if self.training and self.dropout > 0:
             sets = tuple(F.dropout(p.expand(batch_size, -1, -1), self.dropout) for p in sets)
         return dict(zip(self.layers, sets, strict=True))
+
+
+def check_size(images: Tensor, backbone: Any, location: str, border: int = 0) -> None:
+    """Refuse images of another size than the one that the prompts were made for (ValueError)."""
+    own = tuple(size - 2 * border for size in backbone.patch_embed.img_size)
+    if images.shape[2:] != own:
+        raise ValueError(
+            f"images are {images.shape[2]}x{images.shape[3]} pixels, but the prompts of "
+            f"location={location!r} were made for {own[0]}x{own[1]}"
+        )
 
 
 def initial_range(patch_size: tuple[int, ...], width: int) -> tuple[float, float]:

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .learned import initial_range
+from ..backbone.inputs import check_images, normalized
+from ..backbone.schedule import PromptSchedule
+from .base import Prompter
+from .learned import check_size, initial_range
 
 # ImageNet's mean and standard deviation of red, green and blue
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOCATIONS = ("pad", "below", "prepend-pixel", "prepend-pixel-imgnettransform")
 
 
-class PixelPrompts(nn.Module):
+class PixelPrompts(Prompter):
     """Learned pixels that enter the images, or go through the patch embedding as tokens.
 
     C channels, H x W pixels, D the width of tokens.
@@ -98,6 +101,34 @@ class PixelPrompts(nn.Module):
         self.patch_weight = nn.Parameter(torch.cat([weight, further], dim=1))
         bias = projection.bias
         self.patch_bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def check_images(self, images: Tensor, backbone: Any) -> None:
+        """Refuse images that the backbone cannot read with these prompts (ValueError)."""
+        border = self.num_prompts if self.location == "pad" else 0
+        check_images(backbone, images, border)
+        if self.location in ("pad", "below"):
+            check_size(images, backbone, self.location, border)
+
+    def prompt(
+        self, images: Tensor, backbone: Any, backend: str | None
+    ) -> tuple[Tensor, PromptSchedule]:
+        """As ``Prompter.prompt``: prompted images, or the tokens of the strip."""
+        if self._makes_tokens:
+            return images, PromptSchedule("prepend", {0: self.tokens(backbone)})
+        images = normalized(backbone, images)
+        patch_weight = self.patch_projection(images.dtype)
+        return self.images(images), PromptSchedule("add", {}, patch_weight=patch_weight)
+
+    def example(self, backbone: Any) -> PromptSchedule:
+        """As ``Prompter.example``."""
+        if not self._makes_tokens:
+            return PromptSchedule("add", {})
+        prompts = torch.empty(self.num_prompts, backbone.embed_dim, device="meta")
+        return PromptSchedule("prepend", {0: prompts})
+
+    @property
+    def _makes_tokens(self) -> bool:
+        return self.location.startswith("prepend-pixel")
 
     def images(self, images: Tensor) -> Tensor:
         """The images that the backbone gets: padded, or with further channels."""

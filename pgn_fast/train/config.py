@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
+from ..methods import METHODS, Method, find_method
 
-METHODS = ("pgn", "vpt-deep", "vpt-shallow", "linear", "full")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 SCHEDULES = ("cosine", "cosine-pgn", "cosine-vpt", "constant")
 
@@ -39,6 +39,7 @@ class TrainConfig:
     model: str = "pgn_demo_vit"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     method: str = "pgn"
+    method_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of its constructor
     num_prompts: int = 16
     library_size: int = 256
     generator: str = "resnet10"
@@ -113,7 +114,15 @@ class TrainConfig:
             UserError: an unknown name, or a value out of its range.
         """
         method = given.get("method", RECIPES.get(recipe or "", {}).get("method", cls.method))
-        _check_choice("method", method, METHODS)
+        try:
+            row = find_method(method)
+        except ValueError as error:
+            raise UserError(
+                f"--method is {method!r}; known: {', '.join(METHODS)}. A method of your own has to "
+                "be registered first: an installed package names its module as an entry point of "
+                "the group 'pgn_fast.methods'."
+            ) from error
+        _check_options(row, given)
         if recipe is not None:
             _check_choice("recipe", recipe, tuple(RECIPES))
         values = {
@@ -121,7 +130,7 @@ class TrainConfig:
             **_generator_defaults(
                 given.get("data", cls.data), given.get("generator", cls.generator)
             ),
-            **METHOD_DEFAULTS[method],
+            **row.training,
             **RECIPES.get(recipe or "", {}),
             **_deploy_defaults(given.get("deploy"), given.get("model", cls.model)),
             **given,
@@ -194,6 +203,20 @@ class TrainConfig:
             )
 
 
+def _check_options(row: Method, given: dict[str, Any]) -> None:
+    """Refuse a choice that belongs to other methods, rather than pass it over.
+
+    Methods of this package ignore each other's: a script may give all of them to each.
+    """
+    if row.registered:
+        others = {option for other in METHODS.values() for option in other.options.values()}
+        for name in sorted(others & set(given)):
+            raise UserError(
+                f"--{name.replace('_', '-')} is not an option of --method {row.name}; pass its own "
+                f"arguments as --method-kwargs {name}={given[name]}."
+            )
+
+
 def _generator_defaults(data: str, generator: str) -> dict[str, Any]:
     """8 pixels leave nothing to pool away; only the paper's network has that switch."""
     tiny = data == "digits" and generator == "resnet10"
@@ -245,14 +268,6 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
         "hflip": 0.0,
         "crop_pct": 1.0,
     },
-}
-
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "pgn": {"num_prompts": 16},
-    "vpt-deep": {"num_prompts": 50, "lr": 1e-2},
-    "vpt-shallow": {"num_prompts": 50, "lr": 1e-2},
-    "linear": {"lr": 1e-2},
-    "full": {"lr": 1e-4, "weight_decay": 0.05},
 }
 
 # The published recipes, as far as they are known. The official PGN run also solarizes a fifth of

@@ -11,8 +11,7 @@ from ..backbone.eager import rows_read
 from ..backbone.load import DEMO_NAME, load_backbone
 from ..errors import UserError, as_user_error
 from ..inversion import CanvasLayout, GamutLibrary, PatchMap, ServerSpec
-from ..models import PGN, VPT
-from ..models.baselines import FineTuned, LinearProbe
+from ..methods import find_method
 from .config import TrainConfig
 
 
@@ -107,32 +106,12 @@ def build_model(
         UserError: values that the model refuses, or a named backend that cannot run here.
     """
     with as_user_error(TypeError, RuntimeError):
-        if config.method == "linear":
-            return LinearProbe(backbone, num_classes)
-        if config.method == "full":
-            return FineTuned(backbone, num_classes)
-        if config.method == "pgn":
-            height, width = backbone.patch_embed.img_size or (224, 224)
-            return PGN(
-                backbone,
-                num_classes,
-                num_prompts=config.num_prompts,
-                library_size=config.library_size,
-                generator=config.generator,
-                generator_kwargs=config.generator_kwargs,
-                resolution=config.resolution or min(height, width),
-                activation=config.activation,
-                token_library=token_library,
-                backend=config.backend,
-                fast=config.fast,
-            )
-        return VPT(
-            backbone,
-            num_classes,
-            num_prompts=config.num_prompts,
-            deep=config.method == "vpt-deep",
-            project_dim=config.project_dim,
-            dropout=config.prompt_dropout,
-            backend=config.backend,
-            fast=config.fast,
-        )
+        row = find_method(config.method)
+        values = {name: getattr(config, option) for name, option in row.options.items()}
+        if "resolution" in values and values["resolution"] is None:
+            values["resolution"] = min(backbone.patch_embed.img_size or (224, 224))
+        known = row.parameters()
+        values |= {name: getattr(config, name) for name in ("backend", "fast") if name in known}
+        if token_library is not None:
+            values["token_library"] = token_library
+        return row.build(backbone, num_classes, **values | config.method_kwargs)
