@@ -116,7 +116,7 @@ def oriented(rng: random.Random) -> bytes:
     return encode(noise(rng), "JPEG", exif=exif)
 
 
-_KINDS: dict[str, tuple[Callable[[random.Random], bytes], set[int]]] = {
+KINDS: dict[str, tuple[Callable[[random.Random], bytes], set[int]]] = {
     "rgb png": (lambda rng: encode(noise(rng)), OK),
     "rgb jpeg": (lambda rng: encode(noise(rng), "JPEG"), OK),
     "rgb webp": (lambda rng: encode(noise(rng), "WEBP", lossless=True), OK),
@@ -154,8 +154,8 @@ _KINDS: dict[str, tuple[Callable[[random.Random], bytes], set[int]]] = {
 
 def fuzz_cases(count: int, seed: int = 0) -> Iterator[tuple[str, bytes, set[int]]]:
     rng = random.Random(seed)
-    kinds = list(_KINDS)
+    kinds = list(KINDS)
     for index in range(count):
         kind = kinds[index % len(kinds)]
-        make, allowed = _KINDS[kind]
+        make, allowed = KINDS[kind]
         yield kind, make(rng), allowed

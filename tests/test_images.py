@@ -25,11 +25,15 @@ from pgn_fast.images import (
     read_image,
     readable_suffixes,
 )
+from pgn_fast.serve.decode import decode_call
+from pgn_fast.serve.errors import ApiError
+from pgn_fast.serve.preprocess import Preprocessing
 
 CONFIG = {
     "input_size": (3, 32, 32),
     "interpolation": "bicubic",
     "crop_pct": 0.9,
+    "crop_mode": "center",
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
 }
@@ -312,3 +316,18 @@ def test_arrays_of_any_strides():
         file = io.BytesIO()
         Image.fromarray(view).save(file, "PNG")
         assert (pixels(file.getvalue()) == view).all()
+
+
+@pytest.mark.parametrize("size", [(250_000, 1), (1, 62_500), (2_000_000, 12)])
+def test_a_server_refuses_thin_pictures_by_their_header(size):
+    with pytest.raises(ApiError, match="more than 1000 to 1") as refusal:
+        next(decode_call([png_of(*size, 1, 0, b"")], 25_000_000, 100_000_000))
+    assert (refusal.value.status, refusal.value.code) == (413, "too_thin")
+
+
+def test_a_server_without_memory_for_a_resize_asks_to_come_again(monkeypatch):
+    preprocessing = Preprocessing(CONFIG)
+    monkeypatch.setattr(preprocessing, "_geometry", lambda image: bytearray(2**62))
+    with pytest.raises(ApiError) as refusal:
+        preprocessing.geometry(Image.new("RGB", (9, 9)))
+    assert refusal.value.status == 503

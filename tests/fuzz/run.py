@@ -34,6 +34,7 @@ MEGABYTES = 300
 TARGETS: dict[str, tuple[str, float]] = {
     "adapters": ("fuzz.adapters:Adapters", 0.3),
     "official": ("fuzz.official:Official", 0.2),
+    "images": ("fuzz.images:Images", 0.3),
 }
 
 
