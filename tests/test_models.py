@@ -840,7 +840,7 @@ def test_what_is_no_backbone_at_all_is_refused():
     with pytest.raises(ValueError, match="Linear is not a vision transformer"):
         pgn(nn.Linear(3, 3))
     with pytest.raises(
-        TypeError, match="takes a vision transformer of timm, .* or a name, got int"
+        TypeError, match=r"takes a vision transformer of timm, .* or a name, got int"
     ):
         load_backbone(3)
     with pytest.raises(ValueError, match="no model named 'vit_base_patch16_2244'; near it: vit_"):
