@@ -26,10 +26,21 @@ _EXPORTS = {
     "GamutLibrary": "inversion",
     "invert": "inversion",
     "from_pretrained": "adapters",
+    "TaskBank": "tasks",
     "capture": "cuda_graphs",
     "backends": "ops.dispatch",
 }
-_MODULES = ("adapters", "client", "inversion", "kernels", "models", "ops", "prompts", "reference")
+_MODULES = (
+    "adapters",
+    "client",
+    "inversion",
+    "kernels",
+    "models",
+    "ops",
+    "prompts",
+    "reference",
+    "tasks",
+)
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
@@ -49,6 +60,7 @@ if TYPE_CHECKING:
     from .ops.dispatch import backends as backends
     from .prompts import Prompter as Prompter
     from .prompts import PromptGenerator as PromptGenerator
+    from .tasks import TaskBank as TaskBank
 
 
 def __getattr__(name: str) -> Any:

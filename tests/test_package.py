@@ -22,7 +22,8 @@ PACKAGE = ROOT / "pgn_fast"
 LAYERS = [
     {"cli"},
     {"train", "serve", "demo", "client"},
-    {"tasks", "inversion", "adapters"},
+    {"tasks"},
+    {"inversion", "adapters"},
     {"methods"},
     {"models"},
     {"prompts", "cuda_graphs"},

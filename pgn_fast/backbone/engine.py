@@ -155,7 +155,7 @@ class FastBackbone:
         check_schedule(backbone, schedule, images.shape[0])
         below = images.requires_grad or schedule.patch_weight is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and below):
-            x, rope = self._embed(images, schedule)
+            x, rope = self.embed(images, schedule)
         norm_pre = getattr(backbone, "norm_pre", nn.Identity())
         entering = schedule.parts(0).tokens
         if entering is not None:
@@ -180,7 +180,7 @@ class FastBackbone:
             x = torch.cat([prefix, prompts, patches], dim=1)
         return backbone.norm(x[:, :rows])
 
-    def _embed(self, images: Tensor, schedule: PromptSchedule) -> tuple[Tensor, Tensor | None]:
+    def embed(self, images: Tensor, schedule: PromptSchedule) -> tuple[Tensor, Tensor | None]:
         """What ``reference.embed`` returns."""
         backbone = self.backbone
         backend = self.cache.backend_for("prompted_patch_embed", self.cache.dtype)
@@ -279,7 +279,7 @@ class FastBackbone:
         trade = "min" if self.backbone.grad_checkpointing else self.options.memory
 
         def run(x: Tensor) -> Tensor:
-            if step.rows is not None and self._absorbs(i, step.rows, rope):
+            if step.rows is not None and self.absorbs(i, step.rows, rope):
                 o = blocks.attend_absorbed(w, x, step.rows, step.prompts, step.keys)
                 return recompute.finish_block(w, x[:, : step.rows], o, trade)
             keys = None if step.keys is None else blocks.free_keys_values(w, step.keys)
@@ -288,7 +288,7 @@ class FastBackbone:
                 if step.prompts is not None:
                     own = self.cache.prompt_keys_values(i, w, step.prompts)
                     keys = blocks.join(own, keys)
-                copied = keys is not None and not self._fuses(keys[0], True)
+                copied = keys is not None and not self.fuses(keys[0], True)
                 q, k, v = blocks.project(w, x, M, separate=copied)
             else:
                 M = self._rows_out(step, num_tokens + step.prompts.shape[-2], num_tokens)
@@ -302,14 +302,14 @@ class FastBackbone:
             q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
             alone = keys is not None
             backend = self.backend if alone else self.cache.backend_for("prompt_attention", q.dtype)
-            o = blocks.attend(w, q, k, v, keys, self._fuses(q, alone), backend)
+            o = blocks.attend(w, q, k, v, keys, self.fuses(q, alone), backend)
             return recompute.finish_block(w, x[:, :M], o, trade)
 
         again = trade == "min" and torch.is_grad_enabled()
         x = recompute.run_again(run, x) if again else run(x)
         return x[:, :num_tokens] if step.keys_only else x
 
-    def _fuses(self, like: Tensor, prompts_alone: bool) -> bool:
+    def fuses(self, like: Tensor, prompts_alone: bool) -> bool:
         """Whether ``prompt_attention`` runs by a kernel, and pays where all tokens are alike."""
         # where this package is not, or a transform wants plain torch, torch's own attention is it
         if leaves_this_package() or transformed():
@@ -326,7 +326,7 @@ class FastBackbone:
             return min(step.rows, num_tokens)
         return num_tokens if step.keys_only and self.options.kv_only else all_rows
 
-    def _absorbs(self, i: int, rows: int, rope: Tensor | None) -> bool:
+    def absorbs(self, i: int, rows: int, rope: Tensor | None) -> bool:
         block = self.backbone.blocks[i]
         return (
             self.options.absorb

@@ -46,6 +46,10 @@ class LinearProbe(nn.Module):
         with torch.no_grad():
             features = self.backbone.forward_features(images)
             pooled = self.backbone.forward_head(features, pre_logits=True)
+        return self.classify(pooled)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Pooled features (B, D) to logits (B, C)."""
         return _classify(self.head, pooled)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:

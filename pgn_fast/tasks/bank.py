@@ -1,0 +1,488 @@
+"""Many tasks on one frozen backbone: mixed freely in a batch, or many for the same images."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import CONFIG_FILE, from_pretrained, save_pretrained
+from ..backbone.eager import pool, rows_read
+from ..backbone.engine import FastBackbone
+from ..backbone.inputs import check_images
+from ..backbone.load import load_backbone
+from ..backbone.schedule import PromptSchedule
+from ..backbone.support import FastOptions
+from ..errors import UserError
+from ..models import FineTuned, LinearProbe, PromptedViT
+from ..prompts import VisualPrompts
+from .mixed import KeysValues, MixedBackbone, Part, group
+
+_NO_PROMPTS = PromptSchedule("append", {})
+
+# images times tasks that `every` runs at once: 64 images of ViT-B are 40 MB a block
+_AT_ONCE = 64
+
+
+class UnknownTask(UserError, KeyError):
+    """No task of that name in the bank; the message offers the nearest."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show its message in quotes
+
+
+@dataclass
+class _Resident:
+    """A task as it answers: its model on the shared backbone, and what was made beforehand.
+
+    Attributes:
+        model: holds the task's own parameters; its backbone is the bank's.
+        ready: keys and values of deep prompts, by block.
+        made_from: the blocks' weights that ``ready`` was made from.
+    """
+
+    model: Any
+    ready: dict[int, KeysValues] = field(default_factory=dict)
+    made_from: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        state = self.model.adapter_state_dict()
+        own = sum(t.nbytes for t in state.values())
+        return own + sum(k.nbytes + v.nbytes for k, v in self.ready.values())
+
+
+@dataclass
+class _Task:
+    """One name of the bank. ``resident`` is None while the task is on disk alone."""
+
+    name: str
+    source: Path | None
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    method: str
+    resident: _Resident | None
+    nbytes: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class TaskBank:
+    """Many tasks on one frozen backbone; every image of a batch may belong to another one.
+
+    PGN, VPT-Shallow, VPT-Deep, linear probes and registered methods mix freely, with their own
+    numbers of prompts and classes, places of prompts, pools and heads. The result of an image is
+    that of its own task's model, whatever else is in the batch. Adding, removing and answering may
+    happen in different threads: a call answers with the tasks as they are when it begins.
+
+    Args:
+        backbone: as for ``PGN``; it is frozen in place.
+        max_bytes: of the tasks that are in memory (``nbytes``); beyond it those that were used
+            least recently go back to disk and are loaded again when they are asked for. None: all
+            stay in memory.
+        backend, fast: of the ops and the engine, as for ``PGN``.
+
+    Attributes:
+        failed: adapters of ``from_directory`` that could not be loaded: name -> reason.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        max_bytes: int | None = None,
+        *,
+        backend: str | None = None,
+        fast: bool | str | FastOptions = True,
+    ) -> None:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes must be at least 1, or None for no limit, got {max_bytes}")
+        self.backbone: Any = load_backbone(backbone)
+        self.max_bytes = max_bytes
+        self.failed: dict[str, str] = {}
+        options = FastOptions.of(fast)
+        self._engine = None if options is None else FastBackbone(self.backbone, options, backend)
+        self._tasks: OrderedDict[str, _Task] = OrderedDict()  # least recently used first
+        self._lock = threading.RLock()
+        self._resident_bytes = 0
+        self._spilled: tempfile.TemporaryDirectory[str] | None = None
+
+    @classmethod
+    def from_directory(
+        cls, path: str | PathLike[str], backbone: str | nn.Module | None = None, **options: Any
+    ) -> TaskBank:
+        """A bank of every adapter in the sub-directories of ``path``, named after them.
+
+        A damaged adapter does not keep the others from being served: it is named in a warning, and
+        in ``failed``.
+
+        Args:
+            path: a directory with one adapter a sub-directory.
+            backbone: as for ``TaskBank``; None: the one that the adapters name.
+            options: as for ``TaskBank``.
+
+        Raises:
+            UserError: no such directory, no adapter in it that can be loaded, or adapters of
+                different backbones where none is given.
+        """
+        root = Path(path)
+        if not root.is_dir():
+            raise UserError(f"no tasks: there is no folder {root}.")
+        folders = sorted(f for f in root.iterdir() if (f / CONFIG_FILE).exists())
+        if not folders:
+            raise UserError(
+                f"no tasks in {root}: it has no sub-folder with an {CONFIG_FILE}, one a task."
+            )
+        bank = None if backbone is None else cls(backbone, **options)
+        failed = {}
+        for folder in folders:
+            try:
+                if bank is None:
+                    first = from_pretrained(folder)
+                    bank = cls(first.backbone, **options)
+                bank.add(folder.name, folder)
+            except ValueError as error:
+                failed[folder.name] = str(error)
+                warnings.warn(f"task {folder.name!r} is left out: {error}", stacklevel=2)
+        if bank is None or not len(bank):
+            reasons = "; ".join(failed.values())
+            raise UserError(f"no task in {root} can be loaded: {reasons}")
+        bank.failed = failed
+        return bank
+
+    def add(self, name: str, source: str | PathLike[str] | nn.Module) -> None:
+        """Make a task known by a name. Nothing is added where it fails.
+
+        Args:
+            name: what ``tasks`` will call it.
+            source: an adapter's directory or hub id, or a model on this bank's backbone.
+
+        Raises:
+            ValueError: the name is taken or empty; the model is on another backbone, or trains it;
+                or the adapter is damaged or does not fit.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name must be a string of at least one letter, got {name!r}")
+        if name in self:
+            raise ValueError(f"task {name!r} is in the bank already; remove it first")
+        if isinstance(source, nn.Module):
+            model, place = self._checked(name, source), None
+        else:
+            model = self._checked(name, from_pretrained(source, self.backbone))
+            place = Path(source) if Path(source).is_dir() else None
+        resident = self._make(model)
+        names = getattr(model, "class_names", None)
+        task = _Task(
+            name,
+            place,
+            model.num_classes,
+            None if names is None else tuple(names),
+            model.method,
+            resident,
+            resident.nbytes,
+        )
+        with self._lock:
+            if name in self._tasks:
+                raise ValueError(f"task {name!r} is in the bank already; remove it first")
+            self._tasks[name] = task
+            self._resident_bytes += task.nbytes
+            self._shrink(keep=name)
+
+    def remove(self, name: str) -> None:
+        """Forget a task; calls that have begun still answer."""
+        with self._lock:
+            task = self._find(name)
+            del self._tasks[name]
+            if task.resident is not None:
+                self._resident_bytes -= task.nbytes
+
+    def __call__(self, images: Tensor, tasks: Sequence[str]) -> list[Tensor]:
+        """Images (B, C, H, W), one task each, to their logits.
+
+        Args:
+            images: as the models take them: normalized, or uint8.
+            tasks: B names.
+
+        Returns:
+            B logit vectors, (C_b,) each, without gradients.
+
+        Raises:
+            UnknownTask: (a KeyError) no task of that name; the nearest are named.
+            ValueError: another number of names than images.
+        """
+        if isinstance(tasks, str) or len(tasks) != images.shape[0]:
+            given = f"the string {tasks!r}" if isinstance(tasks, str) else f"{len(tasks)} names"
+            raise ValueError(
+                f"tasks must name one task for each of the {images.shape[0]} images, got {given}"
+            )
+        places: dict[str, list[int]] = {}
+        for i, name in enumerate(tasks):
+            places.setdefault(name, []).append(i)
+        residents = self._resident(places)
+        answers: list[Tensor | None] = [None] * images.shape[0]
+        with torch.no_grad():
+            check_images(self.backbone, images)
+            work = [(residents[name], rows) for name, rows in sorted(places.items())]
+            for rows, logits in self._answer(images, work):
+                for row, vector in zip(rows, logits, strict=True):
+                    answers[row] = vector
+        return answers  # type: ignore[return-value]
+
+    def every(self, images: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The same images through many tasks; what lies below a task's first prompt runs once.
+
+        Args:
+            images: (B, C, H, W), as for a call.
+            tasks: their names; None: all.
+
+        Returns:
+            name -> logits (B, C).
+        """
+        names = list(self.names if tasks is None else dict.fromkeys(tasks))
+        everything = list(range(images.shape[0]))
+        answers: dict[str, Tensor] = {}
+        with torch.no_grad():
+            check_images(self.backbone, images)
+            shared: dict[int, Tensor] = {}
+            at_once = max(1, _AT_ONCE // max(1, len(everything)))
+            for start in range(0, len(names), at_once):
+                chosen = names[start : start + at_once]
+                residents = self._resident(chosen)
+                work = [(residents[name], everything) for name in chosen]
+                found = self._answer(images, work, shared)
+                answers |= dict(zip(chosen, (logits for _, logits in found), strict=True))
+        return answers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks' names, sorted."""
+        with self._lock:
+            return tuple(sorted(self._tasks))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that a task takes in memory: its parameters, its head, and what is made from them;
+        also where it is on disk at the moment."""
+        return self._find(name).nbytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the tasks that are in memory now, without the backbone."""
+        return self._resident_bytes
+
+    def class_names(self, name: str) -> tuple[str, ...] | None:
+        """Of a task's logits, in their order; None where its adapter did not know them."""
+        return self._find(name).class_names
+
+    def method(self, name: str) -> str:
+        """The method that a task was trained by."""
+        return self._find(name).method
+
+    def num_classes(self, name: str) -> int:
+        """C, the length of a task's logits."""
+        return self._find(name).num_classes
+
+    def explain(self) -> str:
+        """How many tasks there are, what they take, and which run apart from the others."""
+        with self._lock:
+            tasks = list(self._tasks.values())
+        resident = [task for task in tasks if task.resident is not None]
+        lines = [
+            f"{len(tasks)} tasks on one {type(self.backbone).__name__}, {len(resident)} of them in "
+            f"memory ({self._resident_bytes / 1e6:.1f} MB)."
+        ]
+        if reason := self._apart():
+            lines.append(f"Every task runs by its own model, one after the other: {reason}.")
+        return "\n".join(lines)
+
+    def _find(self, name: str) -> _Task:
+        task = self._tasks.get(name)
+        if task is None:
+            near = difflib.get_close_matches(str(name), self._tasks, n=3)
+            hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+            raise UnknownTask(f"no task {name!r} among the bank's {len(self)}{hint}")
+        return task
+
+    def _checked(self, name: str, model: Any) -> Any:
+        """A model that can answer in this bank, frozen."""
+        if isinstance(model, FineTuned):
+            raise ValueError(
+                f"task {name!r}: a fine-tuned model has a backbone of its own, which no other task "
+                "can share"
+            )
+        if not isinstance(model, PromptedViT | LinearProbe):
+            raise ValueError(
+                f"task {name!r}: a bank takes models of this package, got {type(model).__name__}"
+            )
+        if model.backbone is not self.backbone:
+            raise ValueError(
+                f"task {name!r}: its model is on another backbone than the bank; build it on "
+                "bank.backbone, or add its adapter's directory"
+            )
+        return model.eval().requires_grad_(False)
+
+    def _apart(self) -> str | None:
+        """Why tasks cannot share a batch; None where they can."""
+        if self._engine is None:
+            return "fast=False"
+        return self._engine.cache.refusal
+
+    def _make(self, model: Any) -> _Resident:
+        """Project deep prompts' keys and values, once."""
+        resident = _Resident(model)
+        if self._apart() is None and _static(model):
+            assert self._engine is not None
+            mixed = MixedBackbone(self._engine)
+            with torch.no_grad():
+                schedule = model.prompter.schedule(torch.empty(0))
+                resident.ready = mixed.ready(schedule, model._reads_prompts())
+                resident.made_from = mixed.weights()
+        return resident
+
+    def _resident(self, names: Iterable[str]) -> dict[str, _Resident]:
+        """The tasks as they are now; those that are on disk alone are loaded."""
+        with self._lock:
+            tasks = [self._find(name) for name in names]
+            for task in tasks:
+                self._tasks.move_to_end(task.name)
+        found = {}
+        for task in tasks:
+            found[task.name] = self._loaded(task)
+        return found
+
+    def _loaded(self, task: _Task) -> _Resident:
+        resident = task.resident
+        if resident is not None:
+            return resident
+        with task.lock:
+            if task.resident is not None:
+                return task.resident
+            assert task.source is not None
+            model = self._checked(task.name, from_pretrained(task.source, self.backbone))
+            resident = self._make(model)
+            with self._lock:
+                task.resident = resident
+                if self._tasks.get(task.name) is task:
+                    self._resident_bytes += task.nbytes
+                    self._shrink(keep=task.name)
+            return resident
+
+    def _shrink(self, keep: str) -> None:
+        """Let the tasks that were used least recently go while there are too many bytes."""
+        if self.max_bytes is None:
+            return
+        for task in list(self._tasks.values()):
+            if self._resident_bytes <= self.max_bytes:
+                return
+            if task.resident is None or task.name == keep:
+                continue
+            if task.source is None:
+                task.source = self._spill(task)
+            task.resident = None
+            self._resident_bytes -= task.nbytes
+
+    def _spill(self, task: _Task) -> Path:
+        """Save a task that was added as a model."""
+        if self._spilled is None:
+            self._spilled = tempfile.TemporaryDirectory(prefix="pgn_fast_tasks_")
+        assert task.resident is not None
+        folder = Path(self._spilled.name, str(id(task)))
+        save_pretrained(task.resident.model, folder, class_names=task.class_names)
+        return folder
+
+    def _answer(
+        self,
+        images: Tensor,
+        work: list[tuple[_Resident, list[int]]],
+        shared: dict[int, Tensor] | None = None,
+    ) -> list[tuple[list[int], Tensor]]:
+        """Rows and logits of each task.
+
+        Args:
+            work: tasks, and the places of their images.
+            shared: for the same images through many tasks: the tokens that enter each block while
+                no prompt has come, kept from call to call. None: every image has one task.
+        """
+        answers: list[tuple[list[int], Tensor] | None] = [None] * len(work)
+        parts: dict[int, Part] = {}
+        apart = self._apart()
+        for n, (resident, rows) in enumerate(work):
+            part = None if apart else self._part(resident, images, rows)
+            if part is None:
+                answers[n] = rows, resident.model(images[rows])
+            else:
+                parts[n] = part
+        if parts:
+            assert self._engine is not None
+            mixed = MixedBackbone(self._engine)
+            groups = group(parts.values(), mixed.depth, None if shared is not None else 0)
+            starts, rope = self._starts(mixed, images, [g.first for g in groups], shared)
+            tokens = mixed.run(starts, rope, groups)
+            places = {
+                id(part): (g, at) for g in range(len(groups)) for part, at in groups[g].slices()
+            }
+            for n, part in parts.items():
+                g, at = places[id(part)]
+                answers[n] = part.rows, self._logits(work[n][0].model, part, tokens[g][at])
+        return answers  # type: ignore[return-value]
+
+    def _starts(
+        self,
+        mixed: MixedBackbone,
+        images: Tensor,
+        firsts: list[int],
+        shared: dict[int, Tensor] | None,
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
+        x, rope = mixed.embed(images)
+        if shared is None:
+            return {0: x}, rope
+        missing = [i for i in firsts if i not in shared]
+        if missing:
+            shared |= mixed.below(x, rope, missing)
+        return shared, rope
+
+    def _part(self, resident: _Resident, images: Tensor, rows: list[int]) -> Part | None:
+        """A task's share of the batch; None where it changes images or embedding on the way."""
+        model = resident.model
+        assert self._engine is not None
+        if isinstance(model, LinearProbe):
+            return Part(rows, _NO_PROMPTS, outputs=rows_read(self.backbone))
+        own = images[rows]
+        pixels, schedule = model._prompted(own, self._engine.backend)
+        if pixels is not own or schedule.position == "add" or schedule.patch_weight is not None:
+            return None
+        if callable(schedule.parts(0).tokens) and not isinstance(
+            getattr(self.backbone, "norm_pre", nn.Identity()), nn.Identity
+        ):
+            return None
+        if resident.ready and resident.made_from is not MixedBackbone(self._engine).weights():
+            resident = self._make(model)
+        reads = model._reads_prompts()
+        outputs = None if reads else model._rows_read()
+        return Part(rows, schedule, reads, outputs, resident.ready)
+
+    def _logits(self, model: Any, part: Part, tokens: Tensor) -> Tensor:
+        """(B, M, D) to (B, C), one image after the other: its mates then leave no trace in the
+        order of a sum."""
+        if isinstance(model, LinearProbe):
+            return torch.cat([model.classify(pool(self.backbone, x[None])) for x in tokens])
+        prompts = part.schedule.num_prompts_left if part.reads else 0
+        return torch.cat([model._classify(x[None], prompts) for x in tokens])
+
+
+def _static(model: Any) -> bool:
+    """Whether the prompts are the same for all images."""
+    return isinstance(getattr(model, "prompter", None), VisualPrompts)
