@@ -1,7 +1,7 @@
-"""A client of an image API that adapts the model behind it by changing the images.
+"""Clients of ``pgn-fast serve`` (docs/serving.md).
 
-``RgbClient`` knows nothing of the model but the API of ``pgn-fast serve`` (docs/serving.md): it
-sends PNGs and reads features or logits. It uses the standard library's HTTP client, so that a
+``TaskClient`` asks for trained tasks by name. ``RgbClient`` asks a model that nothing was trained
+on, and adapts it by changing the images. Both use the standard library's HTTP client, so that a
 device that only sends images needs no package beyond pgn_fast's own.
 """
 
@@ -15,8 +15,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from PIL import Image
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .inversion import ServerSpec
 
 _RETRIED = (429, 503)
@@ -35,7 +38,7 @@ class Prompter(Protocol):
     def encode(self, images: Any) -> Sequence[bytes]: ...
 
 
-class RgbClientError(RuntimeError):
+class ServerError(RuntimeError):
     """The server refused a call, or did not answer.
 
     Attributes:
@@ -49,7 +52,171 @@ class RgbClientError(RuntimeError):
         self.code = code
 
 
-class RgbClient:
+# its name where there was one client
+RgbClientError = ServerError
+
+
+class _Client:
+    """One connection to a server, which serves one thread, and its repetitions."""
+
+    def __init__(
+        self, url: str, *, token: str | None, timeout: float, retries: int, backoff: float
+    ) -> None:
+        address = urlsplit(url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise ValueError(f"url={url!r}: should be like http://127.0.0.1:8000")
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        self.url = url.rstrip("/")
+        self._connection = kinds[address.scheme](address.hostname, address.port, timeout=timeout)
+        self._path = address.path.rstrip("/")
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._timeout = timeout
+        self._retries = retries
+        self._backoff = backoff
+        self._images_per_call: int | None = None
+
+    def model(self) -> dict[str, Any]:
+        """What the server says of itself: name, output sizes, preprocessing, limits."""
+        return self._call("GET", "/v1/model")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _ask(self, encoded: Sequence[bytes], **fields: Any) -> tuple[Tensor, list[Any]]:
+        """Values (B, size) and predictions of encoded images, in as many calls as it takes."""
+        if not encoded:
+            raise ValueError("there are no images to send: the batch is empty")
+        if self._images_per_call is None:
+            self._images_per_call = int(self.model()["limits"]["images_per_call"])
+        step = self._images_per_call
+        values: list[Tensor] = []
+        predictions: list[Any] = []
+        for at in range(0, len(encoded), step):
+            images = [base64.b64encode(data).decode() for data in encoded[at : at + step]]
+            call = {"images": images, "encoding": "base64", **fields}
+            answer = self._call("POST", "/v1/predict", json.dumps(call).encode())
+            numbers = np.frombuffer(base64.b64decode(answer["values"]), dtype="<f4")
+            values.append(torch.from_numpy(numbers.astype(np.float32)).reshape(answer["shape"]))
+            predictions += answer.get("predictions", [])
+        return torch.cat(values), predictions
+
+    def _call(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+        attempts = 0
+        while True:
+            pause = self._backoff * 2**attempts * random.uniform(1.0, 1.5)
+            attempts += 1
+            last = attempts > self._retries
+            try:
+                status, retry_after, text = self._send(method, path, body)
+            except TimeoutError as error:
+                self.close()
+                raise ServerError(
+                    f"{self.url} did not answer within {self._timeout:g} seconds; raise timeout=, "
+                    "or send fewer images at a time."
+                ) from error
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if last:
+                    raise ServerError(
+                        f"no connection to {self.url} after {attempts} attempts "
+                        f"({type(error).__name__}: {error}). Is the server running?"
+                    ) from error
+            else:
+                if status == 200:
+                    return json.loads(text)
+                if status not in _RETRIED or last:
+                    raise _refusal(self.url, status, text, attempts)
+                pause = max(pause, retry_after)
+            time.sleep(pause)
+
+    def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, float, bytes]:
+        """Status, seconds of Retry-After and body of one answer."""
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        self._connection.request(method, self._path + path, body, self._headers | kind)
+        answer = self._connection.getresponse()
+        text = answer.read()
+        wait = answer.headers.get("Retry-After", "")
+        return answer.status, float(wait) if wait.isdigit() else 0.0, text
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of one image: its name, its index in label order, its probability."""
+
+    label: str
+    index: int
+    probability: float
+
+
+class TaskClient(_Client):
+    """Trained tasks of a server, by name.
+
+    Args:
+        url: of the server, such as "http://127.0.0.1:8000".
+        task: the name of the task that is asked for; None: the only one that the server has.
+        token: the bearer token that the server asks for (``--token-file``).
+        timeout: seconds to wait for one answer.
+        retries: how often a call is sent again that got 503 or 429, or lost its connection.
+        backoff: seconds before the first repetition, doubled for each next one (and at least what
+            ``Retry-After`` asks for).
+
+    Images are encoded ones (bytes), or a uint8 tensor (B, 3, H, W); the server prepares them as the
+    task was trained.
+
+    One client keeps one connection and serves one thread.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        task: str | None = None,
+        *,
+        token: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 5,
+        backoff: float = 0.1,
+    ) -> None:
+        super().__init__(url, token=token, timeout=timeout, retries=retries, backoff=backoff)
+        self.task = task
+
+    def tasks(self) -> list[str]:
+        """Names of the tasks that the server has."""
+        return [task["name"] for task in self._call("GET", "/v1/tasks")["tasks"]]
+
+    def describe(self) -> dict[str, Any]:
+        """Method, classes and preprocessing of the task.
+
+        Raises:
+            ServerError: the server has several tasks and ``task`` is None, or it has not this one.
+        """
+        name = self.task
+        if name is None:
+            names = self.tasks()
+            if len(names) != 1:
+                raise ServerError(f"{self.url} has {len(names)} tasks; name one by task=.")
+            (name,) = names
+        return self._call("GET", f"/v1/tasks/{quote(name, safe='')}")
+
+    def logits(self, images: Tensor | Sequence[bytes]) -> Tensor:
+        """Logits (B, C), float32."""
+        return self._of_task(images, 0)[0]
+
+    def predict(self, images: Tensor | Sequence[bytes], topk: int = 1) -> list[list[Prediction]]:
+        """The ``topk`` most probable classes of each image, the most probable first."""
+        return [[Prediction(**each) for each in image] for image in self._of_task(images, topk)[1]]
+
+    def _of_task(self, images: Tensor | Sequence[bytes], topk: int) -> tuple[Tensor, list[Any]]:
+        fields = {"topk": topk} if self.task is None else {"topk": topk, "task": self.task}
+        return self._ask(encode_plain(images), **fields)
+
+
+class RgbClient(_Client):
     """Features and logits of images, through an API that takes images only.
 
     Args:
@@ -57,11 +224,7 @@ class RgbClient:
         prompter: turns images into canvases; None sends the images as they are.
         head: applied here to the server's features, such as ``model.head`` of the adapter whose
             prompts are sent: the server's model has no trained head. None: logits are the server's.
-        token: the bearer token that the server asks for (``--token-file``).
-        timeout: seconds to wait for one answer.
-        retries: how often a call is sent again that got 503 or 429, or lost its connection.
-        backoff: seconds before the first repetition, doubled for each next one (and at least what
-            ``Retry-After`` asks for).
+        token, timeout, retries, backoff: as in ``TaskClient``.
 
     Images are, with a prompter, what its ``encode`` takes. Without one: a uint8 tensor
     (B, 3, H, W), or a list of encoded images (bytes).
@@ -80,20 +243,9 @@ class RgbClient:
         retries: int = 5,
         backoff: float = 0.1,
     ) -> None:
-        address = urlsplit(url)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(f"url={url!r}: should be like http://127.0.0.1:8000")
-        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
-        self.url = url.rstrip("/")
+        super().__init__(url, token=token, timeout=timeout, retries=retries, backoff=backoff)
         self.prompter = prompter
         self.head = head
-        self._connection = kinds[address.scheme](address.hostname, address.port, timeout=timeout)
-        self._path = address.path.rstrip("/")
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._timeout = timeout
-        self._retries = retries
-        self._backoff = backoff
-        self._images_per_call: int | None = None
 
     def features(self, images: Tensor | Sequence[bytes]) -> Tensor:
         """Pooled features (B, D), float32."""
@@ -109,10 +261,6 @@ class RgbClient:
     def predict(self, images: Tensor | Sequence[bytes]) -> Tensor:
         """Class indices (B,)."""
         return self.logits(images).argmax(dim=-1)
-
-    def model(self) -> dict[str, Any]:
-        """What the server says of itself: name, output sizes, preprocessing, limits."""
-        return self._call("GET", "/v1/model")
 
     def server_spec(self) -> ServerSpec:
         """The server's preprocessing as ``pgn_fast.invert(model, server=...)`` takes it.
@@ -137,75 +285,9 @@ class RgbClient:
             "changes every canvas; serve the model with --crop-mode center or --crop-pct 1."
         )
 
-    def close(self) -> None:
-        self._connection.close()
-
-    def __enter__(self) -> RgbClient:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def _predict(self, images: Tensor | Sequence[bytes], output: str) -> Tensor:
         encoded = encode_plain(images) if self.prompter is None else self.prompter.encode(images)
-        if not encoded:
-            raise ValueError("there are no images to send: the batch is empty")
-        if self._images_per_call is None:
-            self._images_per_call = int(self.model()["limits"]["images_per_call"])
-        step = self._images_per_call
-        parts = [
-            self._predict_call(encoded[at : at + step], output)
-            for at in range(0, len(encoded), step)
-        ]
-        return torch.cat(parts)
-
-    def _predict_call(self, encoded: Sequence[bytes], output: str) -> Tensor:
-        call = {
-            "images": [base64.b64encode(data).decode() for data in encoded],
-            "output": output,
-            "encoding": "base64",
-        }
-        answer = self._call("POST", "/v1/predict", json.dumps(call).encode())
-        values = np.frombuffer(base64.b64decode(answer["values"]), dtype="<f4")
-        return torch.from_numpy(values.astype(np.float32)).reshape(answer["shape"])
-
-    def _call(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        attempts = 0
-        while True:
-            pause = self._backoff * 2**attempts * random.uniform(1.0, 1.5)
-            attempts += 1
-            last = attempts > self._retries
-            try:
-                status, retry_after, text = self._send(method, path, body)
-            except TimeoutError as error:
-                self.close()
-                raise RgbClientError(
-                    f"{self.url} did not answer within {self._timeout:g} seconds; raise timeout=, "
-                    "or send fewer images at a time."
-                ) from error
-            except (OSError, http.client.HTTPException) as error:
-                self.close()
-                if last:
-                    raise RgbClientError(
-                        f"no connection to {self.url} after {attempts} attempts "
-                        f"({type(error).__name__}: {error}). Is the server running?"
-                    ) from error
-            else:
-                if status == 200:
-                    return json.loads(text)
-                if status not in _RETRIED or last:
-                    raise _refusal(self.url, status, text, attempts)
-                pause = max(pause, retry_after)
-            time.sleep(pause)
-
-    def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, float, bytes]:
-        """Status, seconds of Retry-After and body of one answer."""
-        kind = {} if body is None else {"Content-Type": "application/json"}
-        self._connection.request(method, self._path + path, body, self._headers | kind)
-        answer = self._connection.getresponse()
-        text = answer.read()
-        wait = answer.headers.get("Retry-After", "")
-        return answer.status, float(wait) if wait.isdigit() else 0.0, text
+        return self._ask(encoded, output=output)[0]
 
 
 def encode_plain(images: Tensor | Sequence[bytes]) -> list[bytes]:
@@ -234,11 +316,11 @@ def _png(levels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _refusal(url: str, status: int, text: bytes, attempts: int) -> RgbClientError:
+def _refusal(url: str, status: int, text: bytes, attempts: int) -> ServerError:
     try:
         error = json.loads(text)["error"]
         code, message = str(error["code"]), str(error["message"])
     except (ValueError, KeyError, TypeError):
         code, message = None, text[:200].decode("utf-8", "replace")
     tried = f" after {attempts} attempts" if attempts > 1 else ""
-    return RgbClientError(f"{url} answered {status}{tried}: {message}", status, code)
+    return ServerError(f"{url} answered {status}{tried}: {message}", status, code)

@@ -68,9 +68,9 @@ def serving(app, **config: object):
     return _running(server, server.run)
 
 
-def guarded(app, settings: ServerSettings | None = None):
+def guarded(app, settings: ServerSettings | None = None, admin=None):
     """(address, server) of an application as ``pgn-fast serve`` runs it."""
-    server = Server(app, settings or ServerSettings())
+    server = Server(app, settings or ServerSettings(), admin)
     return _running(server, lambda: server.listen("127.0.0.1", 0))
 
 

@@ -20,8 +20,8 @@ from pgn_fast.cli import build_parser
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", flags=re.M | re.S)
-# blocks that need a running server; tests/test_client.py holds what they show
-NEED_A_SERVER = ("RgbClient(", "TaskClient(")
+# blocks that need a running server; test_client.py and test_serve_*.py show it
+NEED_A_SERVER = ("RgbClient(", "TaskClient(", "InferenceServerClient(")
 
 
 def blocks(language: str) -> list[tuple[str, str]]:

@@ -32,7 +32,6 @@ from pgn_fast.serve import (
 )
 from pgn_fast.serve.batching import Batcher
 from pgn_fast.serve.decode import decode_call
-from pgn_fast.serve.recorded import recorded
 
 
 @pytest.fixture(scope="module")
@@ -158,29 +157,7 @@ def test_one_batch_of_many_calls_is_cut_where_they_end(served):
         assert torch.equal(result, expected)
 
 
-def test_a_model_is_recorded_only_where_the_numbers_stay_its_own(caplog):
-    passes = load_served_model(tiny_vit()).passes
-    assert set(passes) == {"features", "logits"}
-    assert all(isinstance(step, torch.jit.ScriptModule) for step in passes.values())
-    assert not caplog.text
-
-    class Branching(torch.nn.Module):
-        """What a recording cannot hold: another way for another batch."""
-
-        def forward(self, images):
-            return images.float() * (2 if len(images) == 2 else 3)
-
-    class Refusing(torch.nn.Module):
-        def forward(self, images):
-            torch._assert(not torch.jit.is_tracing(), "is not traced")
-            return images.float()
-
-    for module, reason in ((Branching(), "computes other numbers"), (Refusing(), "is not traced")):
-        assert recorded(module, torch.ones(2, 3, dtype=torch.uint8)) is module
-        assert reason in caplog.text
-
-
-def test_a_recording_shares_the_models_weights():
+def test_changes_of_the_models_weights_are_seen():
     served = load_served_model(tiny_vit())
     calls = [([np.full((3, 32, 32), 7, np.uint8)], "features")]
     (before,) = served.run(calls)

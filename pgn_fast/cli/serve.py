@@ -1,4 +1,4 @@
-"""``pgn-fast serve``: a frozen model behind an ordinary image API."""
+"""``pgn-fast serve``: what was trained, or a frozen model as it is, behind an image API."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import dataclasses
 import sys
 from typing import Any
 
-from ..errors import as_user_error
+from ..errors import UserError, as_user_error
 from ..serve.logs import FORMATS
 from ..serve.settings import OUTPUTS, ServerSettings
 from ._options import KeyValues, add_device_argument, pick_device
 
-HELP = "serve a frozen model's features or logits over HTTP"
+HELP = "serve what was trained, or a frozen model's features, over HTTP"
 EPILOG = """\
 examples:
+  pgn-fast serve runs/photos                   one task: a run, or an adapter
+  pgn-fast serve tasks --token-file tokens     one task a sub-folder; the folder is watched
   pgn-fast serve --model vit_base_patch32_clip_224.openai
   pgn-fast serve --model pgn_demo_vit --port 8001
   curl -F images=@cat.png -F images=@dog.jpg http://127.0.0.1:8000/v1/predict
-  curl http://127.0.0.1:8000/v1/model          sizes, preprocessing, limits
+  curl -F images=@cat.png -F task=pets http://127.0.0.1:8000/v1/predict
+  curl http://127.0.0.1:8000/v1/tasks          what may be asked for
 
 It listens on 127.0.0.1 unless --host says otherwise; --token-file asks callers for a token.
 docs/serving.md has the rest.
@@ -47,12 +50,18 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ServerSet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
+    model = parser.add_argument_group("what is served")
+    model.add_argument(
+        "place",
+        nargs="?",
+        metavar="ADAPTER|TASKS_DIR",
+        help="an adapter, a training run, or a folder with one of them in each sub-folder",
+    )
     model.add_argument(
         "--model",
-        required=True,
         metavar="NAME",
-        help="a timm vision transformer, with its tag; pgn_demo_vit is inside",
+        help="alone: a timm vision transformer as it is, with its tag (pgn_demo_vit is inside); "
+        "beside adapters: their backbone, where it is not the one that they name",
     )
     model.add_argument(
         "--model-kwargs",
@@ -63,11 +72,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for timm, such as dynamic_img_size=True",
     )
     model.add_argument(
-        "--output", choices=OUTPUTS, default="features", help="where a call does not say (features)"
+        "--output",
+        choices=OUTPUTS,
+        help="where a call does not say (a model: features; tasks: logits)",
     )
     add_device_argument(model)
 
-    pixels = parser.add_argument_group("preprocessing (default: the model's own)")
+    model.add_argument(
+        "--watch-s",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="seconds between two looks at TASKS_DIR; 0: none (default: %(default)s)",
+    )
+
+    pixels = parser.add_argument_group("preprocessing of a model alone (default: its own)")
     pixels.add_argument(
         "--input-size", type=int, nargs=3, metavar="N", help="channels, height and width"
     )
@@ -91,6 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--token-file", metavar="FILE", help="bearer tokens, one a line; calls must carry one"
     )
+    server.add_argument(
+        "--admin",
+        type=int,
+        metavar="PORT",
+        help="add and remove tasks on this port of 127.0.0.1 (POST, DELETE /v1/tasks)",
+    )
     server.add_argument("--access-log", action="store_true", help="a line for every call")
     server.add_argument("--log-format", choices=FORMATS, default="text", help="(text)")
 
@@ -106,29 +131,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.place is None and args.model is None:
+        raise UserError(
+            "name what is to be served: an adapter, a folder of tasks, or --model NAME."
+        )
+    output = args.output or ("features" if args.place is None else "logits")
     with as_user_error():
         settings = ServerSettings(
-            default_output=args.output, **{name: getattr(args, name) for name in _SETTINGS}
+            default_output=output, **{name: getattr(args, name) for name in _SETTINGS}
         )
     device = pick_device(args.device)
     with as_user_error(ImportError):
-        from ..serve import load_served_model, run_server
+        from ..serve import run_server
         from ..serve.access import is_loopback
 
-    names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
-    data_args: dict[str, Any] = {name: getattr(args, name) for name in names}
     with as_user_error(RuntimeError, TypeError):
-        served = load_served_model(
-            args.model, data_args=data_args, device=device, **args.model_kwargs
-        )
-        served.check_output(args.output)
+        served = _load(args, device)
+        served.check_output(output)
     if args.token_file is None and not is_loopback(args.host):
         print(
             f"pgn-fast serve: warning: anyone who reaches {args.host} may call; --token-file asks "
             "for a token.",
             file=sys.stderr,
         )
-    print(f"{args.model} on http://{args.host}:{args.port}/v1/predict", flush=True)
+    what = args.model if args.place is None else f"{len(served.tasks())} tasks on {served.name}"
+    print(f"{what} on http://{args.host}:{args.port}/v1/predict", flush=True)
     with as_user_error():
         cut_off = run_server(
             served,
@@ -139,5 +166,25 @@ def run(args: argparse.Namespace) -> int:
             log_format=args.log_format,
             allowed_hosts=args.allowed_host,
             token_file=args.token_file,
+            admin_port=args.admin,
         )
     return 1 if cut_off else 0
+
+
+def _load(args: argparse.Namespace, device: Any) -> Any:
+    from ..serve import load_served_model, load_served_tasks
+
+    names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+    data_args: dict[str, Any] = {name: getattr(args, name) for name in names}
+    if args.place is None:
+        return load_served_model(
+            args.model, data_args=data_args, device=device, **args.model_kwargs
+        )
+    given = [f"--{name.replace('_', '-')}" for name in names if data_args[name] is not None]
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: adapters have a preprocessing of their own; leave the flags out."
+        )
+    return load_served_tasks(
+        args.place, model=args.model, device=device, watch_s=args.watch_s, **args.model_kwargs
+    )

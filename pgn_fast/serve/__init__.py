@@ -1,8 +1,8 @@
-"""A frozen timm model behind an ordinary image API, to prove input-space prompts on.
+"""Trained tasks, or a frozen timm model as it is, behind an image API.
 
-``create_app(ServedModel(...))`` is the ASGI application, ``run_server`` what ``pgn-fast serve``
-runs. Needs the optional extra ``serve``; names are loaded, and the extra is looked for, when they
-are first used.
+``create_app(load_served_tasks("runs/pets"))`` is the ASGI application, ``run_server`` what
+``pgn-fast serve`` runs. Needs the optional extra ``serve``; names are loaded, and the extra is
+looked for, when they are first used.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ _EXPORTS = {
     "ApiError": "errors",
     "Preprocessing": "preprocess",
     "ServedModel": "model",
+    "ServedTasks": "tasks",
     "ServerSettings": "settings",
     "create_app": "app",
     "load_served_model": "server",
+    "load_served_tasks": "server",
     "run_server": "server",
 }
 # module -> its package on PyPI
@@ -33,9 +35,11 @@ __all__ = [
     "ApiError",
     "Preprocessing",
     "ServedModel",
+    "ServedTasks",
     "ServerSettings",
     "create_app",
     "load_served_model",
+    "load_served_tasks",
     "run_server",
 ]
 
@@ -45,8 +49,10 @@ if TYPE_CHECKING:
     from .model import ServedModel as ServedModel
     from .preprocess import Preprocessing as Preprocessing
     from .server import load_served_model as load_served_model
+    from .server import load_served_tasks as load_served_tasks
     from .server import run_server as run_server
     from .settings import ServerSettings as ServerSettings
+    from .tasks import ServedTasks as ServedTasks
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The routes: ``/v1/predict``, ``/v1/model``, ``/healthz``, ``/readyz`` and ``/metrics``."""
+"""The routes: ``/v1/predict``, ``/v1/model``, ``/v1/tasks``, probes, metrics and ``/v2``."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from . import v2
 from .access import AllowedHosts, Tokens
+from .answerer import Answerer
 from .body import ENCODINGS
 from .errors import ApiError, error_response
+from .forms import PredictForm
 from .front import Front
-from .model import ServedModel
 from .service import Service
 from .settings import OUTPUTS, ServerSettings
 
 
 def create_app(
-    served: ServedModel,
+    served: Answerer,
     settings: ServerSettings | None = None,
     *,
     on_idle: Callable[[], None] = lambda: None,
@@ -30,8 +32,8 @@ def create_app(
     """The API as an ASGI application; its threads start and stop with the application's lifespan.
 
     Args:
-        served: model and preprocessing.
-        settings: limits and batching; None: the defaults.
+        served: a model, or tasks.
+        settings: limits and batching; None: the defaults, and its first output.
         on_idle: called in a thread when no call is in progress, once after every load.
         hosts: the names that a call's ``Host`` may carry; None: all.
         tokens: bearer tokens, of which a call must carry one; None: none is asked for.
@@ -42,7 +44,7 @@ def create_app(
     Raises:
         ValueError: the settings' default output is one that the model does not have.
     """
-    settings = settings or ServerSettings()
+    settings = settings or ServerSettings(default_output=served.outputs[0])
     served.check_output(settings.default_output)
     service = Service(served, settings, on_idle)
 
@@ -71,7 +73,7 @@ def create_app(
 
     @app.post("/v1/predict", openapi_extra=_PREDICT_BODY)
     async def predict(request: Request) -> Response:
-        return await service.predict(request)
+        return await service.predict(request, PredictForm())
 
     def get(path: str) -> Callable[[Callable[[], Response]], None]:
         """A route for GET and HEAD, answered on the event loop."""
@@ -96,6 +98,22 @@ def create_app(
             }
         )
 
+    @get("/v1/tasks")
+    def tasks() -> Response:
+        short = ("method", "num_classes")
+        found = served.tasks().items()
+        return _json({"tasks": [{"name": name, **{k: t[k] for k in short}} for name, t in found]})
+
+    @app.get("/v1/tasks/{name}")
+    async def task(name: str) -> Response:
+        found = served.tasks().get(name)
+        if found is None:
+            error = ApiError(404, "no_such_task", f"there is no task {name[:128]!r}.")
+            return error_response(error)
+        return _json({"name": name, **found})
+
+    v2.add_routes(app, service, served)
+
     @get("/healthz")
     def healthz() -> Response:
         alive = service.batcher.alive
@@ -111,13 +129,13 @@ def create_app(
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> Response:
-        return error_response(_http_error(request, error))
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        return error_response(http_error(request, error), request.url.path)
 
     return app
 
 
-def _http_error(request: Request, error: HTTPException) -> ApiError:
+def http_error(request: Request, error: HTTPException) -> ApiError:
     path = request.url.path[:200]
     if error.status_code == 404:
         slash = " Leave out the last slash." if path != "/" and path.endswith("/") else ""
@@ -137,6 +155,8 @@ def _call_schema(image_format: str) -> dict[str, Any]:
             "images": {"type": "array", "items": {"type": "string", "format": image_format}},
             "output": {"enum": list(OUTPUTS)},
             "encoding": {"enum": list(ENCODINGS)},
+            "task": {"type": "string"},
+            "topk": {"type": "integer", "minimum": 0, "maximum": 1000, "default": 5},
         },
     }
 

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -20,14 +21,14 @@ from .admission import Share
 from .errors import ApiError, overloaded
 from .preprocess import Levels
 
-# the images of one call, (C, H, W) each, and the name of the output that it asks for
-Call = tuple[Sequence[Levels], str]
+# the images of one call, (C, H, W) each, and what they are put to (``Target.key``)
+Call = tuple[Sequence[Levels], Any]
 
 
 @dataclass
 class _Waiting:
     levels: Sequence[Levels]
-    output: str
+    key: Any
     client: str
     result: Future[Tensor] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
@@ -37,7 +38,7 @@ class Batcher:
     """Runs a model on what callers submit.
 
     Args:
-        run: calls, each its images (list of uint8 (C, H, W)) and an output's name → one result
+        run: calls, each its images (list of uint8 (C, H, W)) and a key → one result
             (images, size) for each call; called in worker threads, several at a time.
         max_batch: images that go through ``run`` together; a single larger call goes alone.
         max_wait: seconds that a batch waits for more images after its first.
@@ -82,7 +83,7 @@ class Batcher:
     def alive(self) -> bool:
         return not self._closed and all(thread.is_alive() for thread in self._threads)
 
-    def submit(self, levels: Sequence[Levels], output: str, client: str = "") -> Future[Tensor]:
+    def submit(self, levels: Sequence[Levels], key: Any, client: str = "") -> Future[Tensor]:
         """Queue the images of one call of a client.
 
         Returns:
@@ -91,7 +92,7 @@ class Batcher:
         Raises:
             ApiError: 503, the queue is full or the server is closing.
         """
-        waiting = _Waiting(levels, output, client)
+        waiting = _Waiting(levels, key, client)
         with self._changed:
             if self._closed:
                 raise ApiError(503, "closing", "this server is shutting down.", retry_after=5)
@@ -155,7 +156,7 @@ class Batcher:
     def _answer(self, batch: list[_Waiting]) -> None:
         began = time.perf_counter()
         try:
-            results = self._run([(call.levels, call.output) for call in batch])
+            results = self._run([(call.levels, call.key) for call in batch])
             for call, result in zip(batch, results, strict=True):
                 call.result.set_result(result)
         except Exception as error:

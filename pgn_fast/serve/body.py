@@ -32,11 +32,15 @@ class PredictCall:
         images: encoded images, in the order of the answer.
         output: "features" or "logits".
         encoding: the answer's numbers as nested "json" lists or as "base64" of float32.
+        task: the name of the task that is asked for; None: not said.
+        topk: how many classes of each image a task's answer names.
     """
 
     images: list[bytes]
     output: str
     encoding: str
+    task: str | None = None
+    topk: int = 5
 
 
 def parse_call(
@@ -46,9 +50,9 @@ def parse_call(
 
     Two content types are taken:
 
-    - ``multipart/form-data``: every part that has a file name is an image; the fields ``output``
-      and ``encoding`` may stand beside them.
-    - ``application/json``: ``{"images": ["<base64>", ...], "output": ..., "encoding": ...}``.
+    - ``multipart/form-data``: every part that has a file name is an image; the fields ``task``,
+      ``output``, ``encoding`` and ``topk`` may stand beside them.
+    - ``application/json``: ``{"images": ["<base64>", ...], "task": ..., "output": ...}``.
 
     Raises:
         ApiError: 400 malformed, 413 too many images, 415 another content type.
@@ -73,13 +77,25 @@ def parse_call(
         raise _bad(f"output={str(output)[:40]!r}: known are {', '.join(OUTPUTS)}.")
     if encoding not in ENCODINGS:
         raise _bad(f"encoding={str(encoding)[:40]!r}: known are {', '.join(ENCODINGS)}.")
-    return PredictCall(images, output, encoding)
+    task = fields.get("task")
+    if task is not None and not isinstance(task, str):
+        raise _bad(f"task={str(task)[:40]!r}: give the name of one task.")
+    return PredictCall(images, output, encoding, task, _topk(fields.get("topk", 5)))
+
+
+def _topk(value: Any) -> int:
+    """A number of classes, out of JSON or a form field."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 5:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000:
+        raise _bad(f"topk={str(value)[:40]!r}: give a number from 0 to 1000.")
+    return value
 
 
 def _read_json(body: bytes, max_images: int) -> tuple[list[bytes], dict[str, Any]]:
     # each further JSON value takes a comma: counted first, because millions of empty lists fit a
     # body and would be fifty times its size as Python objects
-    _check_count(body.count(b",") - _MAX_OTHERS, max_images)
+    check_count(body.count(b",") - _MAX_OTHERS, max_images)
     try:
         call = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -87,7 +103,7 @@ def _read_json(body: bytes, max_images: int) -> tuple[list[bytes], dict[str, Any
     if not isinstance(call, dict) or not isinstance(call.get("images"), list):
         raise _bad('the body must be a JSON object like {"images": ["<base64>", ...]}.')
     encoded = call["images"]
-    _check_count(len(encoded), max_images)
+    check_count(len(encoded), max_images)
     images = []
     for index, text in enumerate(encoded):
         try:
@@ -156,7 +172,7 @@ class _Parts:
         _, options = parse_options_header(self._disposition)
         data = b"".join(self._data)
         if b"filename" in options or _EXTENDED_NAME.search(_QUOTED.sub(b"", self._disposition)):
-            _check_count(len(self.images) + 1, self._max_images)
+            check_count(len(self.images) + 1, self._max_images)
             self.images.append(data)
         else:
             if len(self.fields) >= _MAX_OTHERS:
@@ -168,7 +184,8 @@ class _Parts:
         self.complete = True
 
 
-def _check_count(count: int, max_images: int) -> None:
+def check_count(count: int, max_images: int) -> None:
+    """Raises ApiError 413 where a call has more images than one may."""
     if count > max_images:
         raise ApiError(
             413,

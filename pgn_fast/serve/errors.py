@@ -52,5 +52,9 @@ def out_of_time(doing: str) -> ApiError:
     return ApiError(503, "timeout", f"the time for this call ran out while {doing}.", retry_after=1)
 
 
-def error_response(error: ApiError) -> Response:
-    return Response(error.body(), error.status, error.headers(), media_type="application/json")
+def error_response(error: ApiError, path: str = "") -> Response:
+    """The answer to a refused call; below ``/v2/`` in the Open Inference Protocol's form."""
+    body = error.body()
+    if path.startswith("/v2/"):
+        body = json.dumps({"error": f"{error.code}: {error.message}"}).encode()
+    return Response(body, error.status, error.headers(), media_type="application/json")

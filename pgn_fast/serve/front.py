@@ -102,4 +102,4 @@ class Front:
 
 
 async def _refuse(error: ApiError, scope: Any, receive: Any, send: Any) -> None:
-    await error_response(error)(scope, receive, send)
+    await error_response(error, scope["path"])(scope, receive, send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.server import ServerState
 
 from ..errors import UserError
 from .connections import ACCEPTED_AT_ONCE, Connection, Guard, on_loop_error
@@ -24,6 +26,7 @@ from .settings import ServerSettings
 _logger = logging.getLogger(__name__)
 # connections that the system keeps until they are accepted
 _BACKLOG = 1024
+_ADMIN_CONNECTIONS = 16
 
 
 class Server(uvicorn.Server):
@@ -37,9 +40,15 @@ class Server(uvicorn.Server):
     Args:
         app: of ``create_app``.
         settings: limits and times.
+        admin: an application for this machine alone, and its port; None: none.
     """
 
-    def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: ServerSettings,
+        admin: tuple[FastAPI, int] | None = None,
+    ) -> None:
         self._guard = Guard(settings)
         super().__init__(
             uvicorn.Config(
@@ -58,6 +67,8 @@ class Server(uvicorn.Server):
         self._service = app.state.service
         self._settings = settings
         self._stop_at: float | None = None
+        self._admin = admin
+        self._admin_server: asyncio.Server | None = None
 
     def listen(self, host: str, port: int) -> bool:
         """Serve until a signal, or until ``drain`` is called.
@@ -88,6 +99,23 @@ class Server(uvicorn.Server):
             each.listen(_BACKLOG)
         if sockets:
             _logger.info("listening on %s", ", ".join(map(_address, sockets)))
+        if self._admin is not None:
+            await self._listen_for_admin(*self._admin)
+
+    async def _listen_for_admin(self, app: FastAPI, port: int) -> None:
+        guard = Guard(dataclasses.replace(self._settings, max_connections=_ADMIN_CONNECTIONS))
+        config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False)
+        config.load()
+        state = ServerState()
+
+        def connection() -> Connection:
+            return Connection(config, state, {}, guard=guard)
+
+        (listening,) = _bind("127.0.0.1", port)
+        loop = asyncio.get_running_loop()
+        self._admin_server = await loop.create_server(connection, sock=listening)
+        self._admin_watch = loop.create_task(guard.watch())
+        _logger.info("admin listens on %s", _address(listening))
 
     async def on_tick(self, counter: int) -> bool:
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
@@ -96,6 +124,9 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.draining = True
+        if self._admin_server is not None:
+            self._admin_server.close()
+            self._admin_watch.cancel()
         await super().shutdown(sockets)
         self._watch.cancel()
         _logger.info("stopped")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+# names that become labels
+_MAX_TASKS = 100
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -48,6 +50,19 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._task_calls = Counter(
+            "pgn_fast_task_calls",
+            'Answered calls by task; tasks after the first hundred are "other".',
+            ["task"],
+            registry=self.registry,
+        )
+        self._task_images = Counter(
+            "pgn_fast_task_images",
+            'Images of answered calls by task; tasks after the first hundred are "other".',
+            ["task"],
+            registry=self.registry,
+        )
+        self._tasks: set[str] = set()
         Gauge(
             "pgn_fast_queue_images", "Images waiting for the model.", registry=self.registry
         ).set_function(queue_depth)
@@ -58,6 +73,14 @@ class Metrics:
     def observe_call(self, status: int, seconds: float) -> None:
         self._calls.labels(str(status)).inc()
         self._latency.observe(seconds)
+
+    def observe_task(self, task: str, images: int) -> None:
+        """Count an answered call of a task that there is."""
+        if len(self._tasks) < _MAX_TASKS:
+            self._tasks.add(task)
+        label = task if task in self._tasks else "other"
+        self._task_calls.labels(label).inc()
+        self._task_images.labels(label).inc(images)
 
     def observe_batch(self, images: int, seconds: float) -> None:
         self._images.inc(images)

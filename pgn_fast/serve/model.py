@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .answerer import Target
 from .batching import Call
+from .errors import ApiError
 from .preprocess import Preprocessing
-from .recorded import recorded
 from .settings import OUTPUTS
 
 
@@ -24,8 +24,7 @@ class ServedModel:
         preprocessing: of the images; its input size must be one that the model takes.
 
     One pass over zeros finds the output sizes, so that a model and a preprocessing that do not go
-    together fail here and not at the first call. On a CPU the model is then recorded; a GPU's
-    kernels run while Python waits, anyhow.
+    together fail here and not at the first call.
     """
 
     def __init__(self, name: str, model: nn.Module, preprocessing: Preprocessing) -> None:
@@ -33,22 +32,26 @@ class ServedModel:
         self.model = model
         self.preprocessing = preprocessing
         device = next(model.parameters()).device
-        outputs = OUTPUTS if getattr(model, "num_classes", 0) else ("features",)
-        passes = {output: _Pass(model, preprocessing, output, device) for output in outputs}
+        self.outputs = OUTPUTS if getattr(model, "num_classes", 0) else ("features",)
+        self.passes: dict[str, Any] = {
+            output: _Pass(model, preprocessing, output, device) for output in self.outputs
+        }
         size = preprocessing.data_config["input_size"]
         zeros = torch.zeros(2, *size, dtype=torch.uint8)
         try:
             with torch.inference_mode():
-                self.output_sizes = {name: step(zeros).shape[1] for name, step in passes.items()}
+                self.output_sizes = {o: step(zeros).shape[1] for o, step in self.passes.items()}
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"{name} takes no images of {' × '.join(map(str, size))} ({error}). Create it for "
                 "that size: img_size=(height, width) or dynamic_img_size=True."
             ) from error
-        self.passes: dict[str, Any] = {
-            name: recorded(step, zeros) if device.type == "cpu" else step
-            for name, step in passes.items()
-        }
+
+    def start(self) -> None:
+        """Nothing goes on beside the calls."""
+
+    def stop(self) -> None:
+        """Nothing goes on beside the calls."""
 
     def check_output(self, output: str) -> None:
         """Raises ValueError where the model has no such output."""
@@ -58,9 +61,25 @@ class ServedModel:
                 f"{', '.join(self.output_sizes)}."
             )
 
+    def target(self, task: str | None, output: str) -> Target:
+        if task not in (None, self.name):
+            raise ApiError(
+                400,
+                "no_such_task",
+                f"this server has no tasks; it serves {self.name}. Leave task out.",
+            )
+        try:
+            self.check_output(output)
+        except ValueError as error:
+            raise ApiError(400, "no_such_output", str(error)) from None
+        return Target(output, output, self.preprocessing)
+
+    def release(self, target: Target) -> None:
+        """A model stays."""
+
     def warm_up(self, max_batch: int) -> None:
         """Run every output on zeros, one image and a whole batch, so that no call is the first."""
-        zeros = np.zeros(self.preprocessing.data_config["input_size"], np.uint8)
+        zeros = self.preprocessing.zeros()
         for output in self.output_sizes:
             for count in (1, max_batch):
                 self.run([([zeros] * count, output)])
@@ -84,6 +103,12 @@ class ServedModel:
             parts = values.split([len(calls[i][0]) for i in chosen])
             results.update(zip(chosen, parts, strict=True))
         return [results[i] for i in range(len(calls))]
+
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def models(self) -> dict[str, dict[str, int]]:
+        return {self.name: self.output_sizes}
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -66,6 +66,10 @@ class Preprocessing:
         except MemoryError:
             raise overloaded("there is no memory left to resize this image; try again.") from None
 
+    def zeros(self) -> Levels:
+        """A black image's levels (C, H, W)."""
+        return np.zeros(self.data_config["input_size"], np.uint8)
+
     def stack(self, levels: Sequence[Levels]) -> Tensor:
         """One batch (B, C, H, W), uint8, of images that went through ``geometry``."""
         return torch.from_numpy(np.stack(levels)).contiguous()

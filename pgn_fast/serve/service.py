@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
@@ -12,19 +10,19 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from .admission import Admission, Arriving, client_of
+from .answerer import Answerer, Target
 from .batching import Batcher
-from .body import PredictCall, parse_call
+from .body import PredictCall
 from .decode import decode_call
-from .errors import ApiError, error_response, out_of_time
+from .errors import ApiError, out_of_time
 from .fair import FairPool
+from .forms import Form
 from .metrics import Metrics
-from .model import ServedModel
 from .settings import ServerSettings
 
 _T = TypeVar("_T")
@@ -45,7 +43,7 @@ class Service:
 
     def __init__(
         self,
-        served: ServedModel,
+        served: Answerer,
         settings: ServerSettings,
         on_idle: Callable[[], None] = lambda: None,
     ) -> None:
@@ -70,6 +68,7 @@ class Service:
             workers=settings.model_workers,
             observe_batch=self.metrics.observe_batch,
         )
+        self._served.start()
         self._watches = [
             asyncio.create_task(watch())
             for watch in (self._warm_up, self._watch_for_idleness, self._watch_bodies)
@@ -78,6 +77,7 @@ class Service:
     def stop(self) -> None:
         for watch in self._watches:
             watch.cancel()
+        self._served.stop()
         self.batcher.close()
         self._pool.shutdown()
 
@@ -89,26 +89,27 @@ class Service:
             return "draining"
         return "ready" if self._warm else "warming up"
 
-    async def predict(self, request: Request) -> Response:
+    async def predict(self, request: Request, form: Form) -> Response:
+        """Answer a call whose body and answer have the given form."""
         began = time.perf_counter()
         self._seen += 1
         try:
-            response = await self._predict(request)
+            response = await self._predict(request, form)
         except ApiError as error:
-            response = error_response(error)
+            response = form.refusal(error)
         except ClientDisconnect:
-            response = error_response(
+            response = form.refusal(
                 ApiError(400, "disconnected", "the client left before it had sent.")
             )
         except Exception:
             _logger.exception("a call failed")
-            response = error_response(
+            response = form.refusal(
                 ApiError(500, "internal", "the model could not answer; the server's log says why.")
             )
         self.metrics.observe_call(response.status_code, time.perf_counter() - began)
         return response
 
-    async def _predict(self, request: Request) -> Response:
+    async def _predict(self, request: Request, form: Form) -> Response:
         deadline = time.monotonic() + self._settings.timeout_s
         client = client_of(request.client.host if request.client else None)
         self._admission.check(client, self._expected_bytes(request))
@@ -118,15 +119,16 @@ class Service:
             with self._stage("read"):
                 await self._arrived(request, body, arriving, deadline)
             with self._admission.working(arriving):
-                return await self._answered(request, body, client, deadline)
+                return await self._answered(request, form, body, client, deadline)
 
     async def _answered(
-        self, request: Request, body: bytearray, client: str, deadline: float
+        self, request: Request, form: Form, body: bytearray, client: str, deadline: float
     ) -> Response:
         late = out_of_time("decoding its images")
         with self._stage("decode"):
-            steps = self._pool.submit(client, self._submit(request, body, client, deadline))
-            call, submitted = await _before(deadline, asyncio.wrap_future(steps), late)
+            work = self._submit(request, form, body, client, deadline)
+            steps = self._pool.submit(client, work)
+            call, target, submitted = await _before(deadline, asyncio.wrap_future(steps), late)
         body.clear()
         with self._stage("predict"):
             values = await _before(
@@ -135,10 +137,13 @@ class Service:
         with self._stage("answer"):
             # base64 takes less time than another thread takes to begin
             if call.encoding == "base64":
-                answer = self._answer(call, values)
+                answer = self._answer(form, call, target, values)
             else:
-                answer = await self._in_pool(client, self._answer, call, values)
-        return Response(answer, media_type="application/json")
+                answer = await self._in_pool(client, self._answer, form, call, target, values)
+        if target.task is not None:
+            self.metrics.observe_task(target.task, len(values))
+            request.state.facts = {"task": target.task}
+        return answer
 
     def _expected_bytes(self, request: Request) -> int:
         """Bytes that the body will have, or could have where the client does not say."""
@@ -182,46 +187,33 @@ class Service:
             body += chunk
 
     def _submit(
-        self, request: Request, body: bytearray, client: str, deadline: float
-    ) -> Generator[None, None, tuple[PredictCall, Future[Tensor]]]:
+        self, request: Request, form: Form, body: bytearray, client: str, deadline: float
+    ) -> Generator[None, None, tuple[PredictCall, Target, Future[Tensor]]]:
         """Decode a call, image by image, and hand it to the model, which may begin at once."""
         settings, served = self._settings, self._served
-        call = parse_call(
-            request.headers.get("content-type", ""),
-            bytes(body),
-            default_output=settings.default_output,
-            max_images=settings.max_call_images,
-        )
+        call = form.parse(request, bytes(body), settings)
+        target = served.target(call.task, call.output)
         try:
-            served.check_output(call.output)
-        except ValueError as error:
-            raise ApiError(400, "no_such_output", str(error)) from None
-        images = decode_call(
-            call.images, settings.max_image_pixels, settings.max_call_pixels, deadline
-        )
-        levels = []
-        for image in images:
-            levels.append(served.preprocessing.geometry(image))
-            yield
-        return call, self.batcher.submit(levels, call.output, client)
+            images = decode_call(
+                call.images, settings.max_image_pixels, settings.max_call_pixels, deadline
+            )
+            levels = []
+            for image in images:
+                levels.append(target.preprocessing.geometry(image))
+                yield
+            submitted = self.batcher.submit(levels, target.key, client)
+        except BaseException:
+            served.release(target)
+            raise
+        # also where it is cancelled; a call that is given up may still be running
+        submitted.add_done_callback(lambda _: served.release(target))
+        return call, target, submitted
 
-    def _answer(self, call: PredictCall, values: Tensor) -> bytes:
-        numbers = values.numpy()
+    def _answer(self, form: Form, call: PredictCall, target: Target, values: Tensor) -> Response:
         # no JSON number, and no answer: reported as the model's failure
-        if not np.isfinite(numbers).all():
-            raise ValueError(f"{self._served.name} computed {call.output} that are not finite")
-        answer = {
-            "model": self._served.name,
-            "output": call.output,
-            "dtype": "float32",
-            "shape": numbers.shape,
-            "encoding": call.encoding,
-        }
-        if call.encoding == "base64":
-            encoded = b'"%s"' % base64.b64encode(numbers.astype("<f4", copy=False).tobytes())
-        else:
-            encoded = json.dumps(numbers.tolist()).encode()
-        return b'%s, "values": %s}' % (json.dumps(answer).encode()[:-1], encoded)
+        if not values.isfinite().all():
+            raise ValueError(f"{target.task or self._served.name}: {call.output} are not finite")
+        return form.answer(self._served.name, call, target, values)
 
     async def _warm_up(self) -> None:
         try:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
 
-Output = Literal["features", "logits"]
-OUTPUTS: tuple[str, ...] = get_args(Output)
+OUTPUTS = ("features", "logits")
 
 
 def usable_cores() -> int:
@@ -37,7 +35,7 @@ class ServerSettings:
     128 KiB of buffers for each of ``max_connections``.
     """
 
-    default_output: Output = "features"
+    default_output: str = "features"
     """What a call gets that does not say: "features" (pooled) or "logits"."""
 
     max_call_bytes: int = 16 * 2**20

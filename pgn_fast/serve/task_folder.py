@@ -1,0 +1,112 @@
+"""A folder of tasks, one sub-folder each: loaded at the start, and watched."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from ..adapters import CONFIG_FILE, WEIGHTS_FILE
+from ..errors import UserError
+from .tasks import ServedTasks, find_adapter
+
+_logger = logging.getLogger(__name__)
+# modification time, size and inode of an adapter's files
+Stamp = tuple[tuple[int, int, int], ...]
+
+
+class TaskFolder:
+    """Keeps the tasks of a server those of a folder.
+
+    A new or changed adapter is loaded once its files have stayed the same between two looks, so
+    that one which is being copied is left alone; a damaged one is named in the log, and where it
+    replaces another, that one stays.
+
+    Args:
+        tasks: of the server.
+        folder: one sub-folder a task, named by it: an adapter or a training run.
+        seconds: between two looks; 0: the folder is not watched.
+    """
+
+    def __init__(self, tasks: ServedTasks, folder: Path, seconds: float) -> None:
+        self._tasks = tasks
+        self._folder = folder
+        self._seconds = seconds
+        # what was tried, and of that what is served
+        self._tried: dict[str, Stamp] = {}
+        self._served: set[str] = set()
+        self._pending: dict[str, Stamp] = {}
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def load(self) -> list[str]:
+        """Load what is there; the reasons of what could not be."""
+        return [
+            reason for name, stamp in self._stamps().items() if (reason := self._try(name, stamp))
+        ]
+
+    def start(self) -> None:
+        if self._seconds > 0:
+            self._thread = threading.Thread(target=self._watch, name="pgn-fast-tasks", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def look(self) -> None:
+        """Compare the folder with what is served, once."""
+        stamps = self._stamps()
+        for name in self._served - stamps.keys():
+            self._served.discard(name)
+            if name in self._tasks.tasks():
+                self._tasks.remove(name)
+        changed = {name: s for name, s in stamps.items() if self._tried.get(name) != s}
+        for name, stamp in changed.items():
+            if self._pending.get(name) != stamp or self._stopped.is_set():
+                continue
+            if reason := self._try(name, stamp):
+                _logger.error("task %r was not loaded: %s", name, reason)
+        self._pending = changed
+        self._tried = {name: stamp for name, stamp in self._tried.items() if name in stamps}
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            try:
+                self.look()
+            except Exception:
+                _logger.exception("looking at %s failed", self._folder)
+
+    def _try(self, name: str, stamp: Stamp) -> str | None:
+        self._tried[name] = stamp
+        adapter = find_adapter(self._folder / name)
+        try:
+            if adapter is None:
+                raise UserError(f"{self._folder / name} holds no adapter any more.")
+            self._tasks.add(name, adapter)
+        except (UserError, OSError) as error:
+            return str(error)
+        self._served.add(name)
+        return None
+
+    def _stamps(self) -> dict[str, Stamp]:
+        stamps = {}
+        for place in sorted(self._folder.iterdir()):
+            if place.name.startswith(".") or not place.is_dir():
+                continue
+            adapter = find_adapter(place)
+            if adapter is not None and (stamp := _stamp(adapter)):
+                stamps[place.name] = stamp
+        return stamps
+
+
+def _stamp(adapter: Path) -> Stamp | None:
+    stamps = []
+    for file in (WEIGHTS_FILE, CONFIG_FILE):
+        try:
+            status = (adapter / file).stat()
+        except OSError:
+            continue
+        stamps.append((status.st_mtime_ns, status.st_size, status.st_ino))
+    return tuple(stamps)

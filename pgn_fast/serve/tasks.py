@@ -1,0 +1,336 @@
+"""Trained tasks behind the API: adapters on one frozen backbone, mixed in every batch."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import WEIGHTS_FILE, backbone_pixels, from_pretrained, read_adapter
+from ..errors import UserError
+from .answerer import Target
+from .batching import Call
+from .errors import ApiError
+from .preprocess import Preprocessing
+
+_logger = logging.getLogger(__name__)
+_MAX_NAME = 128
+# names that a refusal lists
+_LISTED = 20
+_MAX_SIDE = 2048
+
+
+class Bank(Protocol):
+    """What computes: ``pgn_fast.TaskBank``, or ``OneByOne`` where that cannot hold a task."""
+
+    def add(self, name: str, source: Any) -> None: ...
+
+    def remove(self, name: str) -> None: ...
+
+    def __call__(self, images: Tensor, tasks: Sequence[str]) -> Sequence[Tensor]:
+        """Images (B, 3, H, W) and one name each → B logit vectors."""
+
+
+class Beside(Protocol):
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class OneByOne:
+    """Models on one backbone, each run on its own images of a batch."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, nn.Module] = {}
+
+    def add(self, name: str, source: nn.Module) -> None:
+        self._models[name] = source
+
+    def remove(self, name: str) -> None:
+        del self._models[name]
+
+    def __call__(self, images: Tensor, tasks: Sequence[str]) -> list[Tensor]:
+        results: dict[int, Tensor] = {}
+        for name in dict.fromkeys(tasks):
+            rows = [i for i, task in enumerate(tasks) if task == name]
+            results.update(zip(rows, self._models[name](images[rows]), strict=True))
+        return [results[i] for i in range(len(tasks))]
+
+
+@dataclass(eq=False)
+class Task:
+    """One task as it was added; another one of the same name, later, is another ``Task``.
+
+    Attributes:
+        name: how calls ask for it.
+        id: how the bank knows it, never used twice.
+        about: what ``GET /v1/tasks/NAME`` says.
+        calls: that are on their way.
+        removed: no new call gets it; it leaves the bank when ``calls`` is 0.
+    """
+
+    name: str
+    id: str
+    preprocessing: Preprocessing
+    class_names: Sequence[str] | None
+    num_classes: int
+    about: dict[str, Any]
+    calls: int = 0
+    removed: bool = False
+
+
+class ServedTasks:
+    """Tasks by name on one backbone.
+
+    Args:
+        backbone: as ``load_backbone`` returns it, on its device.
+        name: of the backbone, as the API calls it.
+        strict: refuse adapters that name another backbone; False: those whose shape differs only.
+        bank: what computes; None: each task's own model.
+
+    ``beside`` is started and stopped with the server: what adds and removes tasks meanwhile.
+    """
+
+    outputs = ("logits",)
+
+    def __init__(
+        self, backbone: Any, name: str, *, strict: bool = True, bank: Bank | None = None
+    ) -> None:
+        self.name = name
+        self.beside: Beside | None = None
+        self._strict = strict
+        self.backbone = backbone
+        self._bank: Bank = OneByOne() if bank is None else bank
+        self._tasks: dict[str, Task] = {}
+        self._ids = itertools.count()
+        self._changing = threading.RLock()
+
+    def start(self) -> None:
+        if self.beside is not None:
+            self.beside.start()
+
+    def stop(self) -> None:
+        if self.beside is not None:
+            self.beside.stop()
+
+    # changes
+
+    def add(self, name: str, folder: str | PathLike[str]) -> None:
+        """Load an adapter, try it on one image, and answer calls for it from then on.
+
+        One of the same name goes on answering until the new one is there, and then leaves.
+
+        Raises:
+            UserError: no name for a task; a damaged adapter, or one of another backbone.
+        """
+        if not name or len(name) > _MAX_NAME or not name.isprintable() or set(name) & set("/\\"):
+            raise UserError(
+                f"{name[:_MAX_NAME]!r} is no name for a task: up to {_MAX_NAME} printable "
+                "characters without slashes."
+            )
+        task = self._load(name, Path(folder))
+        with self._changing:
+            before, self._tasks[name] = self._tasks.get(name), task
+            if before is not None:
+                self._retire(before)
+        _logger.info("task %r: %s", name, "replaced" if before else "added")
+
+    def remove(self, name: str) -> None:
+        """Answer no new call for a task; those on their way are answered.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        with self._changing:
+            self._retire(self._tasks.pop(name))
+        _logger.info("task %r: removed", name)
+
+    def _retire(self, task: Task) -> None:
+        task.removed = True
+        if task.calls == 0:
+            self._bank.remove(task.id)
+
+    def _load(self, name: str, folder: Path) -> Task:
+        config, _ = read_adapter(folder)
+        own = config.get("base_model_name_or_path")
+        if self._strict and own != self.name:
+            raise UserError(
+                f"{folder} was trained on {str(own)[:200]!r}; this server runs {self.name!r}."
+            )
+        # fine-tuning changed the backbone, so that its model brings another one
+        shared = None if config.get("method") == "full" else self.backbone
+        model = from_pretrained(folder, shared)
+        model.to(next(self.backbone.parameters()).device)
+        try:
+            pixels = dict(model.preprocessing or backbone_pixels(self.backbone))
+            preprocessing = Preprocessing(pixels)
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{folder}: its preprocessing is none ({error}).") from error
+        if max(preprocessing.height, preprocessing.width) > _MAX_SIDE:
+            raise UserError(
+                f"{folder}: images of {preprocessing.height} × {preprocessing.width} pixels are "
+                f"above the {_MAX_SIDE} that are served."
+            )
+        # a name that is used once: a call never meets a later task of the same name
+        task_id = f"{name}#{next(self._ids)}"
+        self._bank.add(task_id, model)
+        task = Task(name, task_id, preprocessing, model.class_names, 0, {})
+        try:
+            (logits,) = self.run([([preprocessing.zeros()], task)])
+            if not logits.isfinite().all():
+                raise ValueError("its logits are not finite")
+        except Exception as error:
+            self._bank.remove(task_id)
+            raise UserError(f"{folder} fails on an image of zeros: {error}") from error
+        task.num_classes = logits.shape[1]
+        task.about = {
+            "method": config["method"],
+            "num_classes": task.num_classes,
+            "class_names": None if task.class_names is None else list(task.class_names),
+            "preprocessing": preprocessing.describe(),
+        }
+        return task
+
+    # calls
+
+    def check_output(self, output: str) -> None:
+        if output not in self.outputs:
+            raise ValueError(f"tasks answer logits and no {output}.")
+
+    def target(self, task: str | None, output: str) -> Target:
+        try:
+            self.check_output(output)
+        except ValueError as error:
+            raise ApiError(400, "no_such_output", str(error)) from None
+        with self._changing:
+            found = self._find(task)
+            found.calls += 1
+        return Target(found, output, found.preprocessing, found.name, found.class_names)
+
+    def _find(self, name: Any) -> Task:
+        if name in self._tasks:
+            return self._tasks[name]
+        if name is None and len(self._tasks) == 1:
+            return next(iter(self._tasks.values()))
+        names = sorted(self._tasks)
+        if name is None:
+            raise ApiError(
+                400,
+                "task_missing",
+                f'this server has {len(names)} tasks; say which one by "task": in the JSON body, '
+                f"or as a form field (-F task=NAME). It has {_listed(names)}.",
+            )
+        near = difflib.get_close_matches(name, names[:10_000], n=3, cutoff=0.4)
+        hint = f"the nearest are {_listed(near)}" if near else f"it has {_listed(names)}"
+        raise ApiError(
+            400, "no_such_task", f"this server has no task {name[:_MAX_NAME]!r}; {hint}."
+        )
+
+    def release(self, target: Target) -> None:
+        with self._changing:
+            task: Task = target.key
+            task.calls -= 1
+            if task.removed and task.calls == 0:
+                self._bank.remove(task.id)
+
+    @torch.inference_mode()
+    def run(self, calls: Sequence[Call]) -> list[Tensor]:
+        """The calls of all tasks in one batch for each size of images.
+
+        Args:
+            calls: images that went through the task's geometry, and the ``Task``, for each call.
+
+        Returns:
+            Logits (images, C) for each call, float32 on the CPU.
+        """
+        device = next(self.backbone.parameters()).device
+        results: dict[int, Tensor] = {}
+        sizes = {(task.preprocessing.height, task.preprocessing.width) for _, task in calls}
+        for size in sizes:
+            chosen = [
+                (i, levels, task)
+                for i, (levels, task) in enumerate(calls)
+                if (task.preprocessing.height, task.preprocessing.width) == size
+            ]
+            images = torch.cat(
+                [
+                    task.preprocessing.normalize(task.preprocessing.stack(levels))
+                    for _, levels, task in chosen
+                ]
+            )
+            names = [task.id for _, levels, task in chosen for _ in levels]
+            rows = iter(self._bank(images.to(device), tasks=names))
+            for i, levels, _ in chosen:
+                results[i] = torch.stack(list(itertools.islice(rows, len(levels)))).float().cpu()
+        return [results[i] for i in range(len(calls))]
+
+    def warm_up(self, max_batch: int) -> None:
+        """One image of every task (some, where there are many), and a whole batch of them."""
+        with self._all() as tasks:
+            some = tasks[:max_batch]
+            if some:
+                self.run([([task.preprocessing.zeros()], task) for task in some])
+                mixed = list(itertools.islice(itertools.cycle(some), max_batch))
+                self.run([([task.preprocessing.zeros()], task) for task in mixed])
+
+    @contextmanager
+    def _all(self) -> Iterator[list[Task]]:
+        with self._changing:
+            tasks = list(self._tasks.values())
+            for task in tasks:
+                task.calls += 1
+        try:
+            yield tasks
+        finally:
+            for task in tasks:
+                self.release(Target(task, "logits", task.preprocessing))
+
+    # what is here
+
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        with self._changing:
+            return {name: self._tasks[name].about for name in sorted(self._tasks)}
+
+    def models(self) -> dict[str, dict[str, int]]:
+        with self._changing:
+            return {name: {"logits": task.num_classes} for name, task in self._tasks.items()}
+
+    def describe(self) -> dict[str, Any]:
+        about = {"model": self.name, "tasks": len(self._tasks)}
+        with self._changing:
+            if len(self._tasks) == 1:
+                (task,) = self._tasks.values()
+                about |= {
+                    "outputs": {"logits": task.num_classes},
+                    "preprocessing": task.preprocessing.describe(),
+                }
+        return about
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """The adapter in a folder: itself, or the best one of a training run."""
+    for place in (folder, folder / "best"):
+        if (place / WEIGHTS_FILE).is_file():
+            return place
+    return None
+
+
+def task_name(folder: Path) -> str:
+    """The name of the task in a folder: the folder's, of ``runs/pets/best`` the run's."""
+    resolved = folder.resolve()
+    return resolved.parent.name if resolved.name == "best" else resolved.name
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more (GET /v1/tasks)" if len(names) > _LISTED else ""
+    return ", ".join(repr(name) for name in names[:_LISTED]) + more if names else "none"
