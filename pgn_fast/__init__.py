@@ -25,10 +25,19 @@ _EXPORTS = {
     "create_model": "methods",
     "GamutLibrary": "inversion",
     "invert": "inversion",
-    "from_pretrained": "adapters",
+    "from_pretrained": "adapters.repository",
+    "load_backbone": "backbone.load",
     "TaskBank": "tasks",
     "capture": "cuda_graphs",
     "backends": "ops.dispatch",
+}
+# what PEFT has, and what does it here
+_ELSEWHERE = {
+    "get_peft_model": "pgn_fast.VPT(backbone, num_classes, num_prompts=50) builds the model",
+    "PeftModel": "pgn_fast.from_pretrained(directory, backbone) loads an adapter",
+    "PeftConfig": "adapter_config.json holds the settings; from_pretrained reads it",
+    "VPTConfig": "pgn_fast.VPT takes its settings as arguments: VPT(backbone, 10, num_prompts=50)",
+    "PGNConfig": "pgn_fast.PGN takes its settings as arguments: PGN(backbone, 10, num_prompts=16)",
 }
 _MODULES = (
     "adapters",
@@ -45,7 +54,8 @@ _MODULES = (
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
-    from .adapters import from_pretrained as from_pretrained
+    from .adapters.repository import from_pretrained as from_pretrained
+    from .backbone.load import load_backbone as load_backbone
     from .backbone.schedule import KeyValues as KeyValues
     from .backbone.schedule import Mixture as Mixture
     from .backbone.schedule import PromptSchedule as PromptSchedule
@@ -69,7 +79,8 @@ def __getattr__(name: str) -> Any:
     elif name in _MODULES:
         value = importlib.import_module(f"{__name__}.{name}")
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        instead = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")
     globals()[name] = value
     return value
 

@@ -76,12 +76,14 @@ def asked(what: str) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{what}: the repository has no such revision") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        if not offline and not isinstance(error, errors.LocalEntryNotFoundError):
-            raise
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise HubError(_without_network(what, was_offline)) from error
     except errors.HfHubHTTPError as error:
         raise HubError(f"{what}: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        if not offline:
+            raise
+        raise HubError(_without_network(what, was_offline)) from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -294,10 +295,24 @@ def _checked(backbone: Any) -> Any:
             "timm.create_model('vit_base_patch16_224')"
         )
     kind = type(backbone)
+    if kind.__module__.partition(".")[0] == "peft":
+        raise ValueError(
+            f"backbone: {kind.__name__} is PEFT's wrapper around a model; pass "
+            "wrapped.merge_and_unload(), which is fast, or wrapped.get_base_model(), with its "
+            "layers beside the prompts"
+        )
     _refuse(kind.__name__, kind.__module__)
     if not isinstance(backbone, VisionTransformer | Eva | Beit):
         raise ValueError(
             f"backbone: {kind.__name__} is not a vision transformer that prompts can enter: timm's "
             "VisionTransformer, Eva and Beit classes are, such as vit_*, deit*_*, eva02_*, beit*_*"
+        )
+    beside = sum("lora_" in name for name, _ in backbone.named_parameters())
+    if beside:
+        warnings.warn(
+            f"backbone: its {beside} tensors of LoRA are frozen with it; merge them for speed "
+            "(PEFT's merge_and_unload), or switch their requires_grad on after this to train them "
+            "beside the prompts",
+            stacklevel=3,
         )
     return backbone.requires_grad_(False).eval()

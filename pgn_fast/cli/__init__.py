@@ -16,7 +16,20 @@ from .. import __version__
 from ..errors import TrainingStopped, UserError
 
 # the order of a newcomer's way through them; a command is there when its module is
-_ORDER = ("demo", "train", "eval", "predict", "tasks", "invert", "serve", "bench", "env")
+_ORDER = (
+    "demo",
+    "train",
+    "eval",
+    "predict",
+    "tasks",
+    "invert",
+    "serve",
+    "export",
+    "push",
+    "verify",
+    "bench",
+    "env",
+)
 
 _EPILOG = """\
 a first round, offline, in a few minutes:

@@ -127,7 +127,8 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        help="a folder such as runs/pgn/best, with its two files, or a run's, whose best is meant",
+        help="a folder such as runs/pgn/best, with its two files; a run's, whose best is meant; or "
+        "OWNER/NAME on the hub",
     )
     parser.add_argument(
         "--model", metavar="NAME", help="the backbone (default: the one that the adapter names)"
@@ -138,9 +139,15 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def adapter_folder(given: str) -> str:
-    """The folder of an adapter; of a run's folder its ``best``."""
+    """The folder of an adapter; of a run's folder its ``best``; of a hub's repository its copy."""
     from pathlib import Path
 
+    from .. import hub
+
+    if hub.is_repo_id(given) and not Path(given).exists():
+        from ..adapters.repository import fetch_adapter
+
+        return str(fetch_adapter(given))
     best = Path(given) / "best"
     is_run = not (Path(given) / "adapter_config.json").exists()
     return str(best) if is_run and (best / "adapter_config.json").exists() else given

@@ -22,6 +22,25 @@ from ..ops.dispatch import BACKENDS
 from ..prompts import Prompter, PromptGenerator
 from .heads import KeptHead, build_head, count_classes, linear_head, trained_dtype
 
+# what PEFT's and timm's models have, and what does it here
+_MANY = (
+    "a model holds one adapter; pgn_fast.TaskBank(backbone) holds many and mixes them in a batch"
+)
+_ELSEWHERE = {
+    "load_adapter": _MANY,
+    "add_adapter": _MANY,
+    "set_adapter": _MANY,
+    "delete_adapter": _MANY,
+    "active_adapter": _MANY,
+    "merge_and_unload": "prompts are tokens, there is nothing to merge; the model runs as it is",
+    "get_base_model": "the frozen backbone is .backbone",
+    "base_model": "the frozen backbone is .backbone",
+    "set_input_size": (
+        "the adapter belongs to its image size; build it on a backbone of the other size: "
+        "timm.create_model(..., img_size=...)"
+    ),
+}
+
 POOLS = ("original", "img_pool", "prompt_pool", "imgprompt_pool")
 
 
@@ -292,6 +311,46 @@ class PromptedViT(nn.Module):
         adapters.save_pretrained(
             self, directory, class_names=class_names, preprocessing=preprocessing
         )
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the adapter and a model card to Hugging Face's hub; the address of the commit.
+
+        Args:
+            repo_id: "OWNER/NAME".
+            **options: ``private``, ``commit_message``, ``revision``, ``create_pr``, ``token``, as
+                in huggingface_hub; ``summary``, of a run, for the card's data and scores.
+        """
+        from ..adapters import repository
+
+        return repository.push_model(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, directory_or_repo_id: str | PathLike[str], *args: Any, **kw: Any
+    ) -> Any:
+        """``pgn_fast.from_pretrained``, for an adapter of this class.
+
+        Raises:
+            ValueError: the adapter is of another class.
+        """
+        from ..adapters import repository
+
+        model = repository.from_pretrained(directory_or_repo_id, *args, **kw)
+        if not isinstance(model, cls):
+            raise ValueError(
+                f"{directory_or_repo_id} holds a {type(model).__name__}, not a {cls.__name__}; "
+                "pgn_fast.from_pretrained loads either"
+            )
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in _ELSEWHERE:
+                raise
+            text = f"{type(self).__name__} has no {name}: {_ELSEWHERE[name]}"
+            raise AttributeError(text, name=name, obj=self) from error
 
     def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
         """Check the images; the images that the backbone gets, and which prompts enter where."""

@@ -1,0 +1,168 @@
+"""What people type first, coming from timm, PEFT, transformers, open_clip or torchvision: it works,
+or one sentence says what does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from small_world import MODEL, SIZES, tiny_vit
+
+import pgn_fast
+from pgn_fast import cli
+from pgn_fast.backbone.load import load_backbone
+
+IMAGES = torch.linspace(-2, 2, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16).sin()
+
+
+# ---- timm -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "timm/", "hf-hub:timm/"])
+def test_timms_names(prefix, tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(tiny_vit().state_dict(), path)
+    backbone = load_backbone(prefix + MODEL, checkpoint_path=str(path), pretrained=False, **SIZES)
+    assert pgn_fast.VPT(backbone, 10, num_prompts=1)(IMAGES).shape == (2, 10)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_naflex": True}])
+def test_naflex_is_refused_by_a_sentence(options):
+    name = "vit_base_patch16_224" if options else "naflexvit_base_patch16_gap"
+    with torch.device("meta"):
+        backbone = timm.create_model(name, depth=1, **options)
+    with pytest.raises(ValueError, match=r"NaFlexVit is not a vision .*such as vit_"):
+        pgn_fast.VPT(backbone, 10)
+
+
+def test_another_input_size_is_refused_by_a_sentence():
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    with pytest.raises(AttributeError, match=r"image size; build it on a backbone of the other"):
+        model.set_input_size(img_size=192)
+    assert not hasattr(model, "set_input_size")
+
+
+# ---- PEFT -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["get_peft_model", "VPTConfig", "PeftModel", "PeftConfig"])
+def test_pefts_functions_point_to_ours(name):
+    with pytest.raises(AttributeError, match=r"VPT\(backbone|from_pretrained"):
+        getattr(pgn_fast, name)
+
+
+def test_pefts_methods_point_to_ours():
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    for name in ("load_adapter", "set_adapter", "add_adapter", "delete_adapter"):
+        with pytest.raises(AttributeError, match=r"pgn_fast\.TaskBank\(backbone\) holds many"):
+            getattr(model, name)
+    with pytest.raises(AttributeError, match=r"frozen backbone is \.backbone"):
+        model.get_base_model()
+    with pytest.raises(AttributeError, match="nothing to merge"):
+        model.merge_and_unload()
+    # other missing names are told as ever
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        model.nonsense  # noqa: B018
+
+
+def test_pefts_words_of_loading(tmp_path):
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    model.save_pretrained(tmp_path)
+    again = pgn_fast.VPT.from_pretrained(tmp_path, tiny_vit(), trainable=True)
+    assert again.training
+    with pytest.raises(ValueError, match=r"here it is trainable=True"):
+        pgn_fast.from_pretrained(tmp_path, tiny_vit(), is_trainable=True)
+    with pytest.raises(ValueError, match="there is no folder"):
+        pgn_fast.from_pretrained(tmp_path / "nowhere")
+
+
+def lora_backbone():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    vit = tiny_vit()
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    return peft.inject_adapter_in_model(config, vit)
+
+
+def test_lora_in_the_backbone_is_told_to_be_frozen():
+    with pytest.warns(UserWarning, match=r"4 tensors of LoRA .*frozen with it"):
+        model = pgn_fast.VPT(lora_backbone(), 10, num_prompts=1)
+    assert "attn.qkv" in model.explain()
+    assert torch.equal(model(IMAGES), model.forward_reference(IMAGES))
+
+
+def test_lora_beside_prompts_is_trained_where_it_is_switched_on():
+    with pytest.warns(UserWarning, match="LoRA"):
+        model = pgn_fast.VPT(lora_backbone(), 10, num_prompts=1)
+    lora = [p for n, p in model.backbone.named_parameters() if "lora_" in n]
+    for p in lora:
+        p.requires_grad_(True)
+    model(IMAGES).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in lora)
+    assert model.prompter.prompts.grad.abs().sum() > 0
+    assert {id(p) for p in lora} <= {id(p) for p in model.trainable_parameters()}
+
+
+def test_merged_lora_runs_on_the_engine():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    vit = tiny_vit()
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(vit, config)
+    with torch.no_grad():
+        adapted = wrapped(IMAGES)
+        merged = wrapped.merge_and_unload()
+        assert torch.allclose(merged(IMAGES), adapted, atol=1e-5)
+    model = pgn_fast.VPT(merged, 10, num_prompts=1)
+    assert "no savings" not in model.explain()
+    assert torch.allclose(model(IMAGES), model.forward_reference(IMAGES), atol=1e-5)
+
+
+def test_a_peft_model_is_refused_by_a_sentence():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny_vit(), peft.LoraConfig(r=2, target_modules=["qkv"]))
+    with pytest.raises(ValueError, match=r"PEFT's wrapper.*merge_and_unload\(\).*get_base_model"):
+        pgn_fast.VPT(wrapped, 10)
+
+
+# ---- transformers, open_clip, torchvision ----------------------------------------------------
+
+
+def test_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    for model in (transformers.AutoModel, transformers.AutoModelForImageClassification):
+        original = model.from_config(config)
+        assert pgn_fast.VPT(original, 10, num_prompts=1)(IMAGES).shape == (2, 10)
+
+
+def test_open_clip_and_torchvision():
+    transformer = pytest.importorskip("open_clip").transformer
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    for original in (
+        transformer.VisionTransformer(16, 8, 32, 1, 2, 2.0, output_dim=8),
+        VisionTransformer(16, 8, 1, 2, 32, 64),
+    ):
+        assert pgn_fast.PGN(original, 10, num_prompts=1, library_size=2)(IMAGES).shape == (2, 10)
+
+
+# ---- the command line ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["push", "verify"])
+def test_commands_that_are_expected(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "examples:" in shown and f"pgn-fast {command} " in shown
+
+
+def test_a_missing_adapter_is_one_line(capsys, tmp_path):
+    assert cli.main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "adapter_config.json").write_text(json.dumps({}))
+    assert cli.main(["push", str(tmp_path), "me/x"]) == 2
