@@ -13,7 +13,13 @@ class UserError(ValueError):
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: a loss that is not finite, a full device. Exit code 1."""
+    """Training cannot go on: a loss that is not finite, a full device, a signal.
+
+    Attributes:
+        exit_code: of the command line.
+    """
+
+    exit_code = 1
 
 
 def shown(value: Any, longest: int = 80) -> str:

@@ -150,13 +150,13 @@ METHODS: dict[str, Method] = {
             "linear",
             "pgn_fast.models:LinearProbe",
             "a linear layer on the frozen features",
-            training={"lr": 1e-2},
+            training={"lr": 1e-2, "head_init": "zero"},
         ),
         Method(
             "full",
             "pgn_fast.models:FineTuned",
             "the whole backbone is trained",
-            training={"lr": 1e-4, "weight_decay": 0.05},
+            training={"lr": 1e-4, "weight_decay": 0.05, "head_init": "zero"},
             trains_backbone=True,
         ),
     )

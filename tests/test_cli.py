@@ -218,9 +218,9 @@ def test_eval_hears_of_the_number_of_classes(world, capsys):
 
 def test_a_recipe_is_not_ignored_when_a_run_is_resumed(world, capsys):
     line = complaint(capsys, ["train", "--resume", world / "run", "--recipe", "vpt-official"])
-    assert "has opt = 'adamw', now 'sgd'" in line
+    assert "has --head-init = 'probe', now 'official'" in line
     line = complaint(capsys, ["train", "--resume", world / "run", "--recipe", "pgn-official"])
-    assert "has method = 'vpt-deep', now 'pgn'" in line
+    assert "has --method = 'vpt-deep', now 'pgn'" in line
 
 
 def test_wrong_backbone_gets_one_line(world, capsys):
@@ -231,9 +231,9 @@ def test_wrong_backbone_gets_one_line(world, capsys):
 
 def test_a_finished_run_is_not_overwritten(world, capsys):
     line = complaint(capsys, ["train", world / "data", "--output", world / "run"])
-    assert "holds a run already. Add --resume" in line
+    assert "holds a run already (checkpoint.pt). Add --resume" in line
     line = complaint(capsys, ["train", "--resume", world / "run", "--lr", "9"])
-    assert "has lr = 0.01, now 9.0" in line
+    assert "has --lr = 0.01, now 9.0" in line
     before = (world / "run/best/adapter_model.safetensors").read_bytes()
     assert main(["train", "--resume", str(world / "run"), "-j", "0"]) == 0
     assert (world / "run/best/adapter_model.safetensors").read_bytes() == before

@@ -22,8 +22,11 @@ from pgn_fast import _files
 from pgn_fast.adapters import WEIGHTS_FILE, backbone_pixels, read_adapter
 from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.methods import METHODS
-from pgn_fast.train import checkpoints, data, loop
+from pgn_fast.train import checkpoints, data, loop, parts, recipe, run, state, step
 from pgn_fast.train.config import TrainConfig
+from pgn_fast.train.distributed import Processes
+from pgn_fast.train.run_folder import RunFolder
+from pgn_fast.train.signals import StopRequest
 
 CPU = torch.device("cpu")
 
@@ -87,7 +90,8 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert torch.equal(tensors[name], tensors2[name]), name
     assert rows == rows2
     assert summary == summary2
-    assert torch.equal(state["random"]["torch"], state2["random"]["torch"])
+    own, own2 = state["processes"][0], state2["processes"][0]
+    assert torch.equal(own["random"]["torch"], own2["random"]["torch"])
     moments, moments2 = (s["optimizer"]["state"] for s in (state, state2))
     assert moments.keys() == moments2.keys() and moments
     for i, entries in moments.items():
@@ -111,6 +115,7 @@ def test_every_method_trains(world, tmp_path, method):
     assert names == {
         "best",
         "last",
+        "args.yaml",
         "checkpoint.pt",
         "history.csv",
         "learning_curve.png",
@@ -134,12 +139,13 @@ def test_every_method_trains(world, tmp_path, method):
 
 def test_training_learns_and_keeps_the_backbone(world, tmp_path):
     config = configure(world, method="vpt-deep", epochs=12, lr=0.05, no_aug=True, batch_size=9)
-    run = loop.Run(config, tmp_path, loop.Processes(CPU), None, show=False)
-    before = {k: v.clone() for k, v in run.model.backbone.state_dict().items()}
-    run.fit()
-    losses = [row["train_loss"] for row in run.record.history]
-    assert losses[-1] < 0.5 * losses[0] and run.record.history[-1]["validation_top1"] > 60
-    for name, value in run.model.backbone.state_dict().items():
+    folder, stop = RunFolder(tmp_path), StopRequest()
+    one = run.Run(config, folder, Processes(CPU), parts.assemble(config), None, stop, show=False)
+    before = {k: v.clone() for k, v in one.model.backbone.state_dict().items()}
+    one.fit()
+    losses = [row["train_loss"] for row in one.record.history]
+    assert losses[-1] < 0.5 * losses[0] and one.record.history[-1]["validation_top1"] > 60
+    for name, value in one.model.backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
@@ -173,7 +179,7 @@ def interrupt(monkeypatch, at):
     ids=["dropout", "batchnorm-and-recovery"],
 )
 def test_resumed_run_is_the_uninterrupted_one(world, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(loop, "plot_learning_curve", quick_plot)
+    monkeypatch.setattr(run, "plot_learning_curve", quick_plot)
     config = configure(world, color_jitter=0.3, batch_size=6, **changes)
     whole = tmp_path / "whole"
     loop.train(config, whole, device=CPU, show=False)
@@ -225,7 +231,7 @@ def test_sigkill_at_a_random_moment(world, tmp_path):
     time.sleep(0.1)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    killed_at = checkpoints.load(tmp_path / "a")["position"]
+    killed_at = checkpoints.load(tmp_path / "a")["processes"][0]["position"]
     assert 0 < killed_at["updates"] < 8 * 13
     assert main(["train", "--resume", str(tmp_path / "a")]) == 0
     assert main(["train", "--output", str(tmp_path / "b"), *command]) == 0
@@ -255,7 +261,7 @@ def test_full_disk_stops_and_loses_nothing(world, tmp_path, monkeypatch, at):
 
 def test_loss_that_is_not_finite_stops_at_its_step(world, tmp_path, monkeypatch):
     config = configure(world, recovery_interval=2, batch_size=4, log_interval=50)
-    real, steps = loop.F.cross_entropy, []
+    real, steps = step.F.cross_entropy, []
 
     def cross_entropy(logits, labels, **options):
         loss = real(logits, labels, **options)
@@ -265,11 +271,11 @@ def test_loss_that_is_not_finite_stops_at_its_step(world, tmp_path, monkeypatch)
                 return loss * float("nan")
         return loss
 
-    monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(step.F, "cross_entropy", cross_entropy)
     with pytest.raises(TrainingStopped, match=r"loss is nan at step 5 \(epoch 1\); the last good"):
         loop.train(config, tmp_path, device=CPU, show=False)
     state = checkpoints.load(tmp_path)
-    assert state["position"]["updates"] == 4
+    assert state["processes"][0]["position"]["updates"] == 4
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -278,19 +284,22 @@ def test_a_full_device_says_what_to_change(world, tmp_path, monkeypatch, capsys)
     from pgn_fast.cli import main
 
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has little.")
-    real, calls = loop.F.cross_entropy, iter(range(1, 100))
+    real, calls = step.F.cross_entropy, iter(range(1, 100))
 
     def cross_entropy(logits, labels, **options):
-        if torch.is_grad_enabled() and next(calls) == 4:
+        if torch.is_grad_enabled() and next(calls) == 5:
             raise full
         return real(logits, labels, **options)
 
-    monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
-    advice = r"with -b 8 \(CUDA out of memory\); {}\. .* -b 4 --grad-accum-steps 2 for 8 images"
-    # 27 images in batches of 8: three steps an epoch
+    monkeypatch.setattr(step.F, "cross_entropy", cross_entropy)
+    advice = (
+        r"with `batch_size` 8 \(CUDA out of memory\); {}\. .* `batch_size` 4 `grad_accum_steps` 2 "
+        "for 8 images"
+    )
+    # 27 images in batches of 8, 8, 6 and 5
     with pytest.raises(TrainingStopped, match=advice.format("the last good checkpoint is .*")):
         loop.train(configure(world), tmp_path / "run", device=CPU, show=False)
-    assert checkpoints.load(tmp_path / "run")["position"]["epoch"] == 1
+    assert checkpoints.load(tmp_path / "run")["processes"][0]["position"]["epoch"] == 1
     read_adapter(tmp_path / "run" / "best")
 
     def forward(model, images):
@@ -299,24 +308,28 @@ def test_a_full_device_says_what_to_change(world, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pgn_fast.VPT, "forward", forward)
     with pytest.raises(TrainingStopped, match=advice.format("nothing is saved yet")):
         loop.train(configure(world), tmp_path / "early", device=CPU, show=False)
-    monkeypatch.setattr(loop.Run, "__init__", lambda *arguments: forward(*arguments[:2]))
+    monkeypatch.setattr(run.Run, "__init__", lambda *arguments: forward(*arguments[:2]))
     assert main(["train", "--output", str(tmp_path / "third"), "-b", "1"]) == 1
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "--amp or a smaller --model: -b is 1 already" in line
 
 
 def test_weights_that_are_not_finite_take_no_checkpoints_place(world, tmp_path, monkeypatch):
-    real = loop.set_learning_rate
+    real = run.Schedule.set
     calls = iter(range(100))
 
-    def set_learning_rate(optimizer, lr):
-        real(optimizer, float("inf") if next(calls) == 5 else lr)
+    def set_rate(self, epoch, update):
+        real(self, epoch, update)
+        if next(calls) == 5:
+            recipe.set_learning_rate(self._optimizer, float("inf"))
 
-    monkeypatch.setattr(loop, "set_learning_rate", set_learning_rate)
+    monkeypatch.setattr(run.Schedule, "set", set_rate)
     # 27 images in batches of 9: step 6 is the last of epoch 2
     with pytest.raises(TrainingStopped, match="is not finite after step 6"):
         loop.train(configure(world, batch_size=9), tmp_path, device=CPU, show=False)
-    assert checkpoints.load(tmp_path)["position"] == vars(loop.Position(epoch=1, updates=3))
+    assert checkpoints.load(tmp_path)["processes"][0]["position"] == vars(
+        state.Position(epoch=1, updates=3)
+    )
     assert all(value.isfinite().all() for value in read_adapter(tmp_path / "last")[1].values())
 
 
@@ -337,7 +350,7 @@ def test_mixed_precision(world, tmp_path, dtype):
     # float16's loss scaling leaves out the first steps while it finds its scale, so both need time
     runs = {"amp": {"amp": True, "amp_dtype": dtype}, "float32": {}}
     for name, changes in runs.items():
-        config = configure(world, method="vpt-deep", epochs=8, lr=0.05, no_aug=True, **changes)
+        config = configure(world, head_init="zero", epochs=8, lr=0.05, no_aug=True, **changes)
         loop.train(config, tmp_path / name, device=CPU, show=False)
     half, full = (outcome(tmp_path / name) for name in runs)
     for key, value in half[0].items():
@@ -390,17 +403,17 @@ def test_no_readable_image_is_an_error(tmp_path):
 def test_resume_refuses_another_run(world, tmp_path):
     config = configure(world)
     loop.train(config, tmp_path / "run", device=CPU, show=False)
-    with pytest.raises(UserError, match=r"has lr = 0\.02, now 0\.5 is asked for"):
-        loop.resume_config(tmp_path / "run", {"lr": 0.5})
-    assert loop.resume_config(tmp_path / "run", {"workers": 2, "lr": 0.02}).workers == 2
-    assert loop.resume_config(tmp_path / "nothing", {}) is None
+    with pytest.raises(UserError, match=r"has `lr` = 0\.02, now 0\.5 is asked for"):
+        state.resume_config(tmp_path / "run", {"lr": 0.5})
+    assert state.resume_config(tmp_path / "run", {"workers": 2, "lr": 0.02}).workers == 2
+    assert state.resume_config(tmp_path / "nothing", {}) is None
     path = tmp_path / "run" / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match="is damaged or truncated"):
-        loop.resume_config(tmp_path / "run", {})
+        state.resume_config(tmp_path / "run", {})
     torch.save({"weights": 1}, path)
     with pytest.raises(UserError, match="its digest differs, or it has none"):
-        loop.resume_config(tmp_path / "run", {})
+        state.resume_config(tmp_path / "run", {})
 
 
 def test_resume_refuses_other_data(tmp_path):

@@ -225,8 +225,9 @@ def _create_timm(
         )
     _refuse(name, timm.model_entrypoint(bare).__module__)
     try:
+        # weights from a file: the hub has nothing to say
         if not pretrained or kwargs.get("checkpoint_path"):
-            return timm.create_model(name, pretrained=pretrained, **kwargs)
+            return timm.create_model(name, pretrained=False, **kwargs)
         with hub.asked(f"backbone: the pretrained weights of {name!r}"):
             return timm.create_model(name, pretrained=True, **kwargs)
     except TypeError as error:
@@ -236,7 +237,8 @@ def _create_timm(
             raise
         raise RuntimeError(
             f"backbone: the pretrained weights of {name!r} could not be loaded ({error}). Without "
-            f"a network, pass a model: timm.create_model({name!r}, checkpoint_path=...)"
+            "a network, give a local file: `pretrained_path` in training, or a model of "
+            f"timm.create_model({name!r}, pretrained_cfg_overlay=dict(file=...), pretrained=True)"
         ) from error
 
 

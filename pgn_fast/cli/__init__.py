@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import TrainingStopped, UserError
+from ._flags import in_flags, unknown_arguments
 
 # the order of a newcomer's way through them; a command is there when its module is
 _ORDER = (
@@ -86,20 +87,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 1 stopped on the way (a loss that is not finite, a full disk); 2 bad arguments or
-        data, one line on stderr; 130 interrupted.
+        data, one line on stderr; 130 interrupted; 143 ended by SIGTERM, after a checkpoint.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     only = words[0] if words and words[0] in commands() else None
+    parser = build_parser(only)
     try:
-        args = build_parser(only).parse_args(words)
+        args, unknown = parser.parse_known_args(words)
+        if unknown:
+            return _complain(args.command, unknown_arguments(parser, args.command, unknown), 2)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
         return args.run(args)
     except UserError as error:
-        return _complain(args.command, str(error), 2)
+        return _complain(args.command, in_flags(str(error)), 2)
     except TrainingStopped as error:
-        return _complain(args.command, str(error), 1)
+        return _complain(args.command, in_flags(str(error)), error.exit_code)
     except OSError as error:
         return _complain(args.command, f"{error}; files written before are whole.", 1)
     except KeyboardInterrupt:

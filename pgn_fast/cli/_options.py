@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
@@ -136,6 +137,9 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
     )
+    parser.add_argument(
+        "--pretrained-path", metavar="FILE", help="the backbone's weights (default: as in training)"
+    )
 
 
 def adapter_folder(given: str) -> str:
@@ -156,19 +160,34 @@ def adapter_folder(given: str) -> str:
 def load_adapter(args: argparse.Namespace) -> Any:
     """The adapter in front of its backbone, frozen and in eval mode.
 
+    An adapter in the folder of a run gets the backbone that the run had, by the ``args.yaml``
+    there: its keywords for timm and its weights file. Flags take their place.
+
     Raises:
         UserError: no adapter, a damaged one, or a backbone that does not fit.
     """
     from ..adapters import from_pretrained, read_adapter
     from ..backbone.load import load_backbone
     from ..errors import as_user_error
+    from ..train.methods import weights_file
+    from ..train.run_folder import recorded_backbone
 
-    folder = adapter_folder(args.adapter)
+    folder = Path(adapter_folder(args.adapter))
     with as_user_error(TypeError, RuntimeError):
-        if args.model is None and not args.model_kwargs:
+        name, kwargs = args.model, args.model_kwargs or {}
+        path = getattr(args, "pretrained_path", None)
+        if name is None and not kwargs:
+            recorded = recorded_backbone(folder.parent)
+            kwargs, path = recorded.kwargs, path or recorded.path
+            name = recorded.name if kwargs or path else None
+        if name is None and not kwargs and path is None:
             return from_pretrained(folder)
-        name = args.model or read_adapter(folder)[0]["base_model_name_or_path"]
-        return from_pretrained(folder, load_backbone(name, **(args.model_kwargs or {})))
+        name = name or read_adapter(folder)[0]["base_model_name_or_path"]
+        if name is None:
+            raise UserError(f"{folder} does not name its backbone: give --model NAME.")
+        if path is not None:
+            kwargs = {**kwargs, **weights_file(name, path)}
+        return from_pretrained(folder, load_backbone(name, **kwargs))
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,8 +26,9 @@ HELP = "score an adapter on labeled images"
 EPILOG = """\
 examples:
   pgn-fast eval runs/pgn/best                              the 797 test digits
-  pgn-fast eval runs/photos/best photos --split val
+  pgn-fast eval runs/photos photos --split val             of a run, best/ is taken
   pgn-fast eval runs/photos/best more_photos --results-file score.json
+  torchrun --nproc-per-node 8 -m pgn_fast.cli eval runs/photos photos    each image once
 """
 
 
@@ -55,18 +56,27 @@ def run(args: argparse.Namespace) -> int:
     # the data first: they are sooner wrong, and sooner found to be
     split = split_to_score(config, args.split)
     given = config.num_classes
-    model = load_adapter(args).to(device)
-    if not split.streamed:
-        split = match_classes(split, model.class_names, args.adapter)
+    with Processes(device) as processes:
+        device = processes.device
+        model = load_adapter(args).to(device)
+        if not split.streamed:
+            split = match_classes(split, model.class_names, args.adapter)
+        num_classes = given or 0 if split.streamed else count_classes(split, given)
+        _check_fit(args.adapter, model, split, num_classes)
+        loader = make_loader(
+            split,
+            eval_transform(model.preprocessing),
+            args.batch_size,
+            workers=args.workers,
+            rank=processes.rank,
+            world=processes.world,
+        )
+        autocast = Autocast(device, args.amp, args.amp_dtype)
+        score = evaluate(model, loader, model.num_classes, autocast, processes)
+        if not processes.first:
+            return 0
     for note in split.notes:
         print(note, file=sys.stderr)
-    num_classes = given or 0 if split.streamed else count_classes(split, given)
-    _check_fit(args.adapter, model, split, num_classes)
-    loader = make_loader(
-        split, eval_transform(model.preprocessing), args.batch_size, workers=args.workers
-    )
-    autocast = Autocast(device, args.amp, args.amp_dtype)
-    score = evaluate(model, loader, model.num_classes, autocast, Processes(device))
     for name in score.unreadable:
         print(f"unreadable, left out: {name}")
     top5 = "" if score.top5 is None else f"  top-5 {score.top5:.2f} %"

@@ -10,7 +10,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..methods import METHODS
-from ..train.config import RECIPES, SCHEDULES, TrainConfig
+from ..train.checks import HEAD_INITS, SCHEDULES
+from ..train.config import TrainConfig
+from ..train.recipes import RECIPES
 from ._canvas import add_canvas_arguments
 from ._options import (
     KeyValues,
@@ -58,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
     )
+    model.add_argument(
+        "--pretrained-path",
+        metavar="FILE",
+        help="the backbone's weights, in the place of the hub's (resampled to --model-kwargs "
+        "img_size=N where that differs)",
+    )
     _add(model, "method", str, f"what is trained: {', '.join(METHODS)}, or one that you registered")
     model.add_argument(
         "--method-kwargs",
@@ -65,6 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=KeyValues,
         metavar="NAME=VALUE",
         help="further arguments of the method's constructor, such as layers=[0,1] of vpt-deep",
+    )
+    model.add_argument(
+        "--head-init",
+        choices=HEAD_INITS,
+        help="of the linear head: probe (ridge regression on the features of one pass), zero, or "
+        "the official code's (default: probe; linear, full: zero)",
+    )
+    model.add_argument(
+        "--init-from", metavar="ADAPTER", help="start from this adapter's weights, in a new run"
     )
     _add(model, "num_prompts", int, "P; vpt-*: 50")
     _add(model, "library_size", int, "K, tokens in PGN's library")
@@ -101,15 +118,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(recipe, "momentum", float, "of SGD")
     _add(recipe, "sched", str, "learning rate schedule", choices=SCHEDULES)
     _add(recipe, "epochs", int, "passes over the training images")
-    _add(recipe, "warmup_epochs", float, "until the highest rate")
+    recipe.add_argument(
+        "--warmup-epochs",
+        type=float,
+        metavar="X",
+        help="until the highest rate (default: a tenth of the epochs, 3 at most)",
+    )
     recipe.add_argument("--min-lr", type=float, metavar="X", help="at the end")
-    _add(recipe, "warmup_lr", float, "at the beginning")
+    recipe.add_argument(
+        "--warmup-lr", type=float, metavar="X", help="at the beginning (default: the first step up)"
+    )
     recipe.add_argument(
         "-b", "--batch-size", type=int, metavar="N", help=_with("batch_size", "images a process")
     )
     _add(recipe, "grad_accum_steps", int, "batches an optimizer step")
     recipe.add_argument("--clip-grad", type=float, metavar="NORM", help="largest gradient norm")
+    _add(recipe, "clip_mode", str, "of --clip-grad", choices=("norm", "value", "agc"))
     _add(recipe, "smoothing", float, "of the labels")
+
+    _add_timm_rates(parser)
 
     pixels = parser.add_argument_group("augmentation (digits: none)")
     pixels.add_argument("--no-aug", action="store_true", default=None, help="resize only")
@@ -134,7 +161,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--output", metavar="DIR", help="default: runs/METHOD")
     run.add_argument(
-        "--resume", nargs="?", const="", metavar="DIR", help="continue the run in DIR (or --output)"
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="continue the run in DIR (or --output); with more --epochs, beyond its end",
     )
     _add(run, "seed", int, "of everything that is random")
     add_device_argument(run)
@@ -145,7 +176,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add(run, "recovery_interval", int, "batches between checkpoints inside an epoch; 0: none")
     _add(run, "log_interval", int, "batches between looks at the loss")
+    run.add_argument(
+        "--no-sync-bn",
+        dest="sync_bn",
+        action="store_false",
+        default=None,
+        help="each process's BatchNorm sees its own images (default: those of all)",
+    )
     run.add_argument("--tensorboard", action="store_true", default=None, help="log for TensorBoard")
+
+
+def _add_timm_rates(parser: argparse.ArgumentParser) -> None:
+    """Finer settings of timm's optimizers and schedules."""
+    finer = parser.add_argument_group("optimizers and schedules in detail, as timm has them")
+    finer.add_argument("--opt-eps", type=float, metavar="X", help="(default: the optimizer's own)")
+    finer.add_argument(
+        "--opt-betas", type=float, nargs="+", metavar="X", help="(default: the optimizer's own)"
+    )
+    finer.add_argument(
+        "--opt-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for the optimizer"
+    )
+    finer.add_argument("--lr-base", type=float, metavar="X", help="rate for --lr-base-size images")
+    _add(finer, "lr_base_size", int, "images a step, over all processes, that --lr-base is for")
+    finer.add_argument(
+        "--lr-base-scale",
+        choices=("linear", "sqrt"),
+        help="from --lr-base to the step's images (default: sqrt for adaptive optimizers)",
+    )
+    finer.add_argument("--layer-decay", type=float, metavar="X", help="of the rate, a layer")
+    _add(finer, "layer_decay_min_scale", float, "smallest factor of --layer-decay")
+    finer.add_argument(
+        "--layer-decay-no-opt-scale", type=float, metavar="X", help="freeze layers below it"
+    )
+    finer.add_argument(
+        "--sched-on-updates",
+        action=argparse.BooleanOptionalAction,
+        help="a rate for every step (default), or for every epoch",
+    )
+    finer.add_argument(
+        "--warmup-prefix", action="store_true", default=None, help="warm-up is extra"
+    )
+    _add(finer, "cooldown_epochs", int, "at --min-lr, after the schedule")
+    finer.add_argument("--decay-epochs", type=float, metavar="X", help="step, wsd, rsqrt")
+    finer.add_argument(
+        "--decay-milestones", type=int, nargs="+", metavar="N", help="multistep: epochs"
+    )
+    finer.add_argument(
+        "--decay-rate",
+        "--dr",
+        type=float,
+        metavar="X",
+        help=_with("decay_rate", "step; poly: power"),
+    )
+    _add(finer, "patience_epochs", int, "plateau")
+    finer.add_argument("--lr-noise", type=float, nargs="+", metavar="X", help="on, off: shares")
+    _add(finer, "lr_noise_pct", float, "largest noise")
+    _add(finer, "lr_noise_std", float, "of the noise")
+    _add(finer, "lr_cycle_mul", float, "length of a cycle to the one before")
+    _add(finer, "lr_cycle_decay", float, "height of a cycle to the one before")
+    _add(finer, "lr_cycle_limit", int, "cycles")
+    _add(finer, "lr_k_decay", float, "cosine, poly")
 
 
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
@@ -178,7 +268,7 @@ def run(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {
         name: getattr(args, name)
         for name in _DEFAULTS
-        if name not in ("data", "data_dir") and getattr(args, name) is not None
+        if name not in ("data", "data_dir") and getattr(args, name, None) is not None
     } | data_fields(args)
     output, config = _output_and_config(args, given)
 
@@ -191,25 +281,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _output_and_config(args: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, TrainConfig]:
-    if args.resume and args.output and Path(args.resume) != Path(args.output):
+    resumed = _run_folder(args.resume) if args.resume else None
+    if resumed and args.output and resumed != Path(args.output):
         raise UserError(f"--resume {args.resume} and --output {args.output}: give one of them.")
-    if args.resume and not Path(args.resume).is_dir():
-        raise UserError(f"--resume: no folder {args.resume}.")
+    if resumed and not resumed.is_dir():
+        raise UserError(f"--resume: no folder {resumed}.")
     if args.resume is None:
         config = TrainConfig.make(args.recipe, **given)
-        output = Path(args.output or f"runs/{config.method}")
-        if (output / "checkpoint.pt").exists():
-            raise UserError(
-                f"--output: {output} holds a run already. Add --resume to continue it, or give "
-                "another folder."
-            )
-        return output, config
-    from ..train.loop import resume_config
+        return Path(args.output or f"runs/{config.method}"), config
+    from ..train.state import resume_config
 
     # a recipe that is named again is a claim about the run, as every other flag is
-    asked = RECIPES.get(args.recipe, {}) | given
-    output = Path(args.resume or args.output or f"runs/{asked.get('method', TrainConfig.method)}")
-    return output, resume_config(output, asked) or TrainConfig.make(args.recipe, **given)
+    recipe = RECIPES.get(args.recipe, {})
+    method = (recipe | given).get("method", TrainConfig.method)
+    output = resumed or Path(args.output or f"runs/{method}")
+    config = resume_config(output, given, recipe) or TrainConfig.make(args.recipe, **given)
+    return output, config
+
+
+def _run_folder(path: str) -> Path:
+    """The folder of the run that --resume names: itself, its checkpoint, best/ or last/."""
+    named = Path(path)
+    inside = named.name in ("checkpoint.pt", "best", "last") and (
+        named.with_name("checkpoint.pt").is_file()
+    )
+    return named.parent if inside else named
 
 
 def _print_results(summary: dict[str, Any], output: Path) -> None:

@@ -47,10 +47,10 @@ def load(output: Path) -> dict[str, Any] | None:
     try:
         state = read_archive(path, largest_pickle=_LARGEST_PICKLE, sealed=True)
     except UserError as error:
-        raise UserError(f"--resume: {error}") from error
+        raise UserError(f"`resume`: {error}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise UserError(
-            f"--resume: {path} is not a checkpoint that this version of pgn_fast can continue."
+            f"`resume`: {path} is not a checkpoint that this version of pgn_fast can continue."
         )
     return state
 

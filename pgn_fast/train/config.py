@@ -1,28 +1,27 @@
-"""What a training run is: every choice, its default, and where the defaults come from.
+"""What a training run is: every choice and its default.
 
-No torch here: the command line reads this module to answer ``--help``.
+No torch here: the command line reads this module to answer ``--help``. Names and meanings are those
+of timm's ``train.py`` where timm has the option; what timm has and this does not is in
+``timm_flags``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
 from ..methods import METHODS, Method, find_method
-
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-SCHEDULES = ("cosine", "cosine-pgn", "cosine-vpt", "constant")
+from .checks import check, check_choice
+from .recipes import DATA_DEFAULTS, RECIPES, deploy_defaults, generator_defaults
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. Build it with ``TrainConfig.make``, which fills in a method's defaults.
 
-    Names are those of timm's ``train.py`` where timm has the option. Rates are per optimizer step,
-    sizes are images per process, lengths are epochs.
+    Rates are per optimizer step, sizes are images per process, lengths are epochs.
     """
 
     # data
@@ -38,6 +37,7 @@ class TrainConfig:
     # model
     model: str = "pgn_demo_vit"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained_path: str | None = None  # a file in the place of the hub's weights
     method: str = "pgn"
     method_kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of its constructor
     num_prompts: int = 16
@@ -57,20 +57,47 @@ class TrainConfig:
     server: dict[str, Any] = field(default_factory=dict)  # fields of ServerSpec that differ
     fast: bool = True
     backend: str | None = None
+    head_init: str = "probe"  # "probe", "zero" or "official"
+    init_from: str | None = None  # an adapter whose trained parts are the start
+    sync_bn: bool = True  # BatchNorm sees the images of all processes
 
     # optimization
     opt: str = "adamw"
+    opt_eps: float | None = None
+    opt_betas: tuple[float, ...] | None = None
+    opt_kwargs: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-3
+    lr_base: float | None = None  # lr = lr_base * images a step / lr_base_size
+    lr_base_size: int = 256
+    lr_base_scale: str = ""  # "linear", "sqrt"; "": by the optimizer
     weight_decay: float = 0.0
     momentum: float = 0.9
-    sched: str = "cosine"
+    layer_decay: float | None = None
+    layer_decay_min_scale: float = 0.0
+    layer_decay_no_opt_scale: float | None = None
     epochs: int = 30
-    warmup_epochs: float = 3
+    sched: str = "cosine"
+    sched_on_updates: bool = True  # a rate of its own for every step; False: one an epoch
+    warmup_epochs: float | None = None  # None: a tenth of the epochs, 3 at most
+    warmup_lr: float | None = None  # None: the first of as many even steps
+    warmup_prefix: bool = False
     min_lr: float | None = None  # None: 0, or the official schedule's own
-    warmup_lr: float = 0.0
+    cooldown_epochs: int = 0
+    decay_epochs: float | None = None  # None: timm's own for the schedule
+    decay_milestones: tuple[int, ...] = (90, 180, 270)
+    decay_rate: float = 0.1
+    patience_epochs: int = 10
+    lr_noise: tuple[float, ...] | None = None
+    lr_noise_pct: float = 0.67
+    lr_noise_std: float = 1.0
+    lr_cycle_mul: float = 1.0
+    lr_cycle_decay: float = 0.5
+    lr_cycle_limit: int = 1
+    lr_k_decay: float = 1.0
     batch_size: int = 64
     grad_accum_steps: int = 1
     clip_grad: float | None = None
+    clip_mode: str = "norm"
     smoothing: float = 0.0
 
     # pixels
@@ -103,8 +130,8 @@ class TrainConfig:
     def make(cls, recipe: str | None = None, **given: Any) -> TrainConfig:
         """The configuration for these choices; what is not given is the method's default.
 
-        Precedence, last wins: the field's default, the data set's, the method's, the recipe's,
-        ``given``.
+        Precedence, last wins: the field's default, the data set's, the generator's, the method's,
+        the recipe's, the deployment's, ``given``.
 
         Args:
             recipe: "pgn-official" or "vpt-official"; None for this library's own defaults.
@@ -113,32 +140,33 @@ class TrainConfig:
         Raises:
             UserError: an unknown name, or a value out of its range.
         """
+        if recipe is not None:
+            check_choice("recipe", recipe, tuple(RECIPES))
         method = given.get("method", RECIPES.get(recipe or "", {}).get("method", cls.method))
         try:
             row = find_method(method)
         except ValueError as error:
             raise UserError(
-                f"--method is {method!r}; known: {', '.join(METHODS)}. A method of your own has to "
+                f"`method` is {method!r}; known: {', '.join(METHODS)}. A method of your own has to "
                 "be registered first: an installed package names its module as an entry point of "
                 "the group 'pgn_fast.methods'."
             ) from error
         _check_options(row, given)
-        if recipe is not None:
-            _check_choice("recipe", recipe, tuple(RECIPES))
+        data = given.get("data", cls.data)
         values = {
-            **DATA_DEFAULTS.get(given.get("data", cls.data), {}),
-            **_generator_defaults(
-                given.get("data", cls.data), given.get("generator", cls.generator)
-            ),
+            **DATA_DEFAULTS.get(data, {}),
+            **generator_defaults(data, given.get("generator", cls.generator)),
             **row.training,
             **RECIPES.get(recipe or "", {}),
-            **_deploy_defaults(given.get("deploy"), given.get("model", cls.model)),
+            **deploy_defaults(given.get("deploy"), given.get("model", cls.model)),
             **given,
         }
         # tuples, whether the values come from the command line, JSON or Python
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         config = cls(**values)
-        config._check()
+        check(config)
+        if config.warmup_epochs is None:
+            config = dataclasses.replace(config, warmup_epochs=min(3.0, config.epochs / 10))
         return config
 
     def as_dict(self) -> dict[str, Any]:
@@ -147,60 +175,24 @@ class TrainConfig:
             k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
         }
 
-    def _check(self) -> None:
-        _check_choice("sched", self.sched, SCHEDULES)
-        _check_choice("amp-dtype", self.amp_dtype, ("bfloat16", "float16"))
-        _check_choice("deploy", self.deploy, (None, "rgb"))
-        _check_choice("layout", self.layout, ("border", "enlarged"))
-        of_rgb = ("layout", "image_grid", "canvas_grid", "allow_blank", "compensate", "server")
-        defaults = TrainConfig()
-        given = [name for name in of_rgb if getattr(self, name) != getattr(defaults, name)]
-        if given and not self.deploy:
-            flag = "no-compensate" if given[0] == "compensate" else given[0].replace("_", "-")
-            raise UserError(
-                f"--{flag} says how prompts become pixels: add --deploy rgb, or leave it out."
-            )
-        if self.deploy and (self.method != "pgn" or self.activation != "softmax"):
-            raise UserError(
-                f"--deploy rgb trains --method pgn with --activation softmax, got {self.method} "
-                f"and {self.activation}. VPT-Shallow needs no training of its own: pgn-fast invert."
-            )
-        for name, low in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; give {low} or more.")
-        for name in ("lr", "batch_size", "epochs", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; give > 0.")
-        for name in _SHARES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; give 0 ... 1.")
-        for name, top in (("scale", 1.0), ("ratio", math.inf)):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= top:
-                raise UserError(
-                    f"--{name} is {low:g} {high:g}; give the smallest and the largest, above 0"
-                    + (" and up to 1." if top == 1 else ".")
-                )
-        if self.seed >= 2**63:
-            raise UserError(f"--seed is {self.seed}; give less than 2**63.")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise UserError(f"--crop-pct is {self.crop_pct}; give a share above 0, up to 1.")
-        if self.std is not None and not all(s > 0 for s in self.std):
-            raise UserError(f"--std is {' '.join(map(str, self.std))}; give three above 0.")
-        _check_choice("interpolation", self.interpolation, (None, *INTERPOLATIONS))
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(
-                f"--val-fraction is {self.val_fraction}; give a share of the training images "
-                "from 0 (no validation) to below 1."
-            )
-        if self.warmup_epochs > self.epochs:
-            raise UserError(
-                f"--warmup-epochs {self.warmup_epochs:g} is more than --epochs {self.epochs}: "
-                "the full rate would never be reached."
-            )
+    def schedule_options(self) -> dict[str, Any]:
+        """The rest of what timm's ``create_scheduler_v2`` is told, by its names."""
+        decay = {} if self.decay_epochs is None else {"decay_epochs": self.decay_epochs}
+        return decay | {
+            "decay_milestones": self.decay_milestones,
+            "cooldown_epochs": self.cooldown_epochs,
+            "patience_epochs": self.patience_epochs,
+            "decay_rate": self.decay_rate,
+            "warmup_prefix": self.warmup_prefix,
+            "noise": self.lr_noise,
+            "noise_pct": self.lr_noise_pct,
+            "noise_std": self.lr_noise_std,
+            "noise_seed": self.seed,
+            "cycle_mul": self.lr_cycle_mul,
+            "cycle_decay": self.lr_cycle_decay,
+            "cycle_limit": self.lr_cycle_limit,
+            "k_decay": self.lr_k_decay,
+        }
 
 
 def _check_options(row: Method, given: dict[str, Any]) -> None:
@@ -212,98 +204,6 @@ def _check_options(row: Method, given: dict[str, Any]) -> None:
         others = {option for other in METHODS.values() for option in other.options.values()}
         for name in sorted(others & set(given)):
             raise UserError(
-                f"--{name.replace('_', '-')} is not an option of --method {row.name}; pass its own "
-                f"arguments as --method-kwargs {name}={given[name]}."
+                f"`{name}` is not an option of `method` {row.name}; pass its own arguments as "
+                f"`method_kwargs` {name}={given[name]}."
             )
-
-
-def _generator_defaults(data: str, generator: str) -> dict[str, Any]:
-    """8 pixels leave nothing to pool away; only the paper's network has that switch."""
-    tiny = data == "digits" and generator == "resnet10"
-    return {"generator_kwargs": {"max_pool": False}} if tiny else {}
-
-
-def _deploy_defaults(deploy: str | None, model: str) -> dict[str, Any]:
-    """The packaged backbone's 4 x 4 patches have 7 cells around an image of 3 x 3."""
-    return {"num_prompts": 7} if deploy == "rgb" and model == "pgn_demo_vit" else {}
-
-
-def _check_choice(name: str, value: object, known: tuple[str | None, ...]) -> None:
-    if value not in known:
-        raise UserError(f"--{name} is {value!r}; known: {', '.join(filter(None, known))}.")
-
-
-_AT_LEAST = {
-    "num_prompts": 1,
-    "library_size": 1,
-    "resolution": 1,
-    "num_classes": 1,
-    "weight_decay": 0,
-    "warmup_epochs": 0,
-    "min_lr": 0,
-    "warmup_lr": 0,
-    "grad_accum_steps": 1,
-    "workers": 0,
-    "color_jitter": 0,
-    "seed": 0,
-    "recovery_interval": 0,
-    "log_interval": 1,
-}
-_SHARES = (
-    "smoothing",
-    "momentum",
-    "prompt_dropout",
-    "hflip",
-    "vflip",
-    "color_jitter_prob",
-    "grayscale_prob",
-    "reprob",
-)
-
-# Digits are not mirrored or cropped, a "6" would be no "6" any more.
-DATA_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {
-        "scale": (1.0, 1.0),
-        "ratio": (1.0, 1.0),
-        "hflip": 0.0,
-        "crop_pct": 1.0,
-    },
-}
-
-# The published recipes, as far as they are known. The official PGN run also solarizes a fifth of
-# its images, at an unknown threshold, and picks the model by test images: neither is done here.
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-RECIPES: dict[str, dict[str, Any]] = {
-    "pgn-official": {
-        "method": "pgn",
-        "opt": "sgd",
-        "momentum": 0.9,
-        "lr": 0.1,
-        "weight_decay": 0.0,
-        "sched": "cosine-pgn",
-        "epochs": 100,
-        "warmup_epochs": 50,
-        "scale": (1.0, 1.0),
-        "color_jitter": 0.4,
-        "color_jitter_prob": 0.8,
-        "grayscale_prob": 0.2,
-        "hflip": 0.5,
-        # for every backbone, as in the official data modules
-        "mean": _CLIP_MEAN,
-        "std": _CLIP_STD,
-    },
-    "vpt-official": {
-        "method": "vpt-deep",
-        "opt": "sgd",
-        "momentum": 0.9,
-        # base rate 1.0 from the published grid 50 ... 0.05, times batch / 256
-        "lr": 0.25,
-        "batch_size": 64,
-        "weight_decay": 1e-3,
-        "sched": "cosine-vpt",
-        "epochs": 100,
-        "warmup_epochs": 10,
-        "prompt_dropout": 0.1,
-    },
-}

@@ -224,7 +224,7 @@ def load_split(config: TrainConfig, name: str) -> Split:
         return _named(config, name, wanted)
     if config.data_dir is not None:
         raise UserError(
-            f"--data-dir {config.data_dir}: it is the folder of a data set that is named by timm, "
+            f"`data_dir` {config.data_dir}: it is the folder of a data set that is named by timm, "
             f"as torch/cifar10 is; {config.data} needs none. Give one of them."
         )
     if config.data == "digits":
@@ -271,7 +271,7 @@ def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, S
         held_out.update(random.Random(f"{seed}/{label}").sample(members, count))
     if not held_out:
         raise UserError(
-            f"--val-fraction {fraction:g} of {len(train)} training images is no image; give a "
+            f"`val_fraction` {fraction:g} of {len(train)} training images is no image; give a "
             "larger share, or 0 to train without validation."
         )
     origin = f"{fraction:.0%} of {train.origin}, carved by seed {seed}"
@@ -393,7 +393,7 @@ def _named(config: TrainConfig, name: str, wanted: str | None) -> Split:
 def _streamed_classes(train: Split, given: int | None) -> int:
     if given is None and train.class_names is None:
         raise UserError(
-            f"data: {train.origin} is streamed and does not tell its classes: give --num-classes."
+            f"data: {train.origin} is streamed and does not tell its classes: give `num_classes`."
         )
     return given or len(train.class_names or ())
 
@@ -420,13 +420,13 @@ def count_classes(split: Split, given: int | None) -> int:
             )
     if names and count != len(names):
         raise UserError(
-            f"data: {split.origin} has {len(names)} classes, --num-classes is {count}: leave it "
+            f"data: {split.origin} has {len(names)} classes, `num_classes` is {count}: leave it "
             "out, the data tell."
         )
     if count < 2:
         raise UserError(
             f"data: {split.origin} has {count} class(es); two are the least to tell apart"
-            + ("." if count else ": give --num-classes.")
+            + ("." if count else ": give `num_classes`.")
         )
     return count
 

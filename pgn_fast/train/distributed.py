@@ -1,22 +1,31 @@
-"""The processes of a run: one, or as many as torchrun started."""
+"""The processes of a run: one, or as many as torchrun, SLURM or MPI started."""
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.utils.distributed import (
+    init_distributed_device_so,
+    is_distributed_env,
+    world_info_from_env,
+)
+
+from ..errors import as_user_error
 
 
 class Processes:
-    """Joins the process group that torchrun describes in the environment, where there is one."""
+    """Joins the process group that the launcher describes in the environment, where there is one.
+
+    timm reads the environment: torchrun's variables, SLURM's, MPI's. Each process gets the
+    accelerator of its local rank.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        if self.world > 1 and device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        self.device = device
+        self.world, self.rank, self.device = 1, 0, device
+        if is_distributed_env():
+            _, self.rank, self.world = world_info_from_env()
 
     @property
     def first(self) -> bool:
@@ -24,10 +33,13 @@ class Processes:
         return self.rank == 0
 
     def __enter__(self) -> Processes:
-        if self.device.type == "cuda":
+        if self.world > 1 and not dist.is_initialized():
+            with as_user_error(RuntimeError):
+                joined = init_distributed_device_so(self.device.type)
+            self.world, self.rank = joined["world_size"], joined["global_rank"]
+            self.device = torch.device(joined["device"])
+        elif self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -38,14 +50,20 @@ class Processes:
         """Each value, added up over the processes."""
         if self.world == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        # float64, but for Apple's devices, which have none
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.tensor(values, dtype=dtype, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
-    def gather(self, words: list[str]) -> list[str]:
-        """The words of all processes, each once, sorted; nobody goes on before all are here."""
+    def collect(self, thing: Any) -> list[Any]:
+        """One thing of each process, in the order of ranks; every process gets all."""
         if self.world == 1:
-            return sorted(set(words))
-        parts: list[list[str]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(parts, words)
-        return sorted({word for part in parts for word in part})
+            return [thing]
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, thing)
+        return parts
+
+    def gather(self, words: list[str]) -> list[str]:
+        """The words of all processes, each once, sorted; no process goes on before all are here."""
+        return sorted({word for part in self.collect(words) for word in part})

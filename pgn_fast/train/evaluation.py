@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,8 +60,12 @@ def evaluate(
     num_classes: int,
     autocast: Autocast,
     processes: Processes,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Top-1, top-5 and mean loss over all images of a loader, added up over the processes.
+
+    Args:
+        between: is called between two batches, and may end the evaluation by an exception.
 
     Raises:
         UserError: no image could be read, or a label is out of range.
@@ -69,6 +74,7 @@ def evaluate(
     top1 = top5 = seen = 0
     loss_sum, unreadable = 0.0, []
     for images, labels, _, names in loader:
+        between()
         unreadable += names
         if len(labels) == 0:
             continue
@@ -91,5 +97,5 @@ def evaluate(
         top5=100 * top5 / seen if num_classes > 5 else None,
         loss=loss_sum / seen,
         images=seen,
-        unreadable=unreadable,
+        unreadable=processes.gather(unreadable) if processes.world > 1 else unreadable,
     )

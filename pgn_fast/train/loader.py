@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import os
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -103,7 +105,7 @@ def _named_policy(aa: str | None) -> Iterator[None]:
         if aa is None:
             raise
         raise UserError(
-            f"--aa {aa}: timm cannot read this policy ({error}); give one such as "
+            f"`aa` {aa}: timm cannot read this policy ({error}); give one such as "
             "rand-m9-mstd0.5, augmix-m5-w4, original or 3a."
         ) from error
 
@@ -172,7 +174,7 @@ class Stream(IterableDataset):
         """The next pass is that of ``epoch``; a stream has no random access to its batches."""
         if batch:
             raise UserError(
-                "--recovery-interval: streamed data resume where an epoch begins; leave it 0."
+                "`recovery_interval`: streamed data resume where an epoch begins; leave it 0."
             )
         self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
@@ -188,30 +190,66 @@ class Stream(IterableDataset):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Shuffled batches of an epoch, of whole batches only, from any batch of it on.
+    """Shuffled batches of an epoch, every image once, from any batch of it on.
 
-    Every process of a distributed run takes its own part of each global batch.
+    An epoch is divided into optimizer steps, a step into ``accumulate`` batches, a batch into the
+    processes' parts, so that the images of a step depend on their number only, not on how they are
+    spread. Where less than half a step would be left over, the last two steps share what there is:
+    none is so small that BatchNorm or the gradient's noise would suffer.
+
+    Attributes:
+        starts: the number of the first batch of each step.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+    ):
         # a split smaller than one batch is one batch
         self.batch_size = max(1, min(batch_size, size // world))
-        self.size, self.seed, self.rank, self.world = size, seed, rank, world
-        self.epoch, self.start = 0, 0
+        self.seed, self.rank, self.world = seed, rank, world
+        self.size, self.epoch, self.start = size, 0, 0
+        whole = batch_size * world * accumulate
+        ends = [*range(whole, size, whole), size]
+        if len(ends) > 1 and 2 * (size - ends[-2]) < whole:
+            begin = ends[-3] if len(ends) > 2 else 0
+            ends[-2] = begin + -(-(size - begin) // 2)
+        self.starts: list[int] = []
+        self._batches: list[np.ndarray] = []  # places in the epoch's order
+        for begin, end in pairwise([0, *ends]):
+            self.starts.append(len(self._batches))
+            places = np.arange(begin, end)
+            self._batches += np.array_split(places, -(-len(places) // (batch_size * world)))
+
+    @property
+    def smallest(self) -> int:
+        """Images of the smallest part of a batch that a process gets."""
+        return min(len(batch) for batch in self._batches) // self.world
+
+    def batches_of_step(self, batch: int) -> int:
+        """How many batches the step has that begins with this one."""
+        step = bisect_right(self.starts, batch)
+        end = self.starts[step] if step < len(self.starts) else len(self)
+        return end - batch
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """The next pass yields the batches of ``epoch`` from number ``batch`` on."""
         self.epoch, self.start = epoch, batch
 
     def __len__(self) -> int:
-        return self.size // (self.batch_size * self.world)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).tolist()
-        for batch in range(self.start, len(self)):
-            begin = (batch * self.world + self.rank) * self.batch_size
-            yield [(self.epoch, i) for i in order[begin : begin + self.batch_size]]
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).numpy()
+        for batch in self._batches[self.start :]:
+            own = np.array_split(order[batch], self.world)[self.rank]
+            yield [(self.epoch, i) for i in own.tolist()]
 
 
 class OrderedBatches(Sampler[list[tuple[int, int]]]):
@@ -261,11 +299,13 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     at_least: int | None = None,
+    accumulate: int = 1,
 ) -> DataLoader:
-    """Batches of a split: shuffled by ``seed`` for training, in order and complete without one.
+    """Batches of a split, every image once: shuffled by ``seed`` for training, else in order.
 
     Args:
         workers: processes that read images; None: ``default_workers``.
+        accumulate: batches of an optimizer step, in training.
         at_least: what ``pixels_to_keep`` says, for files; None: every JPEG is decoded whole.
     """
     if workers is None:
@@ -288,7 +328,7 @@ def make_loader(
     if seed is None:
         ordered = OrderedBatches(len(split), batch_size, rank, world)
         return DataLoader(Samples(split, transform), batch_sampler=ordered, **options)
-    shuffled = EpochBatches(len(split), batch_size, seed, rank, world)
+    shuffled = EpochBatches(len(split), batch_size, seed, rank, world, accumulate)
     return DataLoader(Samples(split, transform, seed), batch_sampler=shuffled, **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -25,8 +26,25 @@ def load_backbone_for(config: TrainConfig) -> Any:
     kwargs = dict(config.model_kwargs)
     if config.layout == "enlarged":
         kwargs = any_size(config.model, kwargs)
+    if config.pretrained_path is not None:
+        kwargs |= weights_file(config.model, config.pretrained_path)
     with as_user_error(TypeError, RuntimeError):
         return load_backbone(config.model, **kwargs)
+
+
+def weights_file(model: str, path: str) -> dict[str, Any]:
+    """timm's keywords for a backbone whose pretrained weights are in a local file.
+
+    timm reads it as it would the hub's: position embeddings are resampled to the image size.
+
+    Raises:
+        UserError: no such file, or a backbone that has its weights in the package.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"`pretrained_path`: there is no file {path}.")
+    if model == DEMO_NAME:
+        raise UserError(f"`pretrained_path`: {model} has its weights inside; name another `model`.")
+    return {"pretrained_cfg_overlay": {"file": str(path)}}
 
 
 def any_size(model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,8 +55,8 @@ def any_size(model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """
     if model == DEMO_NAME or kwargs.get("dynamic_img_size") is False:
         raise UserError(
-            f"--layout enlarged needs a backbone that takes images of any size, and {model} here "
-            "has one size. Use --layout border, or a timm model, which is then created with "
+            f"`layout` enlarged needs a backbone that takes images of any size, and {model} here "
+            "has one size. Use `layout` border, or a timm model, which is then created with "
             "dynamic_img_size=True."
         )
     return {**kwargs, "dynamic_img_size": True}
@@ -66,7 +84,7 @@ def deployment_library(
             given, own = tuple(pixels[name]), getattr(server, name)
             if given != own:
                 raise UserError(
-                    f"--{name} {' '.join(map(str, given))}: with --deploy rgb images are "
+                    f"`{name}` {' '.join(map(str, given))}: with `deploy` rgb images are "
                     f"normalized as the server does, by {' '.join(map(str, own))}. Leave it out."
                 )
         rows, columns = backbone.patch_embed.grid_size
@@ -81,9 +99,9 @@ def deployment_library(
         )
         if layout.compensate_positions and rows_read(backbone) is None:
             raise UserError(
-                f"--layout enlarged: {config.model} pools over the patches, and a server pools the "
-                "prompts too, which this training would not. Use --layout border or "
-                "--no-compensate."
+                f"`layout` enlarged: {config.model} pools over the patches, and a server pools the "
+                "prompts too, which this training would not. Use `layout` border or "
+                "`compensate=False`."
             )
         patch_map = PatchMap.from_backbone(backbone, server, layout)
         return GamutLibrary(config.library_size, patch_map)

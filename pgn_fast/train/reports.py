@@ -18,6 +18,8 @@ from .. import plots
 from .._files import write_files
 from ..errors import UserError
 
+# off a terminal, within an epoch
+SECONDS_BETWEEN_LINES = 30.0
 # one row an epoch; losses in nats, top-1 in percent, time in seconds
 COLUMNS = (
     "epoch",
@@ -81,7 +83,7 @@ class TensorBoard:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise UserError(
-                    "--tensorboard needs the package tensorboard: "
+                    "`tensorboard` needs the package tensorboard: "
                     "pip install 'pgn_fast[tensorboard]'."
                 ) from error
             # epochs that a killed run logged behind its checkpoint are hidden
@@ -108,7 +110,8 @@ class ProgressReport:
     def __init__(self, total_batches: int, done: int, show: bool) -> None:
         self.console = Console(quiet=not show, highlight=False, soft_wrap=True)
         self._total, self._first, self._done, self._images = total_batches, done, done, 0
-        self._start = time.perf_counter()
+        self._start = self._last_line = time.perf_counter()
+        self._last_loss: float | None = None
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -133,19 +136,39 @@ class ProgressReport:
         """``count`` more batches with ``images`` images are done."""
         self._done += count
         self._images += images
-        rate = self._images / max(time.perf_counter() - self._start, 1e-9)
+        loss = "" if self._last_loss is None else f"  loss {self._last_loss:.4f}"
         self._bar.update(
             self._task,
             completed=self._done,
-            description=f"epoch {epoch}/{epochs}",
-            speed=f"{rate:,.0f} images/s",
+            description=f"epoch {epoch}/{epochs}{loss}",
+            speed=self._speed(),
         )
+
+    def step(self, epoch: int, batch: int, batches: int, loss: float) -> None:
+        """The loss since the last look; off a terminal a line of it now and then."""
+        self._last_loss = loss
+        now = time.perf_counter()
+        if self.console.is_terminal or now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        self.console.print(
+            f"epoch {epoch:>3}  batch {batch}/{batches}  loss {loss:.4f}  {self._speed()}  "
+            f"left {self._left()}"
+        )
+
+    def _speed(self) -> str:
+        return f"{self._images / max(time.perf_counter() - self._start, 1e-9):,.0f} images/s"
+
+    def _left(self) -> str:
+        elapsed = time.perf_counter() - self._start
+        seconds = elapsed / max(self._done - self._first, 1) * (self._total - self._done)
+        days, seconds = divmod(int(seconds), 86_400)
+        clock = time.strftime("%H:%M:%S", time.gmtime(seconds))
+        return f"{days} d {clock}" if days else clock
 
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """The line of a finished epoch."""
-        elapsed = time.perf_counter() - self._start
-        per_batch = elapsed / max(self._done - self._first, 1)
-        left = time.strftime("%H:%M:%S", time.gmtime(per_batch * (self._total - self._done)))
+        self._last_line = time.perf_counter()
         validation = (
             f"validation loss {row['validation_loss']:.4f} top-1 {row['validation_top1']:6.2f} %  "
             if row.get("validation_top1") is not None
@@ -154,7 +177,7 @@ class ProgressReport:
         self.console.print(
             f"epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.2e}  "
             f"train loss {row['train_loss']:.4f} top-1 {row['train_top1']:6.2f} %  {validation}"
-            f"{row['images_per_second']:,.0f} images/s  left {left}"
+            f"{row['images_per_second']:,.0f} images/s  left {self._left()}"
         )
 
     def say(self, text: str) -> None:

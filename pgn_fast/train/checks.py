@@ -1,0 +1,160 @@
+"""What a configuration may hold. Messages name fields in backticks; the CLI makes them flags."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+OFFICIAL_SCHEDULES = ("cosine-pgn", "cosine-vpt")
+SCHEDULES = (
+    "cosine",
+    *OFFICIAL_SCHEDULES,
+    "constant",
+    "tanh",
+    "step",
+    "multistep",
+    "plateau",
+    "poly",
+    "wsd",
+    "rsqrt",
+    "none",
+)
+HEAD_INITS = ("probe", "zero", "official")
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "sched": SCHEDULES,
+    "amp_dtype": ("bfloat16", "float16"),
+    "deploy": (None, "rgb"),
+    "layout": ("border", "enlarged"),
+    "interpolation": (None, *INTERPOLATIONS),
+    "activation": ("softmax", "sigmoid"),
+    "head_init": HEAD_INITS,
+    "clip_mode": ("norm", "value", "agc"),
+    "lr_base_scale": ("", "linear", "sqrt"),
+}
+_AT_LEAST = {
+    "num_prompts": 1,
+    "library_size": 1,
+    "resolution": 1,
+    "num_classes": 1,
+    "weight_decay": 0,
+    "warmup_epochs": 0,
+    "cooldown_epochs": 0,
+    "min_lr": 0,
+    "warmup_lr": 0,
+    "grad_accum_steps": 1,
+    "workers": 0,
+    "color_jitter": 0,
+    "seed": 0,
+    "recovery_interval": 0,
+    "log_interval": 1,
+    "lr_base_size": 1,
+    "lr_cycle_limit": 1,
+    "patience_epochs": 0,
+}
+_ABOVE_ZERO = (
+    "lr",
+    "lr_base",
+    "batch_size",
+    "epochs",
+    "clip_grad",
+    "layer_decay",
+    "opt_eps",
+    "decay_epochs",
+    "lr_cycle_mul",
+    "lr_k_decay",
+)
+_SHARES = (
+    "smoothing",
+    "momentum",
+    "prompt_dropout",
+    "hflip",
+    "vflip",
+    "color_jitter_prob",
+    "grayscale_prob",
+    "reprob",
+    "layer_decay_min_scale",
+)
+_OF_RGB = ("layout", "image_grid", "canvas_grid", "allow_blank", "compensate", "server")
+
+
+def check_choice(name: str, value: object, known: tuple[str | None, ...]) -> None:
+    """Raises UserError: ``value`` is not among the known ones."""
+    if value not in known:
+        raise UserError(f"`{name}` is {value!r}; known: {', '.join(filter(None, known))}.")
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError: a value out of its range, or two that contradict each other."""
+    for name, known in _CHOICES.items():
+        check_choice(name, getattr(config, name), known)
+    _check_numbers(config)
+    _check_pixels(config)
+    _check_deployment(config)
+    if config.seed >= 2**63:
+        raise UserError(f"`seed` is {config.seed}; give less than 2**63.")
+    if not 0 <= config.val_fraction < 1:
+        raise UserError(
+            f"`val_fraction` is {config.val_fraction}; give a share of the training images "
+            "from 0 (no validation) to below 1."
+        )
+    if config.warmup_epochs is not None and config.warmup_epochs > config.epochs:
+        raise UserError(
+            f"`warmup_epochs` {config.warmup_epochs:g} is more than `epochs` {config.epochs}: "
+            "the full rate would never be reached."
+        )
+    if config.pretrained_path is not None and "checkpoint_path" in config.model_kwargs:
+        raise UserError(
+            "`pretrained_path` and checkpoint_path in `model_kwargs` both name the backbone's "
+            "weights: give one of them."
+        )
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name, low in _AT_LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not value >= low:
+            raise UserError(f"`{name}` is {value}; give {low} or more.")
+    for name in _ABOVE_ZERO:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"`{name}` is {value}; give > 0.")
+    for name in _SHARES:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"`{name}` is {value}; give 0 ... 1.")
+
+
+def _check_pixels(config: TrainConfig) -> None:
+    for name, top in (("scale", 1.0), ("ratio", math.inf)):
+        low, high = getattr(config, name)
+        if not 0 < low <= high <= top:
+            raise UserError(
+                f"`{name}` is {low:g} {high:g}; give the smallest and the largest, above 0"
+                + (" and up to 1." if top == 1 else ".")
+            )
+    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
+        raise UserError(f"`crop_pct` is {config.crop_pct}; give a share above 0, up to 1.")
+    if config.std is not None and not all(s > 0 for s in config.std):
+        raise UserError(f"`std` is {' '.join(map(str, config.std))}; give three above 0.")
+
+
+def _check_deployment(config: TrainConfig) -> None:
+    defaults = type(config)()
+    given = [name for name in _OF_RGB if getattr(config, name) != getattr(defaults, name)]
+    if given and not config.deploy:
+        name = "compensate=False" if given[0] == "compensate" else given[0]
+        raise UserError(
+            f"`{name}` says how prompts become pixels: add `deploy` rgb, or leave it out."
+        )
+    if config.deploy and (config.method != "pgn" or config.activation != "softmax"):
+        raise UserError(
+            f"`deploy` rgb trains `method` pgn with `activation` softmax, got {config.method} "
+            f"and {config.activation}. VPT-Shallow needs no training of its own: pgn-fast invert."
+        )

@@ -1,0 +1,131 @@
+"""Where a new linear head starts: at zero, as the official code starts it, or as a linear probe.
+
+The probe is ridge regression on the model's own pooled features, in closed form: one pass over the
+training images, no rate to choose. Ridge strength and temperature are those with the smallest
+leave-one-out cross entropy, which needs no further pass (the residual of image i without image i is
+its residual divided by 1 - h_i, with h the diagonal of the hat matrix).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import VPT
+from ..models.heads import initialize_head
+from .distributed import Processes
+from .evaluation import Autocast
+
+# images that the probe looks at, at most
+IMAGES = 20_000
+_RIDGES = [10.0**power for power in range(-6, 3)]
+_SCALES = [2.0 ** (power / 2) for power in range(15)]
+
+
+def start_head(
+    model: Any, init: str, loader: Any, num_classes: int, autocast: Autocast, processes: Processes
+) -> None:
+    """Set the start of ``model.head`` in place, where it is a trained linear layer.
+
+    Args:
+        model: of the package; in eval mode while its features are computed.
+        init: "probe", "zero" or "official".
+        loader: training images without augmentation, for "probe".
+    """
+    head = getattr(model, "head", None)
+    if type(head) is not nn.Linear or not head.weight.requires_grad:
+        return
+    if init == "probe":
+        features, labels = _features(model, loader, autocast, processes)
+        if len(labels) > 1:
+            weight, bias = ridge_probe(features, labels, num_classes)
+            with torch.no_grad():
+                head.weight.copy_(weight)
+                head.bias.copy_(bias)
+            return
+        init = "zero"
+    if init == "zero":
+        initialize_head(head, "zero")
+    elif isinstance(model, VPT):
+        # the other methods' official head is nn.Linear's own, which a new one has
+        initialize_head(head, "vpt")
+
+
+@torch.no_grad()
+def _features(
+    model: Any, loader: Any, autocast: Autocast, processes: Processes
+) -> tuple[Tensor, Tensor]:
+    """Pooled features (n, D) and labels (n,) on the CPU, of the images of all processes."""
+    head, training = model.head, model.training
+    features, labels, order = [], [], []
+    model.head = nn.Identity()
+    try:
+        model.eval()
+        count = 0
+        for batch in loader:
+            if len(batch.labels):
+                with autocast():
+                    features.append(model(batch.images.to(autocast.device)).float().cpu())
+                labels.append(batch.labels)
+                order.append(batch.indices)
+            count += len(batch.labels) * processes.world
+            if count >= IMAGES:
+                break
+    finally:
+        model.head = head
+        model.train(training)
+    parts = processes.collect(
+        (torch.cat(features), torch.cat(labels), torch.cat(order)) if labels else None
+    )
+    columns = [torch.cat(column) for column in zip(*filter(None, parts), strict=True)]
+    if not columns:
+        return torch.empty(0, 0), torch.empty(0, dtype=torch.int64)
+    # in the order of the images, however many processes there are
+    rank = columns[2].argsort(stable=True)
+    return columns[0][rank], columns[1][rank]
+
+
+@torch.no_grad()
+def ridge_probe(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """A linear classifier in closed form: features (n, D), labels (n,) -> weight (C, D), bias (C,).
+
+        W = argmin |X W - Y|² + ridge · n · s |W|²,  logits = temperature · (X W + b)
+
+    with X and the one-hot Y centered, and s the mean square of X; all in float64.
+    """
+    x, y = features.double(), torch.zeros(len(labels), num_classes, dtype=torch.float64)
+    y[torch.arange(len(labels)), labels] = 1
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x, targets = x - x_mean, y - y_mean
+    count, width = x.shape
+    # the smaller of the two Gram matrices has all that is needed
+    left, singular, right = torch.linalg.svd(x, full_matrices=False) if count <= width else _svd(x)
+    power = singular.square()
+    projected = left.T @ targets  # (r, C)
+    best = (float("inf"), 1.0, 1.0)
+    for ridge in _RIDGES:
+        shrink = power / (power + ridge * power.sum().clamp(min=1e-30))
+        fitted = left @ (shrink[:, None] * projected)
+        # centering takes one degree of freedom: 1 / n beside the ridge's own leverage
+        leverage = (left.square() @ shrink + 1 / count).clamp(max=1 - 1e-6)
+        left_out = targets - (targets - fitted) / (1 - leverage)[:, None] + y_mean
+        for scale in _SCALES:
+            loss = float(nn.functional.cross_entropy(scale * left_out, labels))
+            best = min(best, (loss, ridge, scale))
+    _, ridge, scale = best
+    keep = power > 1e-24 * power.sum()
+    factor = torch.where(keep, singular / (power + ridge * power.sum().clamp(min=1e-30)), 0.0)
+    weight = (right.T @ (factor[:, None] * projected)).T * scale  # (C, D)
+    bias = scale * y_mean - weight @ x_mean
+    return weight.float(), bias.float()
+
+
+def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of a tall x (n, D), n > D, by the eigenvectors of its Gram matrix (D, D)."""
+    power, right = torch.linalg.eigh(x.T @ x)
+    singular = power.clamp(min=0).sqrt()
+    keep = power > 1e-14 * power.sum()
+    singular, right = singular[keep], right[:, keep].T
+    return (x @ right.T) / singular, singular, right

@@ -1,0 +1,82 @@
+"""What a run works with: images, a model, and how pixels become its input."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..adapters import from_pretrained
+from ..errors import UserError
+from .config import TrainConfig
+from .data import Splits, load_splits
+from .loader import preprocessing
+from .methods import build_model, deployment_library, load_backbone_for
+
+
+@dataclass
+class Parts:
+    """The parts of a run.
+
+    Attributes:
+        splits: images to train on, to choose by, and to test with.
+        model: on the CPU, in training mode.
+        pixels: the preprocessing of images, by timm's names.
+        fresh: whether the head is new, so that ``TrainConfig.head_init`` is its start.
+    """
+
+    splits: Splits
+    model: Any
+    pixels: dict[str, Any]
+    fresh: bool = True
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """The parts that a configuration names; the data first, they are sooner found to be wrong.
+
+    Raises:
+        UserError: data, backbone or method cannot be had or do not fit each other.
+    """
+    seed_everything(config.seed)
+    splits = load_splits(config)
+    backbone = load_backbone_for(config)
+    pixels = preprocessing(backbone, config)
+    if config.init_from is not None:
+        model = from_pretrained(config.init_from, backbone, trainable=True)
+        _check_start(config, model, splits)
+        return Parts(splits, model, pixels, fresh=False)
+    library = deployment_library(config, backbone, pixels)
+    model = build_model(config, backbone, splits.num_classes, token_library=library)
+    return Parts(splits, model, pixels)
+
+
+def _check_start(config: TrainConfig, model: Any, splits: Splits) -> None:
+    """The adapter that training starts from has the data's classes, and is of the run's method."""
+    from ..adapters.store import method_of
+
+    if method_of(model) != config.method:
+        raise UserError(
+            f"`init_from`: {config.init_from} is a {method_of(model)} adapter, `method` is "
+            f"{config.method}."
+        )
+    if model.num_classes != splits.num_classes:
+        raise UserError(
+            f"`init_from`: the head of {config.init_from} has {model.num_classes} classes, "
+            f"{splits.train.origin} has {splits.num_classes}."
+        )
+    known, found = model.class_names, splits.class_names
+    if known and found and list(known) != list(found):
+        raise UserError(
+            f"`init_from`: the classes of {config.init_from} are {', '.join(known[:3])}, ..., "
+            f"those of {splits.train.origin} are {', '.join(found[:3])}, ...: other labels."
+        )

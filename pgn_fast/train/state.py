@@ -1,0 +1,83 @@
+"""How far a run is, what it has found, and which choices a resumed run may change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import checkpoints
+from .config import TrainConfig
+
+# choices that do not change what is computed; a resumed run may differ in them
+FREE = {
+    "data_dir",
+    "dataset_download",
+    "workers",
+    "log_interval",
+    "recovery_interval",
+    "tensorboard",
+}
+
+
+@dataclass
+class Position:
+    """How far a run is, and the running sums of the epoch it is in, of this process's images."""
+
+    epoch: int = 0
+    batch: int = 0
+    updates: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    seen: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Record:
+    """What a run has found so far.
+
+    Attributes:
+        history: one row an epoch, see ``reports.COLUMNS``.
+        best_epoch, best_score: from 1; what it was chosen by.
+        best_digest: of the tensors in ``best/``, so that another's adapter is not taken for it.
+        unreadable: "name: reason" of images that were left out.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_score: float = float("-inf")
+    best_digest: str = ""
+    unreadable: list[str] = field(default_factory=list)
+
+
+def resume_config(
+    output: Path, given: dict[str, Any], recipe: dict[str, Any] | None = None
+) -> TrainConfig | None:
+    """The configuration of the run in ``output``; None where it has no checkpoint yet.
+
+    Args:
+        given: fields that the user names again. Those that do not change the result may differ,
+            and ``epochs`` may be more: the run goes on to the end of the longer one.
+        recipe: fields of a recipe that is named again; they are held against the run's.
+
+    Raises:
+        UserError: a field that would change the result differs, or the checkpoint is damaged.
+    """
+    state = checkpoints.load(output)
+    if state is None:
+        return None
+    saved = state["config"]
+    plain = lambda values: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    wanted = plain(given)
+    longer = {"epochs"} if wanted.get("epochs", 0) > saved["epochs"] else set()
+    for name, value in (plain(recipe or {}) | wanted).items():
+        if name in FREE or (name in longer and name in wanted) or saved.get(name) == value:
+            continue
+        hint = "give more to go on" if name == "epochs" else "leave it out to continue the run"
+        raise UserError(
+            f"`resume`: the run in {output} has `{name}` = {saved.get(name)!r}, now {value!r} is "
+            f"asked for: {hint}, or start a new one with `output`."
+        )
+    return TrainConfig.make(**saved | wanted)

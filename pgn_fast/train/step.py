@@ -1,0 +1,161 @@
+"""One optimizer step: forward, loss and backward over the batches that it is made of."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import UserError
+from .config import TrainConfig
+from .distributed import Processes
+from .evaluation import Autocast, check_labels
+from .sync_batchnorm import synchronize
+
+
+class Stepper:
+    """Takes optimizer steps on a model, on the mean loss of all images of a step.
+
+    With several processes that mean is over the images of all of them, however unevenly they are
+    spread, so that the step is the one that a single process would take.
+
+    Attributes:
+        optimizer: set by the owner; its rates are the schedule's business.
+        scaler: float16's loss scaling.
+    """
+
+    def __init__(
+        self, config: TrainConfig, model: Any, num_classes: int, processes: Processes
+    ) -> None:
+        self.config, self.model, self.processes = config, model, processes
+        self.num_classes, self.device = num_classes, processes.device
+        self.autocast = Autocast(self.device, config.amp, config.amp_dtype)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=config.amp and config.amp_dtype == "float16"
+        )
+        self.optimizer: Any = None
+        self.needs_two = config.batch_size > 0 and _needs_two_images(model, self._blank())
+        self._shared = synchronize(model) if processes.world > 1 and config.sync_bn else []
+        self._forward = self._wrap()
+
+    def _blank(self) -> Tensor:
+        size = self.model.preprocessing["input_size"]
+        return torch.zeros(1, *size, device=self.device)
+
+    def _wrap(self) -> nn.Module:
+        """The model as it is called in training: compiled, and with gradients that are averaged."""
+        model = self.model
+        if self.config.torchcompile:
+            model = torch.compile(model, backend=self.config.torchcompile)
+        if self.processes.world > 1:
+            index = [self.device.index] if self.device.type == "cuda" else None
+            # statistics are the same everywhere (synchronized), or each process's own business;
+            # newer torch has another name for it, which older ones do not know
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                model = DistributedDataParallel(model, device_ids=index, broadcast_buffers=False)
+        return model
+
+    def step(self, group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:
+        """One step on the batches of ``group``, as (images, labels) on any device.
+
+        Returns:
+            The sum of losses and the number of right answers of this process's images, on the
+            device, and how many images these are.
+        """
+        seen = sum(len(labels) for _, labels in group)
+        total = self._over_processes(seen)
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for i, (images, labels) in enumerate(group):
+            check_labels(labels, self.num_classes)
+            present = len(labels) > 0
+            for layer in self._shared:
+                layer.absent = not present
+            images = images.to(self.device, non_blocking=True) if present else self._blank()
+            labels = labels.to(self.device, non_blocking=True)
+            with self._sync(last=i == len(group) - 1):
+                with self.autocast():
+                    logits = self._call(images)
+                # without an image this process only takes part in what all do together
+                loss = self._loss(logits.float(), labels) if present else logits.sum() * 0
+                self.scaler.scale(loss * self.processes.world / total).backward()
+            if present:
+                loss_sum += loss.detach()
+                correct += (logits.argmax(dim=1) == labels).sum()
+        self._clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss_sum, correct, seen
+
+    def _call(self, images: Tensor) -> Tensor:
+        try:
+            return self._forward(images)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(too_few_for_batchnorm(self.config)) from error
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The sum of the losses of a batch."""
+        return F.cross_entropy(
+            logits, labels, reduction="sum", label_smoothing=self.config.smoothing
+        )
+
+    def _over_processes(self, seen: int) -> Tensor | int:
+        """The images of the step over all processes, without waiting for the device."""
+        if self.processes.world == 1:
+            return seen
+        total = torch.tensor(float(seen), device=self.device)
+        dist.all_reduce(total)
+        return total.clamp(min=1)
+
+    def _sync(self, last: bool) -> Any:
+        """Average gradients over processes at the last part of an accumulated batch only."""
+        waits = isinstance(self._forward, DistributedDataParallel) and not last
+        return self._forward.no_sync() if waits else nullcontext()  # type: ignore[operator]
+
+    def _clip(self) -> None:
+        if self.config.clip_grad is None:
+            return
+        from timm.utils import dispatch_clip_grad
+
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        dispatch_clip_grad(trained, self.config.clip_grad, mode=self.config.clip_mode)
+
+
+def _needs_two_images(model: Any, blank: Tensor) -> bool:
+    """Whether a training step on one image fails: a BatchNorm that sees maps of one pixel."""
+    generator = getattr(getattr(model, "prompter", None), "generator", None)
+    if generator is None or not any(
+        isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in generator.modules()
+    ):
+        return False
+    prompter = copy.deepcopy(model.prompter).train()
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad():
+            prompter(blank)
+    except ValueError as error:
+        return "more than 1 value per channel" in str(error)
+    finally:
+        torch.set_rng_state(state)
+    return False
+
+
+def too_few_for_batchnorm(config: TrainConfig) -> str:
+    """Why a step on one image cannot be, and the ways out."""
+    return (
+        f"`batch_size` {config.batch_size} left one image for a step, but the BatchNorm of "
+        f"`generator` {config.generator} sees maps of one pixel at this `resolution` and needs two "
+        "images. Give `batch_size` 2 or more, or a larger `resolution`."
+    )
