@@ -35,7 +35,7 @@ def figure(row: Row) -> str:
             return f"{value * 1e6:.0f} µs"
         return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
     if row.unit == "bytes":
-        return f"{value / 2**20:.0f} MiB"
+        return f"{value / 2**20:,.0f} MiB"
     if row.unit == "ratio":
         return f"{value:.2f}×"
     return f"{value:,.0f} {row.unit}" if value >= 100 else f"{value:.3g} {row.unit}"
@@ -203,6 +203,23 @@ def memory_table(kept: list[Row]) -> list[str]:
     return lines
 
 
+def storage_table(kept: list[Row]) -> list[str]:
+    """Bytes of 1, 24 and 1,000 tasks of each method, and how many backbones that is."""
+    found = groups(kept, "storage")
+    columns = {case: group for (_, _, case), group in found.items()}
+    lines = [
+        f"| | {' | '.join(columns)} |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for who in next(iter(columns.values())):
+        cells = [
+            f"{figure(group[who])} ({group[who].facts['of the backbone']:.2f})"
+            for group in columns.values()
+        ]
+        lines.append(f"| {who} | {' | '.join(cells)} |")
+    return lines
+
+
 def plain_table(suite: str) -> Callable[[list[Row]], list[str]]:
     """Case, contender and figure of a suite whose rows have no peer."""
 
@@ -236,6 +253,8 @@ BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
     "models": models_table,
     "memory": memory_table,
     "ops": ops_table,
+    "tasks": plain_table("tasks"),
+    "storage": storage_table,
     "inversion": plain_table("inversion"),
     "server": plain_table("server"),
 }
