@@ -19,9 +19,10 @@ from ..ops._register import leaves_this_package, transformed
 from . import blocks, recompute, support
 from .cache import BackboneCache
 from .eager import check_schedule, embed, encode_eager, prefix_tokens, prompt_tokens
+from .entering import mixed_rows, project_whole
 from .fold import BlockWeights
 from .inputs import mean_and_std
-from .schedule import Entry, KeyValues, PromptSchedule
+from .schedule import Entry, KeyValues, Mixture, PromptSchedule
 from .support import FastOptions
 
 # rows up to which an absorbed last block is cheaper than its key and value projections: M h D
@@ -39,6 +40,7 @@ class BlockStep:
     Attributes:
         replaces: prompts that are in the sequence leave before this block.
         prompts: the prompt tokens that enter here, (P, D) or (B, P, D).
+        inside: they are in the sequence already, as its last rows (block 0).
         keys: keys and values beside those of the tokens.
         keys_only: the outputs of prompts are not used, neither of these nor of those before.
         rows: output rows of the tokens that are no prompts; None all.
@@ -46,6 +48,7 @@ class BlockStep:
 
     replaces: bool = False
     prompts: Tensor | None = None
+    inside: bool = False
     keys: KeyValues | None = None
     keys_only: bool = False
     rows: int | None = None
@@ -153,24 +156,28 @@ class FastBackbone:
             )
 
         check_schedule(backbone, schedule, images.shape[0])
-        below = images.requires_grad or schedule.patch_weight is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and below):
-            x, rope = self.embed(images, schedule)
         norm_pre = getattr(backbone, "norm_pre", nn.Identity())
-        entering = schedule.parts(0).tokens
-        if entering is not None:
-            entering = prompt_tokens(0, entering, x, self.backend)
-            if schedule.position == "add":
-                x, entering = x + entering, None
-            else:
-                entering = norm_pre(entering)
+        reads = prompts_read and schedule.keep and self.reads_prompts(schedule, rows)
+        inside = self.prompts_apart(schedule, reads, images.device.type) is None
+        entering: Any
+        if inside:
+            x, num_tokens, entering = self._embed_with_prompts(images, schedule)
+            rope = None
+            entering = None if entering is None else norm_pre(entering)
+        else:
+            below = images.requires_grad or schedule.patch_weight is not None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and below):
+                x, rope = self.embed(images, schedule)
+            num_tokens = x.shape[1]
+            entering = schedule.parts(0).tokens
+            if entering is not None:
+                entering = prompt_tokens(0, entering, x, self.backend)
+                if schedule.position == "add":
+                    x, entering = x + entering, None
+                else:
+                    entering = norm_pre(entering)
         x = norm_pre(x)
-
-        # are prompts among the rows that are read, where the schedule puts them?
-        num_tokens = x.shape[1]
-        before = num_prefix if schedule.position == "prepend" else num_tokens
-        reads = prompts_read and schedule.keep and (rows is None or rows > before)
-        x = self._run_blocks(x, rope, entering, schedule, rows, reads)
+        x = self._run_blocks(x, rope, entering, inside, schedule, rows, reads, num_tokens)
         if x.shape[1] > num_tokens and schedule.position == "prepend":
             prefix, patches, prompts = (
                 x[:, :num_prefix],
@@ -180,51 +187,131 @@ class FastBackbone:
             x = torch.cat([prefix, prompts, patches], dim=1)
         return backbone.norm(x[:, :rows])
 
+    def reads_prompts(self, schedule: PromptSchedule, rows: int | None) -> bool:
+        """Whether prompts are among the first ``rows`` tokens, where the schedule puts them."""
+        if rows is None:
+            return True
+        # appended prompts come after all others, of which nobody asks for a number
+        return schedule.position == "prepend" and rows > self.backbone.num_prefix_tokens
+
+    def prompts_apart(self, schedule: PromptSchedule, reads: bool, device_type: str) -> str | None:
+        """Why the prompts of block 0 are not written by the patch embedding's op; None where they
+        are.
+
+        Args:
+            reads: prompts that are left after the last block are read.
+        """
+        tokens = schedule.parts(0).tokens
+        if schedule.position == "add":
+            return "nothing is inserted, the prompts are added to tokens or pixels"
+        if not isinstance(tokens, Tensor | Mixture):
+            return (
+                "no prompt tokens enter block 0"
+                if tokens is None
+                else ("the prompts of block 0 are computed from the embedded tokens")
+            )
+        if self.options.kv_only and next(self._steps(schedule, None, reads)).keys_only:
+            return "the prompts of block 0 are keys and values only"
+        return self.embed_apart(schedule, device_type)
+
+    def embed_apart(self, schedule: PromptSchedule, device_type: str) -> str | None:
+        """Why timm's own code embeds the images; None where one op does."""
+        if not self.options.embed:
+            return "embed is switched off"
+        if reason := self.cache.embed_refusal:
+            return reason
+        if schedule.patch_weight is not None:
+            return "another patch projection stands in"
+        if leaves_this_package() or transformed():
+            return "a program that is exported or transformed runs in plain torch"
+        if torch.is_autocast_enabled(device_type):
+            return "under autocast timm adds its position embedding in float32"
+        plain = self.cache.backend_for("prompted_patch_embed", self.cache.dtype) == "reference"
+        if plain and torch.compiler.is_compiling():
+            return "a compiler fuses plain torch itself"
+        return None
+
     def embed(self, images: Tensor, schedule: PromptSchedule) -> tuple[Tensor, Tensor | None]:
-        """What ``reference.embed`` returns."""
+        """What ``eager.embed`` returns."""
+        if self.embed_apart(schedule, images.device.type) is not None:
+            return embed(self.backbone, images, schedule.patch_weight)
+        return self._op_embed(images), None
+
+    def _op_embed(
+        self, images: Tensor, mixture: Mixture | None = None, prompts: Tensor | None = None
+    ) -> Tensor:
+        """(B, S + N + P, D) by one op, prompts last."""
         backbone = self.backbone
-        backend = self.cache.backend_for("prompted_patch_embed", self.cache.dtype)
-        if (
-            not self.options.embed
-            or self.cache.embed_refusal is not None
-            or schedule.patch_weight is not None
-            or backend == "reference"
-            or leaves_this_package()
-            or transformed()
-            # timm adds a float32 position embedding to what autocast computed
-            or torch.is_autocast_enabled(images.device.type)
-        ):
-            return embed(backbone, images, schedule.patch_weight)
         mean, std = (None, None) if images.is_floating_point() else mean_and_std(backbone)
         proj = backbone.patch_embed.proj
         prefix = [t for t in prefix_tokens(backbone) if t is not None]
-        x = prompted_patch_embed(
+        return prompted_patch_embed(
             images,
             proj.weight,
             proj.bias,
             backbone.pos_embed,
             torch.cat(prefix, dim=1) if prefix else None,
-            None,
-            None,
+            None if mixture is None else mixture.logits,
+            None if mixture is None else mixture.token_library,
+            activation="softmax" if mixture is None else mixture.activation,
+            prompts=prompts,
             mean=mean,
             std=std,
-            backend=backend,
+            backend=self.cache.backend_for("prompted_patch_embed", self.cache.dtype),
         )
-        return x, None
+
+    def _embed_with_prompts(
+        self, images: Tensor, schedule: PromptSchedule
+    ) -> tuple[Tensor, int, Tensor | None]:
+        """The buffer (B, S + N + P, D), S + N, and what its last P rows hold.
+
+        The gradient goes through the third, (P, D) or (B, P, D). Where the images have one too, or
+        ``first`` is switched off, that is None and the gradient goes through the whole buffer.
+        """
+        tokens = schedule.parts(0).tokens
+        assert isinstance(tokens, Tensor | Mixture)
+        dtype = self.cache.dtype
+        if isinstance(tokens, Mixture) and tokens.logits.dtype != dtype:
+            tokens = tokens.tokens(self.backend)  # mixed in float32, rounded once
+        mixture = tokens if isinstance(tokens, Mixture) else None
+        prompts = None if isinstance(tokens, Mixture) else tokens.to(dtype)
+        spread = images.requires_grad or not self.options.first
+        # a compiler gets the op's own gradient
+        tracked = torch.is_grad_enabled() and (spread or torch.compiler.is_compiling())
+        with torch.set_grad_enabled(tracked):
+            x = self._op_embed(images, mixture, prompts)
+        P = prompts.shape[-2] if mixture is None else mixture.logits.shape[1]  # type: ignore[union-attr]
+        num_tokens = x.shape[1] - P
+        if spread:
+            return x, num_tokens, None
+        rows = x[:, num_tokens:]
+        if torch.compiler.is_compiling():
+            return x, num_tokens, rows
+        if mixture is None:
+            return x, num_tokens, prompts
+        return (
+            x,
+            num_tokens,
+            mixed_rows(mixture, rows, self.cache.backend_for("mix_prompts", dtype)),
+        )
 
     def _run_blocks(
         self,
         x: Tensor,
         rope: Tensor | None,
         entering: Tensor | None,
+        inside: bool,
         schedule: PromptSchedule,
         rows: int | None,
         reads: bool,
+        num_tokens: int,
     ) -> Tensor:
         """Tokens (B, S + N, D) to the rows that are read, prompts last of them.
 
         Args:
             entering: the prompt tokens of block 0, as the block gets them.
+            inside: they are the last rows of x already.
+            num_tokens: S + N.
             reads: prompts that are left after the last block are read.
         """
         device_type, dtype = x.device.type, x.dtype
@@ -235,12 +322,15 @@ class FastBackbone:
         weights = self.cache.weights(dtype)
         by_block = getattr(self.backbone, "rope_mixed", False)
 
-        num_tokens = x.shape[1]
         # folded weights are in autocast's dtype already; live ones are cast by autocast
         with torch.autocast(device_type, dtype, enabled=autocast and not folds):
             for i, step in enumerate(self._steps(schedule, rows, reads)):
                 here = rope[i] if rope is not None and by_block else rope
                 tokens = entering if i == 0 else schedule.parts(i).tokens
+                if i == 0 and inside:
+                    step = replace(step, prompts=entering, inside=True)
+                    x = self._block(i, weights[i], x, here, step, num_tokens)
+                    continue
                 if step.replaces:
                     x = x[:, :num_tokens]
                 if tokens is not None:
@@ -283,7 +373,13 @@ class FastBackbone:
                 o = blocks.attend_absorbed(w, x, step.rows, step.prompts, step.keys)
                 return recompute.finish_block(w, x[:, : step.rows], o, trade)
             keys = None if step.keys is None else blocks.free_keys_values(w, step.keys)
-            if step.prompts is None or (step.keys_only and self.options.kv_only):
+            if step.inside:
+                M = x.shape[1]
+                if step.prompts is None:
+                    q, k, v = blocks.project(w, x, M)
+                else:
+                    x, q, k, v = project_whole(w, x, step.prompts, num_tokens)
+            elif step.prompts is None or (step.keys_only and self.options.kv_only):
                 M = self._rows_out(step, x.shape[1], num_tokens)
                 if step.prompts is not None:
                     own = self.cache.prompt_keys_values(i, w, step.prompts)

@@ -38,6 +38,15 @@ def explain(
     lines = [f"Frozen backbone: {type(backbone).__name__} of {len(backbone.blocks)} blocks."]
     for name, does, reason in _savings(engine, schedule, rows, prompts_read):
         lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
+    reads = prompts_read and schedule.keep and engine.reads_prompts(schedule, rows)
+    if schedule.parts(0).tokens is not None and schedule.position != "add":
+        apart = engine.prompts_apart(schedule, reads, engine.cache.device.type)
+        where = (
+            "written by the embedding's op into its buffer"
+            if apart is None
+            else (f"not written by the embedding's op: {apart}")
+        )
+        lines.append(f"  prompts of block 0: {where}")
     lines.append(f"  memory={engine.options.memory!r}: {_MEMORY[engine.options.memory]}")
     for op, what in _OPS.items():
         name = engine.cache.backend_for(op, engine.cache.dtype)
