@@ -24,4 +24,6 @@ STABLE_TORCH_LIBRARY(pgn_fast_C, m) {
       "add_layer_norm_backward(Tensor grad_total, Tensor grad_normed, Tensor normed, Tensor rstd) "
       "-> Tensor");
   m.def("feedback_round(Tensor levels, Tensor feedback, Tensor order) -> Tensor");
+  // no public op: pgn_fast/backbone/watch.py calls it
+  m.def("weights_fingerprint(Tensor[] weights, int lines, int begin, int end) -> int");
 }

@@ -103,4 +103,7 @@ PGN_DECLARE_ISA(void feedback_round_rows(const float* levels, const float* feedb
                                          const int64_t* order, int64_t n, int64_t rows,
                                          float* errors, uint8_t* rounded))
 
+// the sum of 64-bit words of `bytes` bytes, the first of them word `first` of all
+PGN_DECLARE_ISA(uint64_t fingerprint_words(const uint8_t* data, int64_t bytes, uint64_t first))
+
 }  // namespace pgn_fast

@@ -1,8 +1,8 @@
 """What is made once from a frozen backbone's weights, and when it has to be made again.
 
-Folded and packed weights belong to the backbone: every model on it that wants the same ones shares
-them, and they are freed with the last of these models. The prompts' keys and values of the last
-call belong to one model.
+When that is, ``watch`` knows. Folded and packed weights belong to the backbone: every model on it
+that wants the same ones shares them, and they are freed with the last of these models. The prompts'
+keys and values of the last call belong to one model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from . import blocks, packed, support
 from .fold import BlockWeights, fold_block, live_block
 from .packed import PackedLinear
 from .support import FastOptions
+from .watch import Watch, copies_refusal, foreign_code
 
 
 class _Shared:
@@ -34,15 +35,17 @@ class _Shared:
     def refresh(self) -> None:
         """Forget everything that was made from the weights."""
         with self.lock:
-            self._modules = list(self.backbone.modules())
-            self._key = support.state_key(self._modules)
-            self.refusal = support.refusal(self.backbone)
+            self.refusal = support.refusal(self.backbone) or foreign_code(self.backbone)
+            self.copies_refusal = copies_refusal(self.backbone)
             self.folded: dict[tuple[Any, ...], list[BlockWeights]] = {}
             self.backends: dict[tuple[str, torch.dtype, str | None], str] = {}
+            self.watch = Watch(self.backbone)
+            self.look_at_all = False  # at the next forward, instead of a part of the bytes
 
-    def follow(self) -> None:
-        """Forget what was made from weights that have changed since."""
-        if support.state_key(self._modules) != self._key:
+    def follow(self, images: int) -> None:
+        """Forget what was made from weights that have changed since; see ``watch``."""
+        whole, self.look_at_all = self.look_at_all, False
+        if not (self.watch.same_structure() and self.watch.same_bytes(images, whole)):
             self.refresh()
 
     def fold(
@@ -54,6 +57,8 @@ class _Shared:
         key = (*bare, pack)
         if key not in folded:
             with self.lock:
+                if not folded:  # before anything is made from them
+                    self.watch.take_bytes()
                 if bare not in folded:
                     rope = getattr(self.backbone, "rope", None) is not None
                     folded[bare] = [
@@ -113,9 +118,19 @@ class BackboneCache:
     @property
     def refusal(self) -> str | None:
         """Why the eager path runs instead of the engine, by the backbone as it is now; or None."""
-        if not torch.compiler.is_compiling():
-            self._shared.follow()
+        self.follow()
+        return self.refused
+
+    @property
+    def refused(self) -> str | None:
+        """``refusal`` as ``follow`` saw it last."""
         return self._shared.refusal
+
+    def follow(self, images: int = 1) -> None:
+        """Notice what has changed in the backbone, before a forward of so many images."""
+        # nothing is copied in what a compiler or torch.jit.trace records
+        if not (torch.compiler.is_compiling() or leaves_this_package()):
+            self._shared.follow(images)
 
     @property
     def embed_refusal(self) -> str | None:
@@ -123,15 +138,30 @@ class BackboneCache:
         # looked at anew: a replaced method or another size leaves no trace in the modules
         return self._shared.refusal or support.embed_refusal(self.backbone)
 
+    def look_at_all(self) -> None:
+        """Let the next forward look at all bytes of the weights, not at a part of them."""
+        self._shared.look_at_all = True
+
     def refresh(self) -> None:
         """Forget everything that was made from the weights, for all models on this backbone."""
         self._shared.refresh()
         self._prompts.clear()
 
+    @property
+    def folds(self) -> bool:
+        """Whether copies of the weights are made: not where a compiler or torch.jit.trace records
+        what runs, nor where it could not be seen that the weights were written."""
+        recorded = torch.compiler.is_compiling() or leaves_this_package()
+        return not recorded and self._shared.copies_refusal is None
+
+    @property
+    def copies_refusal(self) -> str | None:
+        """Why no copies of the weights are made, outside of a compiler; None where they are."""
+        return self._shared.copies_refusal
+
     def weights(self, dtype: torch.dtype) -> list[BlockWeights]:
-        """One entry a block: folded in ``dtype``, or timm's own tensors where a compiler or
-        torch.jit.trace records what runs."""
-        if torch.compiler.is_compiling() or leaves_this_package():
+        """One entry a block: folded in ``dtype``, or timm's own tensors where not ``folds``."""
+        if not self.folds:
             backend_for = partial(self.backend_for, dtype=dtype)
             return [live_block(block, backend_for) for block in self.backbone.blocks]
         backends = {op: self.backend_for(op, dtype) for op in ("frozen_linear", "add_layer_norm")}
@@ -181,6 +211,8 @@ class BackboneCache:
         """Why weights are not packed in this dtype, wanted or not; None where they can be."""
         if self.backend == "reference":
             return "backend='reference' names plain torch"
+        if self.copies_refusal is not None:
+            return self.copies_refusal
         return packed.refusal(self.device, dtype)
 
     def matrix_bytes(self) -> int:

@@ -145,7 +145,8 @@ class FastBackbone:
             (B, S + P + N, D), (B, S + N, D) without prompts, or (B, rows, D).
         """
         backbone, num_prefix = self.backbone, self.backbone.num_prefix_tokens
-        if self.cache.refusal is not None:
+        self.cache.follow(images.shape[0])
+        if self.cache.refused is not None:
             return encode_eager(
                 backbone,
                 images,
@@ -315,7 +316,7 @@ class FastBackbone:
             reads: prompts that are left after the last block are read.
         """
         device_type, dtype = x.device.type, x.dtype
-        folds = not (torch.compiler.is_compiling() or leaves_this_package())
+        folds = self.cache.folds
         autocast = torch.is_autocast_enabled(device_type)
         if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)

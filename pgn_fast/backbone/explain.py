@@ -118,9 +118,13 @@ def _savings(
     yield (
         "fold",
         f"norms, LayerScale and attention scale are in the weights (+{extra:.1f} MB)",
-        off(options.fold),
+        off(options.fold, engine.cache.copies_refusal),
     )
-    yield "biases", "value biases are moved, dead key biases dropped", off(options.biases)
+    yield (
+        "biases",
+        "value biases are moved, dead key biases dropped",
+        off(options.biases, engine.cache.copies_refusal),
+    )
     copy = engine.cache.matrix_bytes() / 1e6
     yield (
         "packed",

@@ -169,11 +169,13 @@ def live_block(block: Any, backend_for: Callable[[str], str]) -> BlockWeights:
     ``backend_for``: op -> the backend that runs it.
     """
     attention, mlp = block.attn, block.mlp
+    # timm's fused attention does not read the attribute: torch scales by the head width
+    width = attention.proj.in_features // attention.num_heads
     weights = BlockWeights(
         num_heads=attention.num_heads,
         norm1=_norm(block.norm1),
         qkv=_qkv(attention),
-        scale=attention.scale,
+        scale=width**-0.5 if attention.fused_attn else attention.scale,
         q_norm=_optional_norm(getattr(attention, "q_norm", None)),
         k_norm=_optional_norm(getattr(attention, "k_norm", None)),
         inner_norm=_optional_norm(getattr(attention, "norm", None)),

@@ -153,7 +153,12 @@ def _linears(block: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
 
 
 def absorb_refusal(block: Any, has_rope: bool) -> str | None:
@@ -193,26 +198,3 @@ def embed_refusal(backbone: Any) -> str | None:
         if any(map(len, _hooks(module))) or "forward" in module.__dict__:
             return "its patch embedding has a hook or another forward"
     return None
-
-
-def state_key(modules: list[nn.Module]) -> tuple[Any, ...]:
-    """Changes whenever one of the modules gets another child, hook or mode, or one of their weights
-    is replaced, moved, cast or written in place.
-
-    Writes through ``parameter.data`` go unseen, as they do for autograd.
-    """
-    key: list[Any] = []
-    for module in modules:
-        # straight from the dictionary: the properties of 300 modules would cost a millisecond
-        own = module.__dict__
-        key.append(own["training"])
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]:
-            key.append("hooks")
-        if "forward" in own:
-            key.append("forward")
-        key.extend(map(id, own["_modules"].values()))
-        for p in own["_parameters"].values():
-            if p is not None:
-                version = 0 if p.is_inference() else p._version
-                key.append((p.data_ptr(), version, p.dtype, p.requires_grad))
-    return tuple(key)

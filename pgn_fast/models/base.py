@@ -249,6 +249,8 @@ class PromptedViT(nn.Module):
 
     def train(self, mode: bool = True) -> PromptedViT:
         """Training mode for prompter and head; the backbone stays in eval mode."""
+        if mode != self.training and self._engine is not None:
+            self._engine.cache.look_at_all()
         super().train(mode)
         self.backbone.eval()
         return self
