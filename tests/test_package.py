@@ -21,7 +21,7 @@ PACKAGE = ROOT / "pgn_fast"
 # A module may import what is listed after it in this list, and its own files.
 LAYERS = [
     {"cli"},
-    {"train", "serve", "demo", "client"},
+    {"train", "serve", "demo", "client", "export"},
     {"tasks"},
     {"inversion", "adapters"},
     {"methods"},
