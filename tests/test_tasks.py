@@ -287,6 +287,18 @@ def test_tasks_go_to_disk_and_come_back(demo):
         assert bank.nbytes(name) == sizes[name]
 
 
+def test_an_adapter_that_was_replaced_on_disk_is_not_taken_for_the_old_one(demo):
+    vit, _, root = demo
+    bank = TaskBank(vit, max_bytes=1)
+    bank.add("cats", root / "cats")
+    bank.add("dogs", root / "dogs")  # the cats leave memory
+    VPT(vit, 2, num_prompts=3).save_pretrained(root / "cats")
+    batch = torch.rand(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"task 'cats': its adapter .* is another one"):
+        bank(batch, ["cats"])
+    assert bank(batch, ["dogs"])[0].shape == (4,)
+
+
 def test_what_a_task_takes_is_what_its_tensors_take(demo):
     vit, made, _ = demo
     bank = TaskBank(vit)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import tempfile
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import CONFIG_FILE, from_pretrained, save_pretrained
+from ..adapters import CONFIG_FILE, from_pretrained
 from ..backbone.eager import pool, rows_read
 from ..backbone.engine import FastBackbone
 from ..backbone.inputs import check_images
@@ -26,54 +21,13 @@ from ..backbone.support import FastOptions
 from ..errors import UserError
 from ..models import FineTuned, LinearProbe, PromptedViT
 from ..prompts import VisualPrompts
-from .mixed import KeysValues, MixedBackbone, Part, group
+from .mixed import MixedBackbone, Part, group
+from .residents import Resident, Residents
 
 _NO_PROMPTS = PromptSchedule("append", {})
 
 # images times tasks that `every` runs at once: 64 images of ViT-B are 40 MB a block
 _AT_ONCE = 64
-
-
-class UnknownTask(UserError, KeyError):
-    """No task of that name in the bank; the message offers the nearest."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])  # a KeyError would show its message in quotes
-
-
-@dataclass
-class _Resident:
-    """A task as it answers: its model on the shared backbone, and what was made beforehand.
-
-    Attributes:
-        model: holds the task's own parameters; its backbone is the bank's.
-        ready: keys and values of deep prompts, by block.
-        made_from: the blocks' weights that ``ready`` was made from.
-    """
-
-    model: Any
-    ready: dict[int, KeysValues] = field(default_factory=dict)
-    made_from: Any = None
-
-    @property
-    def nbytes(self) -> int:
-        state = self.model.adapter_state_dict()
-        own = sum(t.nbytes for t in state.values())
-        return own + sum(k.nbytes + v.nbytes for k, v in self.ready.values())
-
-
-@dataclass
-class _Task:
-    """One name of the bank. ``resident`` is None while the task is on disk alone."""
-
-    name: str
-    source: Path | None
-    num_classes: int
-    class_names: tuple[str, ...] | None
-    method: str
-    resident: _Resident | None
-    nbytes: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class TaskBank:
@@ -106,14 +60,10 @@ class TaskBank:
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, or None for no limit, got {max_bytes}")
         self.backbone: Any = load_backbone(backbone)
-        self.max_bytes = max_bytes
         self.failed: dict[str, str] = {}
         options = FastOptions.of(fast)
         self._engine = None if options is None else FastBackbone(self.backbone, options, backend)
-        self._tasks: OrderedDict[str, _Task] = OrderedDict()  # least recently used first
-        self._lock = threading.RLock()
-        self._resident_bytes = 0
-        self._spilled: tempfile.TemporaryDirectory[str] | None = None
+        self._residents = Residents(self.backbone, self._make, max_bytes)
 
     @classmethod
     def from_directory(
@@ -178,31 +128,11 @@ class TaskBank:
         else:
             model = self._checked(name, from_pretrained(source, self.backbone))
             place = Path(source) if Path(source).is_dir() else None
-        resident = self._make(model)
-        names = getattr(model, "class_names", None)
-        task = _Task(
-            name,
-            place,
-            model.num_classes,
-            None if names is None else tuple(names),
-            model.method,
-            resident,
-            resident.nbytes,
-        )
-        with self._lock:
-            if name in self._tasks:
-                raise ValueError(f"task {name!r} is in the bank already; remove it first")
-            self._tasks[name] = task
-            self._resident_bytes += task.nbytes
-            self._shrink(keep=name)
+        self._residents.add(name, model, place)
 
     def remove(self, name: str) -> None:
         """Forget a task; calls that have begun still answer."""
-        with self._lock:
-            task = self._find(name)
-            del self._tasks[name]
-            if task.resident is not None:
-                self._resident_bytes -= task.nbytes
+        self._residents.remove(name)
 
     def __call__(self, images: Tensor, tasks: Sequence[str]) -> list[Tensor]:
         """Images (B, C, H, W), one task each, to their logits.
@@ -226,7 +156,7 @@ class TaskBank:
         places: dict[str, list[int]] = {}
         for i, name in enumerate(tasks):
             places.setdefault(name, []).append(i)
-        residents = self._resident(places)
+        residents = self._residents.get(places)
         answers: list[Tensor | None] = [None] * images.shape[0]
         with torch.no_grad():
             check_images(self.backbone, images)
@@ -255,7 +185,7 @@ class TaskBank:
             at_once = max(1, _AT_ONCE // max(1, len(everything)))
             for start in range(0, len(names), at_once):
                 chosen = names[start : start + at_once]
-                residents = self._resident(chosen)
+                residents = self._residents.get(chosen)
                 work = [(residents[name], everything) for name in chosen]
                 found = self._answer(images, work, shared)
                 answers |= dict(zip(chosen, (logits for _, logits in found), strict=True))
@@ -264,57 +194,56 @@ class TaskBank:
     @property
     def names(self) -> tuple[str, ...]:
         """The tasks' names, sorted."""
-        with self._lock:
-            return tuple(sorted(self._tasks))
+        return tuple(sorted(task.name for task in self._residents.tasks()))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tasks
+        return name in self._residents
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._residents)
 
     def nbytes(self, name: str) -> int:
         """Bytes that a task takes in memory: its parameters, its head, and what is made from them;
         also where it is on disk at the moment."""
-        return self._find(name).nbytes
+        return self._residents.find(name).nbytes
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The most that tasks in memory may take; None: no limit."""
+        return self._residents.max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, value: int | None) -> None:
+        self._residents.max_bytes = value
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the tasks that are in memory now, without the backbone."""
-        return self._resident_bytes
+        return self._residents.nbytes
 
     def class_names(self, name: str) -> tuple[str, ...] | None:
         """Of a task's logits, in their order; None where its adapter did not know them."""
-        return self._find(name).class_names
+        return self._residents.find(name).class_names
 
     def method(self, name: str) -> str:
         """The method that a task was trained by."""
-        return self._find(name).method
+        return self._residents.find(name).method
 
     def num_classes(self, name: str) -> int:
         """C, the length of a task's logits."""
-        return self._find(name).num_classes
+        return self._residents.find(name).num_classes
 
     def explain(self) -> str:
         """How many tasks there are, what they take, and which run apart from the others."""
-        with self._lock:
-            tasks = list(self._tasks.values())
+        tasks = self._residents.tasks()
         resident = [task for task in tasks if task.resident is not None]
         lines = [
             f"{len(tasks)} tasks on one {type(self.backbone).__name__}, {len(resident)} of them in "
-            f"memory ({self._resident_bytes / 1e6:.1f} MB)."
+            f"memory ({self.resident_bytes / 1e6:.1f} MB)."
         ]
         if reason := self._apart():
             lines.append(f"Every task runs by its own model, one after the other: {reason}.")
         return "\n".join(lines)
-
-    def _find(self, name: str) -> _Task:
-        task = self._tasks.get(name)
-        if task is None:
-            near = difflib.get_close_matches(str(name), self._tasks, n=3)
-            hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
-            raise UnknownTask(f"no task {name!r} among the bank's {len(self)}{hint}")
-        return task
 
     def _checked(self, name: str, model: Any) -> Any:
         """A model that can answer in this bank, frozen."""
@@ -340,9 +269,9 @@ class TaskBank:
             return "fast=False"
         return self._engine.cache.refusal
 
-    def _make(self, model: Any) -> _Resident:
+    def _make(self, model: Any) -> Resident:
         """Project deep prompts' keys and values, once."""
-        resident = _Resident(model)
+        resident = Resident(model)
         if self._apart() is None and _static(model):
             assert self._engine is not None
             mixed = MixedBackbone(self._engine)
@@ -352,61 +281,10 @@ class TaskBank:
                 resident.made_from = mixed.weights()
         return resident
 
-    def _resident(self, names: Iterable[str]) -> dict[str, _Resident]:
-        """The tasks as they are now; those that are on disk alone are loaded."""
-        with self._lock:
-            tasks = [self._find(name) for name in names]
-            for task in tasks:
-                self._tasks.move_to_end(task.name)
-        found = {}
-        for task in tasks:
-            found[task.name] = self._loaded(task)
-        return found
-
-    def _loaded(self, task: _Task) -> _Resident:
-        resident = task.resident
-        if resident is not None:
-            return resident
-        with task.lock:
-            if task.resident is not None:
-                return task.resident
-            assert task.source is not None
-            model = self._checked(task.name, from_pretrained(task.source, self.backbone))
-            resident = self._make(model)
-            with self._lock:
-                task.resident = resident
-                if self._tasks.get(task.name) is task:
-                    self._resident_bytes += task.nbytes
-                    self._shrink(keep=task.name)
-            return resident
-
-    def _shrink(self, keep: str) -> None:
-        """Let the tasks that were used least recently go while there are too many bytes."""
-        if self.max_bytes is None:
-            return
-        for task in list(self._tasks.values()):
-            if self._resident_bytes <= self.max_bytes:
-                return
-            if task.resident is None or task.name == keep:
-                continue
-            if task.source is None:
-                task.source = self._spill(task)
-            task.resident = None
-            self._resident_bytes -= task.nbytes
-
-    def _spill(self, task: _Task) -> Path:
-        """Save a task that was added as a model."""
-        if self._spilled is None:
-            self._spilled = tempfile.TemporaryDirectory(prefix="pgn_fast_tasks_")
-        assert task.resident is not None
-        folder = Path(self._spilled.name, str(id(task)))
-        save_pretrained(task.resident.model, folder, class_names=task.class_names)
-        return folder
-
     def _answer(
         self,
         images: Tensor,
-        work: list[tuple[_Resident, list[int]]],
+        work: list[tuple[Resident, list[int]]],
         shared: dict[int, Tensor] | None = None,
     ) -> list[tuple[list[int], Tensor]]:
         """Rows and logits of each task.
@@ -454,7 +332,7 @@ class TaskBank:
             shared |= mixed.below(x, rope, missing)
         return shared, rope
 
-    def _part(self, resident: _Resident, images: Tensor, rows: list[int]) -> Part | None:
+    def _part(self, resident: Resident, images: Tensor, rows: list[int]) -> Part | None:
         """A task's share of the batch; None where it changes images or embedding on the way."""
         model = resident.model
         assert self._engine is not None
