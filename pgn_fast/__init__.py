@@ -29,6 +29,8 @@ _EXPORTS = {
     "load_backbone": "backbone.load",
     "TaskBank": "tasks",
     "capture": "cuda_graphs",
+    "fit": "train.fit",
+    "RunResult": "train.fit",
     "backends": "ops.dispatch",
 }
 # what PEFT has, and what does it here
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from .prompts import Prompter as Prompter
     from .prompts import PromptGenerator as PromptGenerator
     from .tasks import TaskBank as TaskBank
+    from .train.fit import RunResult as RunResult
+    from .train.fit import fit as fit
 
 
 def __getattr__(name: str) -> Any:

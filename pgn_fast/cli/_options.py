@@ -120,7 +120,8 @@ class KeyValues(argparse.Action):
                 pairs[key] = ast.literal_eval(text)
             except (ValueError, SyntaxError):
                 pairs[key] = text
-        setattr(namespace, self.dest, pairs)
+        # beside what other flags have set: --img-size and --model-kwargs go together
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **pairs})
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:

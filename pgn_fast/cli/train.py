@@ -21,6 +21,7 @@ from ._options import (
     data_fields,
     pick_device,
 )
+from ._timm import add_timm_arguments, read_settings
 
 HELP = "adapt a frozen vision transformer to your images"
 EPILOG = """\
@@ -135,8 +136,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--clip-grad", type=float, metavar="NORM", help="largest gradient norm")
     _add(recipe, "clip_mode", str, "of --clip-grad", choices=("norm", "value", "agc"))
     _add(recipe, "smoothing", float, "of the labels")
+    recipe.add_argument(
+        "-vb",
+        "--validation-batch-size",
+        type=int,
+        metavar="N",
+        help="images of a batch in validation (default: -b)",
+    )
 
     _add_timm_rates(parser)
+    _add_timm_training(parser)
+    add_timm_arguments(parser)
 
     pixels = parser.add_argument_group("augmentation (digits: none)")
     pixels.add_argument("--no-aug", action="store_true", default=None, help="resize only")
@@ -150,7 +160,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pixels.add_argument("--color-jitter-prob", type=float, metavar="X", help="probability")
     _add(pixels, "grayscale_prob", float, "probability")
     pixels.add_argument("--aa", metavar="NAME", help="timm's auto-augment, e.g. rand-m9-mstd0.5")
+    _add(pixels, "gaussian_blur_prob", float, "probability")
     _add(pixels, "reprob", float, "of random erasing")
+    _add(pixels, "remode", str, "of random erasing", choices=("const", "rand", "pixel"))
+    _add(pixels, "recount", int, "of random erasing")
+    pixels.add_argument(
+        "--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="timm's ways to crop"
+    )
+    pixels.add_argument(
+        "--train-interpolation", metavar="NAME", help="random, bilinear, ... (default: as below)"
+    )
     for name in ("mean", "std"):
         pixels.add_argument(
             f"--{name}", type=float, nargs=3, metavar="X", help="(default: the backbone's own)"
@@ -160,6 +179,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     run = parser.add_argument_group("run")
     run.add_argument("--output", metavar="DIR", help="default: runs/METHOD")
+    run.add_argument("--experiment", metavar="NAME", help="a folder in --output")
+    run.add_argument(
+        "-c", "--config", metavar="FILE", help="YAML of settings, such as a run's args.yaml"
+    )
     run.add_argument(
         "--resume",
         nargs="?",
@@ -238,6 +261,45 @@ def _add_timm_rates(parser: argparse.ArgumentParser) -> None:
     _add(finer, "lr_k_decay", float, "cosine, poly")
 
 
+def _add_timm_training(parser: argparse.ArgumentParser) -> None:
+    """Mixing, losses, averages and more, as timm has them."""
+    more = parser.add_argument_group("mixing, losses and averages, as timm has them")
+    _add(more, "mixup", float, "alpha; 0: none")
+    _add(more, "cutmix", float, "alpha; 0: none")
+    more.add_argument(
+        "--cutmix-minmax", type=float, nargs=2, metavar="X", help="sides, in the place of --cutmix"
+    )
+    _add(more, "mixup_prob", float, "of mixing a batch")
+    _add(more, "mixup_switch_prob", float, "of cutmix where both are on")
+    _add(more, "mixup_mode", str, "what is mixed alike", choices=("batch", "pair", "elem"))
+    _add(more, "mixup_off_epoch", int, "no mixing from this epoch on; 0: to the end")
+    for name, text in (
+        ("bce-loss", "binary cross entropy of each class"),
+        ("bce-sum", "its sum over classes, not its mean"),
+        ("model-ema", "score and save the moving average of what is trained"),
+        ("model-ema-warmup", "a shorter average at the beginning"),
+        ("grad-checkpointing", "recompute activations: less memory, more time"),
+        ("synchronize-step", "wait for the GPU after every step"),
+    ):
+        more.add_argument(f"--{name}", action="store_true", default=None, help=text)
+    for name, text in (
+        ("bce-target-thresh", "targets above it become 1, others 0"),
+        ("bce-pos-weight", "of positive targets"),
+        ("bn-momentum", "of the generator's BatchNorm"),
+        ("bn-eps", "of the generator's BatchNorm"),
+        ("head-init-scale", "multiplies the head's start"),
+        ("head-init-bias", "the head's biases"),
+    ):
+        more.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    _add(more, "model_ema_decay", float, "of the moving average")
+    more.add_argument("--torchcompile-mode", metavar="NAME", help="of torch.compile")
+    _add(more, "val_interval", int, "epochs from one validation to the next")
+    _add(more, "eval_metric", str, "what chooses the best epoch", choices=("top1", "top5", "loss"))
+    _add(more, "checkpoint_hist", int, "adapters of best epochs to keep in epochs/")
+    more.add_argument("--input-key", metavar="NAME", help="hfds/: column of the images")
+    more.add_argument("--target-key", metavar="NAME", help="hfds/: column of the labels")
+
+
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
 
 
@@ -270,6 +332,10 @@ def run(args: argparse.Namespace) -> int:
         for name in _DEFAULTS
         if name not in ("data", "data_dir") and getattr(args, name, None) is not None
     } | data_fields(args)
+    if args.config:
+        given = read_settings(args.config, tuple(_DEFAULTS)) | given
+    if args.experiment:
+        args.output = str(Path(args.output or "runs") / args.experiment)
     output, config = _output_and_config(args, given)
 
     from ..train.loop import train

@@ -35,6 +35,11 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "interpolation": (None, *INTERPOLATIONS),
     "activation": ("softmax", "sigmoid"),
     "head_init": HEAD_INITS,
+    "mixup_mode": ("batch", "pair", "elem"),
+    "remode": ("const", "rand", "pixel"),
+    "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
+    "train_interpolation": (None, "random", *INTERPOLATIONS),
+    "eval_metric": ("top1", "top5", "loss"),
     "clip_mode": ("norm", "value", "agc"),
     "lr_base_scale": ("", "linear", "sqrt"),
 }
@@ -57,6 +62,14 @@ _AT_LEAST = {
     "lr_base_size": 1,
     "lr_cycle_limit": 1,
     "patience_epochs": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "mixup_off_epoch": 0,
+    "bce_pos_weight": 0,
+    "recount": 1,
+    "val_interval": 1,
+    "checkpoint_hist": 0,
+    "validation_batch_size": 1,
 }
 _ABOVE_ZERO = (
     "lr",
@@ -69,6 +82,7 @@ _ABOVE_ZERO = (
     "decay_epochs",
     "lr_cycle_mul",
     "lr_k_decay",
+    "bn_eps",
 )
 _SHARES = (
     "smoothing",
@@ -80,6 +94,12 @@ _SHARES = (
     "grayscale_prob",
     "reprob",
     "layer_decay_min_scale",
+    "gaussian_blur_prob",
+    "mixup_prob",
+    "mixup_switch_prob",
+    "model_ema_decay",
+    "bce_target_thresh",
+    "bn_momentum",
 )
 _OF_RGB = ("layout", "image_grid", "canvas_grid", "allow_blank", "compensate", "server")
 

@@ -32,6 +32,8 @@ class TrainConfig:
     test_split: str | None = None
     val_fraction: float = 0.1  # carved from train where there is no validation split
     dataset_download: bool = False
+    input_key: str | None = None  # column of a Hugging Face data set
+    target_key: str | None = None
     num_classes: int | None = None  # None: as many as the data has
 
     # model
@@ -95,10 +97,30 @@ class TrainConfig:
     lr_cycle_limit: int = 1
     lr_k_decay: float = 1.0
     batch_size: int = 64
+    validation_batch_size: int | None = None  # None: batch_size
     grad_accum_steps: int = 1
     clip_grad: float | None = None
     clip_mode: str = "norm"
     smoothing: float = 0.0
+    bce_loss: bool = False  # binary cross entropy of each class
+    bce_sum: bool = False
+    bce_target_thresh: float | None = None
+    bce_pos_weight: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    cutmix_minmax: tuple[float, ...] | None = None
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"
+    mixup_off_epoch: int = 0
+    model_ema: bool = False  # scores and adapters are of averaged weights
+    model_ema_decay: float = 0.9998
+    model_ema_warmup: bool = False
+    bn_momentum: float | None = None
+    bn_eps: float | None = None
+    head_init_scale: float | None = None
+    head_init_bias: float | None = None
+    grad_checkpointing: bool = False
 
     # pixels
     no_aug: bool = False
@@ -109,8 +131,13 @@ class TrainConfig:
     color_jitter: float = 0.0
     color_jitter_prob: float | None = None
     grayscale_prob: float = 0.0
+    gaussian_blur_prob: float = 0.0
+    train_crop_mode: str | None = None
+    train_interpolation: str | None = None  # None: as in evaluation
     aa: str | None = None
     reprob: float = 0.0
+    remode: str = "pixel"
+    recount: int = 1
     mean: tuple[float, ...] | None = None  # None: the backbone's own
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
@@ -120,10 +147,15 @@ class TrainConfig:
     amp: bool = False
     amp_dtype: str = "bfloat16"
     torchcompile: str | None = None
+    torchcompile_mode: str | None = None
+    synchronize_step: bool = False
     seed: int = 42
     workers: int | None = None  # processes that read images; None: the cores, up to 8
     recovery_interval: int = 0  # batches between checkpoints inside an epoch; 0: none
     log_interval: int = 20  # batches between looks at the loss
+    val_interval: int = 1  # epochs from one validation to the next; the last is always one
+    eval_metric: str = "top1"  # of validation, what the best epoch is chosen by
+    checkpoint_hist: int = 0  # adapters of so many best epochs are kept beside best/
     tensorboard: bool = False
 
     @classmethod

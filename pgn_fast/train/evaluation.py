@@ -25,6 +25,13 @@ class Score:
     images: int
     unreadable: list[str]
 
+    def value(self, metric: str) -> float:
+        """What an epoch is chosen by, larger is better: "top1", "top5" or "loss"."""
+        if metric == "loss":
+            return -self.loss
+        # with five classes or fewer, every answer is among the first five
+        return self.top1 if metric == "top1" or self.top5 is None else self.top5
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -65,7 +72,7 @@ def evaluate(
     """Top-1, top-5 and mean loss over all images of a loader, added up over the processes.
 
     Args:
-        between: is called between two batches, and may end the evaluation by an exception.
+        between: is called between two batches; it may end the evaluation by an exception.
 
     Raises:
         UserError: no image could be read, or a label is out of range.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..models import VPT
 from ..models.heads import initialize_head
+from .config import TrainConfig
 from .distributed import Processes
 from .evaluation import Autocast
 
@@ -25,32 +26,41 @@ _SCALES = [2.0 ** (power / 2) for power in range(15)]
 
 
 def start_head(
-    model: Any, init: str, loader: Any, num_classes: int, autocast: Autocast, processes: Processes
+    model: Any,
+    config: TrainConfig,
+    loader: Any,
+    num_classes: int,
+    autocast: Autocast,
+    processes: Processes,
 ) -> None:
     """Set the start of ``model.head`` in place, where it is a trained linear layer.
 
     Args:
         model: of the package; in eval mode while its features are computed.
-        init: "probe", "zero" or "official".
+        config: says how, and timm's scale and bias on top.
         loader: training images without augmentation, for "probe".
     """
     head = getattr(model, "head", None)
     if type(head) is not nn.Linear or not head.weight.requires_grad:
         return
+    init, probe = config.head_init, None
     if init == "probe":
         features, labels = _features(model, loader, autocast, processes)
-        if len(labels) > 1:
-            weight, bias = ridge_probe(features, labels, num_classes)
-            with torch.no_grad():
-                head.weight.copy_(weight)
-                head.bias.copy_(bias)
-            return
-        init = "zero"
-    if init == "zero":
-        initialize_head(head, "zero")
-    elif isinstance(model, VPT):
-        # the other methods' official head is nn.Linear's own, which a new one has
-        initialize_head(head, "vpt")
+        probe = ridge_probe(features, labels, num_classes) if len(labels) > 1 else None
+    with torch.no_grad():
+        if probe is not None:
+            head.weight.copy_(probe[0])
+            head.bias.copy_(probe[1])
+        elif init == "official":
+            # the other methods' official head is nn.Linear's own, which a new one has
+            initialize_head(head, "vpt" if isinstance(model, VPT) else "torch")
+        else:
+            initialize_head(head, "zero")
+        if config.head_init_scale is not None:
+            head.weight.mul_(config.head_init_scale)
+            head.bias.mul_(config.head_init_scale)
+        if config.head_init_bias is not None:
+            head.bias.fill_(config.head_init_bias)
 
 
 @torch.no_grad()

@@ -77,9 +77,13 @@ def train_transform(config: TrainConfig, pixels: dict[str, Any]) -> Transform:
             color_jitter=config.color_jitter,
             color_jitter_prob=config.color_jitter_prob,
             grayscale_prob=config.grayscale_prob,
+            gaussian_blur_prob=config.gaussian_blur_prob,
+            train_crop_mode=config.train_crop_mode,
             auto_augment=config.aa,
             re_prob=config.reprob,
-            interpolation=pixels["interpolation"],
+            re_mode=config.remode,
+            re_count=config.recount,
+            interpolation=config.train_interpolation or pixels["interpolation"],
             mean=pixels["mean"],
             std=pixels["std"],
         )
@@ -154,6 +158,8 @@ class Samples(Dataset):
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(f"{self.split.images.name(index)}: {reason}")
+        if isinstance(image, Tensor):
+            return image, label, index
         try:
             if self.seed is None:
                 return self.transform(image), label, index
@@ -334,5 +340,8 @@ def make_loader(
 
 def set_position(loader: DataLoader, epoch: int, batch: int = 0) -> None:
     """A training loader's next pass yields ``epoch``, from its batch number ``batch`` on."""
+    if hasattr(loader, "set_position"):
+        loader.set_position(epoch, batch)
+        return
     target = loader.dataset if isinstance(loader.dataset, Stream) else loader.batch_sampler
     target.set_position(epoch, batch)  # type: ignore[union-attr]

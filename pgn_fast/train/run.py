@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from .data import Split
 from .distributed import Processes
 from .evaluation import Autocast, Score, evaluate
 from .failures import out_of_memory, what_is_kept
+from .given import GivenLoader
 from .head_init import start_head
 from .loader import (
     EpochBatches,
@@ -42,7 +44,8 @@ from .reports import (
     write_json,
 )
 from .run_folder import RunFolder
-from .signals import Interrupted, StopRequest
+from .saving import restore_state, save_state
+from .signals import Asked, Interrupted, StopRequest
 from .state import Position, Record
 from .step import Stepper, too_few_for_batchnorm
 from .summary import summarize
@@ -69,6 +72,8 @@ class Run:
         self.model.preprocessing = self.pixels
         self.model.class_names = self.splits.class_names
         self.model.to(self.device).train()
+        if config.grad_checkpointing:
+            self.model.backbone.set_grad_checkpointing(True)
         self.loader = self._training_loader()
         self._try_out()
         if parts.fresh and state is None:
@@ -84,10 +89,12 @@ class Run:
         # the same weights on all processes, but dropout of their own
         torch.manual_seed(config.seed + processes.rank)
         if state is not None:
-            self._restore(state)
+            restore_state(self, state)
 
     def _training_loader(self) -> Any:
         config = self.config
+        if isinstance(self.splits.train.images, GivenLoader):
+            return self.splits.train.images.batches(config.seed, self.processes.world)
         return make_loader(
             self.splits.train,
             train_transform(config, self.pixels),
@@ -121,9 +128,9 @@ class Run:
 
     def _start_head(self) -> None:
         loader = self._ordered(self.splits.train)
-        init, classes = self.config.head_init, self.splits.num_classes
+        classes = self.splits.num_classes
         autocast = Autocast(self.device, self.config.amp, self.config.amp_dtype)
-        start_head(self.model, init, loader, classes, autocast, self.processes)
+        start_head(self.model, self.config, loader, classes, autocast, self.processes)
         seed_everything(self.config.seed)
 
     def _smallest_batch(self) -> int:
@@ -247,7 +254,12 @@ class Run:
                 return
         self.schedule.set(self.position.epoch, self._updates_done())
         self.position.updates += 1
-        self._pending.append((self.position.updates, *self.stepper.step(group)))
+        self._pending.append(
+            (
+                self.position.updates,
+                *self.stepper.step(group, self.position.epoch, self.position.updates),
+            )
+        )
 
     def _check_losses(self) -> float:
         """Add the losses since the last look to the epoch's sums; stop at one that is not finite.
@@ -287,9 +299,10 @@ class Run:
         Raises:
             Interrupted: one did.
         """
-        number = max(self.processes.collect(self.stop.number or 0))
-        if not number:
-            return
+        if number := max(self.processes.collect(self.stop.number or 0)):
+            self._stop(number)
+
+    def _stop(self, number: int) -> NoReturn:
         if self.position.epoch == self.epochs:
             kept = "with the test images still to be read"
         elif self.splits.train.streamed and self.position.batch:
@@ -315,52 +328,81 @@ class Run:
             "train_loss": loss_sum / seen,
             "train_top1": 100 * correct / seen,
         }
-        if self.splits.validation is not None:
+        value: float | None = None  # larger is better
+        last = position.epoch + 1 == self.epochs
+        if self.splits.validation is None:
+            # nothing to choose by: the last epoch is the best
+            value = math.inf
+        elif last or (position.epoch + 1) % self.config.val_interval == 0:
             score = self._evaluate(self.splits.validation)
             self._note_unreadable(score.unreadable, report)
             row |= {"validation_loss": score.loss, "validation_top1": score.top1}
+            value = score.value(self.config.eval_metric)
         row |= {
             "images_per_second": round(seen / max(position.seconds, 1e-9), 1),
             "seconds": round(position.seconds, 3),
         }
         record.history.append(row)
-        self.schedule.end_epoch(position.epoch, row.get("validation_top1"))
-        # without validation there is nothing to choose by: the last epoch is the best
-        score_now = row.get("validation_top1", math.inf)
-        best = score_now > record.best_score or math.isinf(score_now)
+        self.schedule.end_epoch(position.epoch, value)
+        best = value is not None and (value > record.best_score or math.isinf(value))
         if best:
-            record.best_epoch, record.best_score = row["epoch"], score_now
+            assert value is not None
+            record.best_epoch, record.best_score = row["epoch"], value
         self.position = Position(epoch=position.epoch + 1, updates=position.updates)
         self._check_weights()
         if self.processes.first:
-            self._save_adapter("last")
-            if best:
-                record.best_digest = self._save_adapter("best")
+            with self.stepper.average.applied():
+                self._save_adapter("last")
+                if best:
+                    record.best_digest = self._save_adapter("best")
+                if value is not None:
+                    self._keep(value, row["epoch"])
             write_csv(self.output, record.history)
         self._save_checkpoint()
         return row
 
+    def _keep(self, value: float, epoch: int) -> None:
+        """Keep the adapters of the ``checkpoint_hist`` best epochs, the earlier of equals."""
+        count = self.config.checkpoint_hist
+        kept = sorted([*self.record.kept, [value, epoch]], key=lambda row: (-row[0], row[1]))
+        self.record.kept = kept[:count]
+        if [value, epoch] in self.record.kept:
+            self._save_adapter(f"epochs/{epoch:04d}")
+        for _, old in kept[count:]:
+            shutil.rmtree(self.output / "epochs" / f"{old:04d}", ignore_errors=True)
+
     def _ordered(self, split: Split) -> Any:
         """Every image of a split once, as in evaluation, spread over the processes."""
+        if isinstance(split.images, GivenLoader):
+            return split.images.batches(self.config.seed, self.processes.world)
         return make_loader(
             split,
             eval_transform(self.pixels),
-            self.config.batch_size,
+            self.config.validation_batch_size or self.config.batch_size,
             workers=self.config.workers,
             rank=self.processes.rank,
             world=self.processes.world,
         )
 
     def _evaluate(self, split: Split) -> Score:
-        loader, autocast = self._ordered(split), self.stepper.autocast
-        return evaluate(
-            self.model, loader, self.splits.num_classes, autocast, self.processes, self._between
-        )
+        """The score of the model, or of its average, on a split; a single process stops within."""
+        try:
+            with self.stepper.average.applied():
+                return evaluate(
+                    self.model,
+                    self._ordered(split),
+                    self.splits.num_classes,
+                    self.stepper.autocast,
+                    self.processes,
+                    self._between_batches,
+                )
+        except Asked as request:
+            self._stop(request.number)
 
-    def _between(self) -> None:
-        """Called between two batches of an evaluation: a single process stops there, too."""
-        if self.processes.world == 1:
-            self._stop_where_asked()
+    def _between_batches(self) -> None:
+        number = self.stop.number if self.processes.world == 1 else None
+        if number:
+            raise Asked(number)
 
     def _note_unreadable(self, names: Iterable[str], report: ProgressReport) -> None:
         for name in names:
@@ -377,45 +419,7 @@ class Run:
     def _save_checkpoint(self) -> None:
         self._check_losses()
         self._check_weights()
-        # position and generators are each process's own, the rest is the same everywhere
-        own = {"position": vars(self.position), "random": checkpoints.random_state(self.device)}
-        processes = self.processes.collect(own)
-        if not self.processes.first:
-            return
-        checkpoints.save(
-            self.output,
-            {
-                "config": self.config.as_dict(),
-                "images": len(self.splits.train),
-                "model": self.model.adapter_state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.stepper.scaler.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "processes": processes,
-                "record": vars(self.record),
-            },
-        )
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        if state["images"] != len(self.splits.train):
-            raise UserError(
-                f"`resume`: the run began with {state['images']} training images, "
-                f"{self.splits.train.origin} now has {len(self.splits.train)}. Put the data back, "
-                "or start a new run with `output`."
-            )
-        world = len(state["processes"])
-        if world != self.processes.world:
-            raise UserError(
-                f"`resume`: the run has {world} process(es), this is one of "
-                f"{self.processes.world}: other batches. Start as many again."
-            )
-        self.model.load_adapter_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.stepper.scaler.load_state_dict(state["scaler"])
-        self.schedule.load_state_dict(state["schedule"])
-        own = state["processes"][self.processes.rank]
-        self.position, self.record = Position(**own["position"]), Record(**state["record"])
-        checkpoints.set_random_state(own["random"], self.device)
+        save_state(self)
 
     def finish(self) -> dict[str, Any]:
         """Touch the test split, once, with the best adapter; write the summary and the plot."""

@@ -18,6 +18,14 @@ class Interrupted(TrainingStopped):
         self.exit_code = 128 + number
 
 
+class Asked(Exception):
+    """Unwinds an evaluation when a signal has come; the run answers it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class StopRequest:
     """Inside, the first SIGTERM or SIGINT only asks to stop; the second SIGINT interrupts at once.
 

@@ -42,6 +42,7 @@ class Record:
         history: one row an epoch, see ``reports.COLUMNS``.
         best_epoch, best_score: from 1; what it was chosen by.
         best_digest: of the tensors in ``best/``, so that another's adapter is not taken for it.
+        kept: [score, epoch] of the epochs whose adapters are kept, best first.
         unreadable: "name: reason" of images that were left out.
     """
 
@@ -50,6 +51,7 @@ class Record:
     best_score: float = float("-inf")
     best_digest: str = ""
     unreadable: list[str] = field(default_factory=list)
+    kept: list[list[float]] = field(default_factory=list)
 
 
 def resume_config(

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from .average import Average
 from .config import TrainConfig
 from .distributed import Processes
 from .evaluation import Autocast, check_labels
+from .objective import Objective
 from .sync_batchnorm import synchronize
 
 
@@ -41,6 +42,9 @@ class Stepper:
             self.device.type, enabled=config.amp and config.amp_dtype == "float16"
         )
         self.optimizer: Any = None
+        self.objective = Objective(config, num_classes, self.device)
+        self.average = Average(model, config)
+        set_batchnorm(model, config)
         self.needs_two = config.batch_size > 0 and _needs_two_images(model, self._blank())
         self._shared = synchronize(model) if processes.world > 1 and config.sync_bn else []
         self._forward = self._wrap()
@@ -53,7 +57,8 @@ class Stepper:
         """The model as it is called in training: compiled, and with gradients that are averaged."""
         model = self.model
         if self.config.torchcompile:
-            model = torch.compile(model, backend=self.config.torchcompile)
+            backend, mode = self.config.torchcompile, self.config.torchcompile_mode
+            model = torch.compile(model, backend=backend, mode=mode)
         if self.processes.world > 1:
             index = [self.device.index] if self.device.type == "cuda" else None
             # statistics are the same everywhere (synchronized), or each process's own business;
@@ -63,8 +68,10 @@ class Stepper:
                 model = DistributedDataParallel(model, device_ids=index, broadcast_buffers=False)
         return model
 
-    def step(self, group: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, int]:
-        """One step on the batches of ``group``, as (images, labels) on any device.
+    def step(
+        self, group: list[tuple[Tensor, Tensor]], epoch: int, update: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """Step number ``update`` (from 1), on batches as (images, labels) on any device.
 
         Returns:
             The sum of losses and the number of right answers of this process's images, on the
@@ -80,12 +87,14 @@ class Stepper:
             for layer in self._shared:
                 layer.absent = not present
             images = images.to(self.device, non_blocking=True) if present else self._blank()
-            labels = labels.to(self.device, non_blocking=True)
+            labels = targets = labels.to(self.device, non_blocking=True)
+            if present:
+                images, targets = self.objective.mix(images, labels, epoch)
             with self._sync(last=i == len(group) - 1):
                 with self.autocast():
                     logits = self._call(images)
                 # without an image this process only takes part in what all do together
-                loss = self._loss(logits.float(), labels) if present else logits.sum() * 0
+                loss = self.objective(logits.float(), targets) if present else logits.sum() * 0
                 self.scaler.scale(loss * self.processes.world / total).backward()
             if present:
                 loss_sum += loss.detach()
@@ -94,6 +103,9 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(update)
+        if self.config.synchronize_step and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return loss_sum, correct, seen
 
     def _call(self, images: Tensor) -> Tensor:
@@ -103,12 +115,6 @@ class Stepper:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UserError(too_few_for_batchnorm(self.config)) from error
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the losses of a batch."""
-        return F.cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=self.config.smoothing
-        )
 
     def _over_processes(self, seen: int) -> Tensor | int:
         """The images of the step over all processes, without waiting for the device."""
@@ -131,6 +137,14 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         dispatch_clip_grad(trained, self.config.clip_grad, mode=self.config.clip_mode)
+
+
+def set_batchnorm(model: nn.Module, config: TrainConfig) -> None:
+    """Give the trained BatchNorm layers, which are the generator's, another momentum or epsilon."""
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+            layer.momentum = layer.momentum if config.bn_momentum is None else config.bn_momentum
+            layer.eps = layer.eps if config.bn_eps is None else config.bn_eps
 
 
 def _needs_two_images(model: Any, blank: Tensor) -> bool:

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from .run import Run
 
 
+_METRICS = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
+
+
 def summarize(run: Run, test: Score | None) -> dict[str, Any]:
     """The content of ``summary.json``: every figure beside the split that it comes from.
 
@@ -24,7 +27,9 @@ def summarize(run: Run, test: Score | None) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "num_classes": splits.num_classes,
         "best_epoch": record.best_epoch,
-        "chosen_by": "validation top-1" if splits.validation else "last epoch",
+        "chosen_by": f"validation {_METRICS[config.eval_metric]}"
+        if splits.validation
+        else "last epoch",
         "train": {
             "split": splits.train.origin,
             "images": len(splits.train),

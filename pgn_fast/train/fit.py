@@ -1,0 +1,140 @@
+"""Training from Python: the run of ``pgn-fast train`` on one's own model and data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapters.store import method_of
+from ..errors import UserError
+from . import checkpoints
+from .config import TrainConfig
+from .data import Splits
+from .given import given_split
+from .loader import preprocessing
+from .loop import run
+from .parts import Parts, seed_everything
+from .state import resume_config
+
+# what the arguments model, train, val and test say already
+_NOT_HERE = (
+    *("data", "data_dir", "train_split", "val_split", "test_split", "val_fraction", "num_classes"),
+    *("dataset_download", "input_key", "target_key", "model", "model_kwargs", "pretrained_path"),
+    *("method", "method_kwargs", "num_prompts", "library_size", "generator", "generator_kwargs"),
+    *("resolution", "activation", "prompt_dropout", "project_dim", "deploy", "layout", "fast"),
+    *("image_grid", "canvas_grid", "allow_blank", "compensate", "server", "backend", "init_from"),
+)
+_DATA = "given from Python"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run reached; the model that was given has its best epoch's weights.
+
+    Attributes:
+        output: the folder of the run, with ``best/``, ``last/``, ``summary.json`` and the rest.
+        best_epoch: from 1.
+        train, validation, test: split, images, top1 in percent, loss in nats; None where not given.
+        history: one row an epoch, as in ``history.csv``.
+        summary: the whole of ``summary.json``.
+    """
+
+    output: Path
+    best_epoch: int
+    train: dict[str, Any]
+    validation: dict[str, Any] | None
+    test: dict[str, Any] | None
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def fit(
+    model: nn.Module,
+    train: Any,
+    val: Any = None,
+    *,
+    epochs: int | None = None,
+    test: Any = None,
+    class_names: Sequence[str] | None = None,
+    output: str | PathLike[str] | None = None,
+    resume: bool = False,
+    device: str | torch.device | None = None,
+    show: bool = True,
+    recipe: str | None = None,
+    **options: Any,
+) -> RunResult:
+    """Train a model of this package, as ``pgn-fast train`` does, on data of one's own.
+
+    Args:
+        model: a PGN, a VPT, another prompted model, or one of the baselines; trained in place.
+        train, val, test: map-style data sets or loaders of (image, label) pairs or of dicts with
+            image or pixel_values and label or labels. PIL images and uint8 arrays (H, W, 3) are
+            augmented and normalized as by the command; tensors are the model's input as they are.
+            Without ``val`` the last epoch is the best; ``test`` is read once, at the end.
+        epochs: None: 30, or the recipe's.
+        class_names: in label order; None: as data or model tell.
+        output: folder of the run; None: runs/METHOD.
+        resume: continue the run in ``output``. Data sets resume to the bit; a loader as far as its
+            order follows from torch's generator.
+        device: None: where the model is; under torchrun each process takes its own accelerator.
+        show: print progress.
+        recipe: "pgn-official" or "vpt-official".
+        **options: of ``pgn-fast train``, by the same names with underscores: ``lr``,
+            ``batch_size``, ``mixup``, ... The head stays as it is unless ``head_init`` is given.
+
+    Raises:
+        UserError: (a ValueError) an option or data that cannot work; nothing was created.
+        TrainingStopped: see ``train.loop.train``.
+    """
+    method = method_of(model)
+    if wrong := sorted(set(options) & set(_NOT_HERE)):
+        raise UserError(f"fit: {', '.join(wrong)}: the model and the data that are given say it.")
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(set(options) - known):
+        raise UserError(f"fit takes no {', '.join(unknown)}; it takes the options of TrainConfig.")
+    given = {**options, **({} if epochs is None else {"epochs": epochs})}
+    folder = Path(output or f"runs/{method}")
+    names = class_names or getattr(model, "class_names", None)
+    split = {
+        name: None if data is None else given_split(name, data, names)
+        for name, data in (("train", train), ("validation", val), ("test", test))
+    }
+    config = resume_config(folder, given) if resume else None
+    config = config or TrainConfig.make(recipe, data=_DATA, method=method, **given)
+    facts: Any = model
+
+    def parts() -> Parts:
+        seed_everything(config.seed)
+        assert split["train"] is not None
+        classes = split["train"].class_names
+        if classes and facts.num_classes and len(classes) != facts.num_classes:
+            raise UserError(
+                f"fit: the head of the model has {facts.num_classes} classes, the data have "
+                f"{len(classes)}: give the model num_classes={len(classes)}."
+            )
+        splits = Splits(
+            split["train"], split["validation"], split["test"], facts.num_classes, classes
+        )
+        pixels = preprocessing(facts.backbone, config)
+        return Parts(splits, model, pixels, fresh="head_init" in options)
+
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    summary = run(config, folder, parts, where, resume, show)
+    state = checkpoints.load(folder)
+    assert state is not None
+    return RunResult(
+        folder,
+        summary["best_epoch"],
+        summary["train"],
+        summary["validation"],
+        summary["test"],
+        state["record"]["history"],
+        summary,
+    )

@@ -1,0 +1,171 @@
+"""``pgn_fast.fit``: one's own data sets, loaders and dicts through the one training loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_world import tiny_vit
+from torch.utils.data import DataLoader, TensorDataset
+
+import pgn_fast
+from pgn_fast.adapters import backbone_pixels, read_adapter
+from pgn_fast.errors import TrainingStopped, UserError
+from pgn_fast.models import LinearProbe
+from pgn_fast.train import checkpoints
+
+OPTIONS = {"batch_size": 6, "lr": 0.05, "workers": 0, "show": False}
+
+
+def model(classes=3):
+    torch.manual_seed(0)
+    return pgn_fast.VPT(tiny_vit(), classes, num_prompts=2)
+
+
+def pictures(count=14):
+    """Noise of three tints and its classes, as PIL images."""
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(count):
+        levels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        levels[..., i % 3] //= 3
+        found.append((Image.fromarray(levels), i % 3))
+    return found
+
+
+class Columns:
+    """What Hugging Face's data sets look like: dicts, and features that name the classes."""
+
+    class _Label:
+        names = ("blue", "green", "red")
+
+    features = {"image": None, "label": _Label()}  # noqa: RUF012
+
+    def __init__(self, pairs, image="image", label="label"):
+        self.rows = [{image: x, label: y, "id": i} for i, (x, y) in enumerate(pairs)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def tensors(pairs):
+    """The same images as the model's input."""
+    pixels = backbone_pixels(tiny_vit())
+    mean, std = (torch.tensor(pixels[k]).view(3, 1, 1) for k in ("mean", "std"))
+    images = [torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255 for x, _ in pairs]
+    return torch.stack([(x - mean) / std for x in images]), torch.tensor([y for _, y in pairs])
+
+
+def test_a_data_set_trains_and_its_run_is_written(tmp_path):
+    one = model()
+    frozen = {k: v.clone() for k, v in one.backbone.state_dict().items()}
+    data = Columns(pictures())
+    result = pgn_fast.fit(
+        one, data, val=data, test=data, epochs=6, output=tmp_path / "run", no_aug=True, **OPTIONS
+    )
+    assert isinstance(result, pgn_fast.RunResult) and len(result.history) == 6
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    assert result.test["images"] == 14 and result.summary["chosen_by"] == "validation top-1"
+    adapter, trained = read_adapter(tmp_path / "run" / "best")
+    assert adapter["class_names"] == ["blue", "green", "red"]
+    # the given model is the best epoch's, on the backbone as it was
+    assert all(torch.equal(one.state_dict()[key], trained[key]) for key in trained)
+    assert all(torch.equal(one.backbone.state_dict()[key], frozen[key]) for key in frozen)
+
+
+@pytest.mark.parametrize("kind", ["dicts", "arrays", "tensors", "loader", "loader of dicts"])
+def test_every_kind_of_data_gives_the_same_run(tmp_path, kind):
+    pairs = pictures(12)
+    images, labels = tensors(pairs)
+    data = {
+        "pairs": pairs,
+        "dicts": Columns(pairs, "pixel_values", "labels"),
+        "arrays": [(np.array(x), y) for x, y in pairs],
+        "tensors": TensorDataset(images, labels),
+        "loader": DataLoader(TensorDataset(images, labels), 12),
+        "loader of dicts": [{"pixel_values": images, "labels": labels}],
+    }
+    kept = {}
+    for name in ("pairs", kind):
+        # one batch an epoch, so that the order of the images does not matter
+        options = {**OPTIONS, "batch_size": 12, "no_aug": True, "opt": "sgd"}
+        pgn_fast.fit(model(), iter_safe(data[name]), epochs=2, output=tmp_path / name, **options)
+        kept[name] = read_adapter(tmp_path / name / "last")[1]
+    for key in kept["pairs"]:
+        torch.testing.assert_close(kept["pairs"][key], kept[kind][key], rtol=1e-4, atol=1e-5)
+
+
+class Batches:
+    """A loader that is no torch DataLoader: batches and their number."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def iter_safe(data):
+    batches = isinstance(data, list) and isinstance(data[0], dict)
+    return Batches(data) if batches else data
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_a_killed_fit_resumes_to_the_bit(tmp_path, monkeypatch, loader):
+    pairs = pictures(20)
+    data = TensorDataset(*tensors(pairs)) if loader else pairs
+
+    def given():
+        return DataLoader(data, 6, shuffle=True) if loader else data
+
+    options = {**OPTIONS, "epochs": 3, "recovery_interval": 1, "mixup": 0.5}
+    pgn_fast.fit(model(), given(), output=tmp_path / "whole", **options)
+    calls, real = iter(range(1, 100)), checkpoints.save
+
+    def save(output, state):
+        real(output, state)
+        if next(calls) == 6:
+            raise TrainingStopped("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped):
+        patch.setattr(checkpoints, "save", save)
+        pgn_fast.fit(model(), given(), output=tmp_path / "torn", **options)
+    torch.manual_seed(99)
+    pgn_fast.fit(model(), given(), output=tmp_path / "torn", resume=True, **options)
+    one, two = (read_adapter(tmp_path / name / "last")[1] for name in ("whole", "torn"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_head_stays_unless_asked(tmp_path):
+    probe = LinearProbe(tiny_vit(), 3)
+    before = probe.head.weight.clone()
+    options = {**OPTIONS, "lr": 1e-12, "epochs": 1, "no_aug": True}
+    pgn_fast.fit(probe, pictures(), output=tmp_path / "kept", **options)
+    torch.testing.assert_close(probe.head.weight, before)
+    pgn_fast.fit(probe, pictures(), output=tmp_path / "new", head_init="probe", **options)
+    assert not torch.allclose(probe.head.weight, before)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"num_prompts": 3}, "num_prompts: the model and the data that are given say it"),
+        ({"epoch": 3}, "fit takes no epoch"),
+        ({"hflip": 7}, "`hflip` is 7"),
+        ({"train": 5}, r"`train` takes a data set with len\(\) and indices.*got int"),
+        ({"train": [{"picture": 1, "label": 0}]}, "has the keys picture, label; an image is"),
+        ({"class_names": ["a", "b"]}, "has 3 classes, the data have 2"),
+    ],
+)
+def test_what_cannot_work_creates_nothing(tmp_path, wrong, message):
+    data = wrong.pop("train", pictures())
+    with pytest.raises(UserError, match=message):
+        pgn_fast.fit(model(), data, output=tmp_path / "run", **{**OPTIONS, **wrong})
+    assert not (tmp_path / "run").exists()
