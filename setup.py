@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -52,18 +54,94 @@ def check_compiler() -> None:
         )
 
 
+def load(path: Path) -> ModuleType:
+    """A module by its file: importing it from the package would import torch."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def find_nvcc() -> str | None:
+    """CUDACXX, then the nvcc of CUDA_HOME, of PATH and of the usual place."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [f"{home}/bin/nvcc" for home in homes if home]
+    for place in (os.environ.get("CUDACXX"), *places, "nvcc", "/usr/local/cuda/bin/nvcc"):
+        if place and (found := shutil.which(place)):
+            return found
+    return None
+
+
+def compiler_knows(nvcc: str) -> list[str] | None:
+    """Numbers of the architectures that this nvcc compiles for; None where it does not tell."""
+    done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    return re.findall(r"compute_(\d+)", done.stdout) or None
+
+
+class CudaBuildError(Exception):
+    """Why the CUDA kernels are not built; the CPU core does without."""
+
+
 class CMakeBuild(build_ext):
-    """Runs CMake once for all native targets and installs them next to the Python sources."""
+    """Builds the CPU core and the CUDA kernels with CMake, each in a folder of its own, and
+    installs them next to the Python sources."""
 
     def run(self) -> None:
+        wanted = os.environ.get("PGN_FAST_CUDA", "auto").lower()
+        if wanted not in ("auto", "on", "off"):
+            raise SystemExit(f"PGN_FAST_CUDA is auto, on or off, got {wanted!r}")
+        check_compiler()
+        self.prefix = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        self.cmake("cpu")
+        # what an earlier build left would outlive PGN_FAST_CUDA=off and a build that fails
+        library = self.prefix / "pgn_fast/_C_cuda.so"
+        reason = library.with_suffix(".txt")
+        library.unlink(missing_ok=True)
+        reason.unlink(missing_ok=True)
+        try:
+            self.build_cuda(wanted)
+        except CudaBuildError as error:
+            if wanted == "on":
+                raise SystemExit(f"pgn_fast: PGN_FAST_CUDA=on, but {error}") from None
+            # pip hides what a build prints: `pgn-fast env` reads the reason from this file
+            reason.write_text(f"{error}\n")
+            print(f"pgn_fast: building without the CUDA kernels: {error}")
+
+    def build_cuda(self, wanted: str) -> None:
+        if wanted == "off":
+            raise CudaBuildError("PGN_FAST_CUDA=off")
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise CudaBuildError("no nvcc was found; put it on PATH or set CUDA_HOME")
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        archs, lines = load(ROOT / "pgn_fast/_cuda_archs.py").for_build(
+            asked, compiler_knows=compiler_knows(nvcc)
+        )
+        for line in lines:
+            print(f"pgn_fast: TORCH_CUDA_ARCH_LIST: {line}")
+        if not archs:
+            raise CudaBuildError(f"TORCH_CUDA_ARCH_LIST={asked} leaves none: {'; '.join(lines)}")
+        listed = ";".join(arch.cmake() for arch in archs)
+        try:
+            self.cmake(
+                *("cuda", "-DPGN_FAST_CUDA=ON", f"-DPGN_FAST_CUDA_ARCHS={listed}"),
+                f"-DCMAKE_CUDA_COMPILER={nvcc}",
+            )
+        except subprocess.CalledProcessError as error:
+            raise CudaBuildError(
+                f"nvcc ({nvcc}) failed to build them for {listed}; "
+                "PGN_FAST_CUDA=on pip install -v -e . shows why"
+            ) from error
+
+    def cmake(self, part: str, *definitions: str) -> None:
+        """Configure, build and install one part; raises CalledProcessError."""
         torch = find_torch()
         if torch is None:
             raise SystemExit("pgn_fast needs torch >= 2.10 to build: pip install 'torch>=2.10'")
-        check_compiler()
         import pybind11
 
-        prefix = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{part}"
         options = {
             # given on every run: what a previous, isolated build cached is gone by now
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
@@ -71,21 +149,20 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "PGN_FAST_TORCH_DIR": torch,
-            "PGN_FAST_CUDA": os.environ.get("PGN_FAST_CUDA", "auto"),
-            "PGN_FAST_CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a"),
         }
         cmake = tool("cmake")
-        configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja"]
+        configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions]
         configure += [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run([*configure, *os.environ.get("CMAKE_ARGS", "").split()], check=True)
-        subprocess.run([cmake, "--build", build], check=True)
-        # setuptools would copy the declared extension alone; and a CUDA library of an earlier
-        # build would outlive PGN_FAST_CUDA=off
-        (prefix / "pgn_fast/_C_cuda.so").unlink(missing_ok=True)
-        subprocess.run([cmake, "--install", build, "--prefix", prefix], check=True)
+        target = {"cpu": "_C", "cuda": "_C_cuda"}[part]
+        subprocess.run([cmake, "--build", build, "--target", target], check=True)
+        # setuptools would copy the declared extension alone
+        install = [cmake, "--install", build, "--prefix", self.prefix, "--component", part]
+        subprocess.run(install, check=True)
 
     def get_outputs(self) -> list[str]:
-        return [str(path) for path in (Path(self.build_lib) / "pgn_fast").glob("*.so")]
+        package = Path(self.build_lib) / "pgn_fast"
+        return [str(path) for path in (*package.glob("*.so"), *package.glob("_C_cuda.txt"))]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -31,16 +31,9 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = __VERSION__;
         info["cpu_isa"] = pgn_fast::isa_name();
         info["cpu_vendor"] = cpu_vendor();
-#ifdef PGN_FAST_CUDA_VERSION
-        info["cuda"] = PGN_FAST_CUDA_VERSION;
-        info["cuda_arch"] = PGN_FAST_CUDA_ARCH;
-#else
-        info["cuda"] = py::none();
-        info["cuda_arch"] = py::none();
-#endif
         return info;
       },
-      "Compiler, processor's vendor and instruction set, CUDA version and architectures.");
+      "Compiler, processor's vendor and instruction set.");
   m.def(
       "set_isa", [](const std::string& name) { return pgn_fast::set_isa(name.c_str()); },
       py::arg("name"),

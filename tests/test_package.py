@@ -33,7 +33,7 @@ LAYERS = [
     {"_C"},
     {"_stored", "_values", "hub", "images"},
     {"_files"},
-    {"errors", "digits", "plots"},
+    {"errors", "digits", "plots", "_cuda_archs"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 # imports inside functions that close a circle on purpose, with the reason

@@ -24,7 +24,8 @@ cudaError_t make_tensor_map(TensorMap* map, const T* matrix, uint64_t rows, uint
   cudaDriverEntryPointQueryResult found;
   const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
                                                              12000, cudaEnableDefault, &found);
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  if (error != cudaSuccess) return without_trace(error);
+  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
   const cuuint64_t sizes[2] = {columns, rows}, strides[1] = {columns * sizeof(T)};
   const cuuint32_t box[2] = {kPanel, box_rows}, steps[2] = {1, 1};
   const CUtensorMapDataType type = std::is_same_v<T, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16

@@ -3,12 +3,14 @@
 // Forward: a block of 4 warps makes kRows prompt tokens x 128 columns. It first reads its rows of
 // logits for their maximum and sum of exponentials, then walks the library in steps of 32 tokens:
 // the step's coefficients go to shared memory, the product to the tensor cores, and the next step's
-// library rows arrive in the background. Coefficients are made anew by each block of columns, so
+// library rows arrive in the background. Each block of columns recomputes the coefficients, so
 // nothing of size K is ever stored.
 //
 // Backward, logits: a block owns 16 rows. d_c[k] = <grad_prompts, library[k]> comes tile by tile;
 // softmax needs sum_k c[k] d_c[k] first, so the tiles are kept in shared memory where K is at most
-// kKeptTokens and made twice where it is not. The row's maximum and 1 / sum are written for:
+// kKeptTokens and made twice where it is not. The row's maximum and 1 / sum are stored for the
+// library's gradient.
+//
 // Backward, library: grad[k, d] = sum_r c[r, k] g[r, d], a block for 64 tokens x 128 columns and a
 // fixed range of rows; the ranges' float32 sums are added in a fixed order by a third kernel.
 #include "device.cuh"
@@ -28,13 +30,13 @@ __device__ void row_statistics(const T* logits, int64_t rows, int K, float2* sta
       for (int k = threadIdx.x % kLanes; k < K; k += kLanes) {
         const float x = to_float(logits[int64_t{r} * K + k]), bound = fmaxf(largest, x);
         // before its first finite value a lane must not form inf - inf
-        sum = (sum > 0.0f ? sum * __expf(largest - bound) : 0.0f) +
-              (x > -INFINITY ? __expf(x - bound) : 0.0f);
+        sum = (sum > 0.0f ? sum * fast_exp(largest - bound) : 0.0f) +
+              (x > -INFINITY ? fast_exp(x - bound) : 0.0f);
         largest = bound;
       }
     }
     const float bound = lanes_max<kLanes>(largest);
-    sum = lanes_sum<kLanes>(sum > 0.0f ? sum * __expf(largest - bound) : 0.0f);
+    sum = lanes_sum<kLanes>(sum > 0.0f ? sum * fast_exp(largest - bound) : 0.0f);
     if (threadIdx.x % kLanes == 0) {
       statistics[r] = kSoftmax ? make_float2(bound, 1.0f / sum) : make_float2(0.0f, 1.0f);
     }
@@ -43,7 +45,8 @@ __device__ void row_statistics(const T* logits, int64_t rows, int K, float2* sta
 
 template <bool kSoftmax>
 __device__ inline float coefficient(float logit, float2 statistics) {
-  return kSoftmax ? __expf(logit - statistics.x) * statistics.y : 1.0f / (1.0f + __expf(-logit));
+  return kSoftmax ? fast_exp(logit - statistics.x) * statistics.y
+                  : fast_reciprocal(1.0f + fast_exp(-logit));
 }
 
 template <typename T, bool kSoftmax, int kRows>
@@ -101,7 +104,9 @@ __global__ void __launch_bounds__(kThreads) mix_prompts_kernel(MixPrompts a, boo
         const int r = sums.row(m, i);
         const int64_t d = first_column + warp_id() * kN * 8 + sums.column(n, i);
         if (r < rows && d < a.D) {
-          const int64_t row = first_row + r, to = row / a.P * a.tokens + row % a.P;
+          // in 32 bits, which the launcher sees to: a division of 64 calls a function
+          const int row = static_cast<int>(first_row) + r, b = row / a.P;
+          const int64_t to = b * a.tokens + (row - b * a.P);
           static_cast<T*>(a.prompts)[to * a.D + d] = from_float<T>(sums.block[m][n][i]);
         }
       }
@@ -271,6 +276,7 @@ cudaError_t launch_backward(const MixPromptsBackward& a, cudaStream_t stream) {
 
 cudaError_t mix_prompts(const MixPrompts& a, Number number, cudaStream_t stream) {
   if (a.R == 0 || a.D == 0) return cudaSuccess;
+  if (a.R > INT32_MAX) return cudaErrorInvalidValue;
   return with_number(number, [&](auto zero) {
     using T = decltype(zero);
     // more rows a block read the library less often, where there are rows enough to fill the GPU

@@ -1,5 +1,6 @@
 // The patch rows of prompted_patch_embed on Hopper: warpgroup products (wgmma) with the pixels in
-// registers and the weight by tensor copies (TMA).
+// registers and the weight by tensor copies (TMA). CMake compiles this file for sm_90a alone, the
+// one architecture that has these instructions.
 //
 // A thread of a warpgroup product holds four numbers of a patch in each step of 16: with
 // t = lane % 4, those at 2t, 2t + 1, 2t + 8 and 2t + 9. The order of the inner dimension is ours to
@@ -37,9 +38,10 @@ __global__ void __launch_bounds__(128) prepare_kernel(PatchEmbed a, T* weight, f
   for (int k = lane_id(); k < K; k += 32) {
     const float w = to_float(row[k]), scale = a.normalize ? a.scale[k / area] : 1.0f;
     const float shift = a.normalize ? a.shift[k / area] : 0.0f;
-    const T folded = from_float<T>(w * scale);
-    weight[int64_t{d} * K + product_order(k)] = folded;
-    sum += w * shift + (a.uint8 ? 128.0f * to_float(folded) : 0.0f);
+    weight[int64_t{d} * K + product_order(k)] = from_float<T>(w * scale);
+    // the centering is undone by the exact weight: pixels average near 128, so the rounding of
+    // the folded weight must not be multiplied by it
+    sum += w * shift + (a.uint8 ? 128.0f * w * scale : 0.0f);
   }
   sum = lanes_sum<32>(sum);
   if (lane_id() == 0) {
@@ -84,13 +86,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   Barrier* full = reinterpret_cast<Barrier*>(boxes + kStages * kColumns * kPanel);  // [kStages]
   Barrier* empty = full + kStages;                                                  // [kStages]
   const int columns = a.W / a.p_w, N = a.H / a.p_h * columns, area = a.p_h * a.p_w;
-  const int panels = a.C * area / kPanel, first_column = blockIdx.y * kColumns;
-  const int64_t patches = int64_t{a.B} * N, first_row = int64_t{blockIdx.x} * kRows;
+  const int panels = a.C * area / kPanel, column_blocks = ceil_div(a.D, kColumns);
+  // columns vary fastest: the blocks that share pixels run together and find them in the L2 cache
+  const int first_column = blockIdx.x % column_blocks * kColumns;
+  const int first_row = blockIdx.x / column_blocks * kRows, patches = a.B * N;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       barrier_init(full + s, 1);
-      barrier_init(empty + s, 2);  // one arrival of each warpgroup
+      barrier_init(empty + s, kThreads / 32 - 1);  // one arrival of each warp that multiplies
     }
     barriers_visible();
   }
@@ -111,8 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Pixel* corner[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t m = first_row + row + 8 * i, b = m / N;
-      const int n = static_cast<int>(m % N);
+      const int m = first_row + row + 8 * i, b = m / N, n = m % N;
       corner[i] = m < patches ? static_cast<const Pixel*>(a.images) + b * a.stride_b +
                                     int64_t{n / columns} * a.p_h * a.stride_y + n % columns * a.p_w
                               : nullptr;
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int k = panel * kPanel + t * kPixels, c = k / area, y = k % area / a.p_w, x = k % a.p_w;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        // rows past the end read the first pixels there are; nobody stores their sums
+        // rows past the end read the first pixels there are; their sums are not stored
         const Pixel* from = corner[i] ? corner[i] + c * a.stride_c + y * a.stride_y + x
                                       : static_cast<const Pixel*>(a.images);
         next[i] = *reinterpret_cast<const Pixels<T, Pixel>*>(from);
@@ -152,7 +155,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         multiply_warpgroup<T>(sums, left[j], boxes + s * kColumns * kPanel, 16 * j);
       }
       products_end();
-      if (threadIdx.x % 128 == 0) barrier_arrive(empty + s);
+      // products_end waits for this warp's own products only, so each warp arrives for itself
+      if (lane_id() == 0) barrier_arrive(empty + s);
     }
 
     // every box has been read by both warpgroups before their room is used for the result
@@ -162,31 +166,35 @@ __global__ void __launch_bounds__(kThreads, 1)
     const T* pos = static_cast<const T*>(a.pos);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t m = first_row + row + 8 * i;
-      const int64_t n = m < patches ? m % N : 0;
+      const int m = first_row + row + 8 * i, n = m < patches ? m % N : 0;
 #pragma unroll
       for (int block = 0; block < kColumns / 8; ++block) {
-        const int d = first_column + block * 8 + t * 2;
-        float x = sums[block * 4 + i * 2], y = sums[block * 4 + i * 2 + 1];
-        if (d < a.D) {  // D is even, and so is d
-          x += bias[d] + (pos ? to_float(pos[n * a.D + d]) : 0.0f);
-          y += bias[d + 1] + (pos ? to_float(pos[n * a.D + d + 1]) : 0.0f);
-        }
-        const uint32_t bits = pack<T>(x, y);
+        // columns past the end read column 0: without a branch all loads are under way at once
+        const int d = first_column + block * 8 + t * 2, column = d < a.D ? d : 0;
+        const float2 add = *reinterpret_cast<const float2*>(bias + column);
+        uint32_t bits = 0;
+        if (pos) memcpy(&bits, __builtin_assume_aligned(pos + int64_t{n} * a.D + column, 4), 4);
+        T position[2];
+        memcpy(position, &bits, 4);
+        bits = pack<T>(sums[block * 4 + i * 2] + add.x + to_float(position[0]),
+                       sums[block * 4 + i * 2 + 1] + add.y + to_float(position[1]));
         memcpy(tile + (row - group * 64 + 8 * i) * kStride + block * 8 + t * 2, &bits, 4);
       }
     }
     warpgroup_barrier(group);
     for (int i = threadIdx.x % 128; i < 64 * kColumns / 8; i += 128) {
       const int r = i / (kColumns / 8), d = first_column + i % (kColumns / 8) * 8;
-      const int64_t m = first_row + group * 64 + r;
+      const int m = first_row + group * 64 + r;
       if (m < patches && d < a.D) {
-        T* to = static_cast<T*>(a.out) + (m / N * a.tokens + a.first + m % N) * a.D + d;
+        const int b = m / N, n = m - b * N;
+        T* to = static_cast<T*>(a.out) + (int64_t{b} * a.tokens + a.first + n) * a.D + d;
         *reinterpret_cast<uint4*>(to) =
             *reinterpret_cast<const uint4*>(tile + r * kStride + d - first_column);
       }
     }
   }
+#else
+  __trap();  // compiled without sm_90a's instructions: fail, and never return what was not written
 #endif
 }
 
@@ -204,8 +212,8 @@ cudaError_t launch_embed(const PatchEmbed& a, void* scratch, cudaStream_t stream
   if (error != cudaSuccess) return error;
   const size_t bytes = kStages * (kBoxBytes + 2 * sizeof(Barrier));
   return launch(patch_embed_sm90_kernel<T, Pixel>,
-                dim3(ceil_div(patches, kRows), ceil_div(a.D, kColumns)), kThreads, bytes, stream, a,
-                static_cast<const float*>(bias), map);
+                dim3(ceil_div(patches, kRows) * ceil_div(a.D, kColumns)), kThreads, bytes, stream,
+                a, static_cast<const float*>(bias), map);
 }
 
 }  // namespace
@@ -213,11 +221,13 @@ cudaError_t launch_embed(const PatchEmbed& a, void* scratch, cudaStream_t stream
 int64_t patch_embed_sm90_scratch(const PatchEmbed& a, Number number) {
   const int pixel = a.uint8 ? 1 : 2, K = a.C * a.p_h * a.p_w;
   const bool whole = a.p_w % kPixels == 0 && K % kPanel == 0 && a.D % 8 == 0;
-  const bool rows = a.stride_x == 1 && a.stride_y * pixel % 16 == 0 &&
-                    a.stride_c * pixel % 16 == 0 && a.stride_b * pixel % 16 == 0 &&
-                    reinterpret_cast<uintptr_t>(a.images) % 16 == 0 &&
-                    reinterpret_cast<uintptr_t>(a.out) % 16 == 0;
-  if (number == Number::float32 || !whole || !rows) return 0;
+  const bool rows =
+      a.stride_x == 1 && a.stride_y * pixel % 16 == 0 && a.stride_c * pixel % 16 == 0 &&
+      a.stride_b * pixel % 16 == 0 && reinterpret_cast<uintptr_t>(a.images) % 16 == 0 &&
+      reinterpret_cast<uintptr_t>(a.out) % 16 == 0 && reinterpret_cast<uintptr_t>(a.pos) % 4 == 0;
+  // patches and blocks are counted in 32 bits
+  const bool few = int64_t{a.B} * (a.H / a.p_h) * (a.W / a.p_w) <= INT32_MAX - kRows;
+  if (number == Number::float32 || !whole || !rows || !few) return 0;
   return int64_t{a.D} * K * 2 + int64_t{a.D} * 4;
 }
 

@@ -16,7 +16,6 @@ namespace pgn_fast::cuda {
 namespace {
 
 constexpr int kKeys = 64, kRowsPerWarp = 16;
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <typename T>
 __device__ inline T* row_of(const Heads& x, int b, int h, int64_t token) {
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
     for (int i = 0; i < 2; ++i) {
       bound[i] = lanes_max<4>(bound[i]);
       rescale[i] =
-          exp2f(largest[i] - bound[i]);  // the first tile has a finite score: never inf - inf
+          fast_exp2(largest[i] - bound[i]);  // the first tile has a finite score: never inf - inf
       largest[i] = bound[i];
       sum[i] *= rescale[i];
     }
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& s = scores.block[0][n][i];
-        s = exp2f(s - bound[i / 2]);
+        s = fast_exp2(s - bound[i / 2]);
         sum[i / 2] += s;
       }
 #pragma unroll
@@ -144,6 +143,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) sum[i] = lanes_sum<4>(sum[i]);
+  const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int row = warp_id() * kRowsPerWarp + out.row(0, i);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       const int d = out.column(n, i);
-      if (d < a.d) to[d] = from_float<T>(out.block[0][n][i] / sum[i / 2]);
+      if (d < a.d) to[d] = from_float<T>(out.block[0][n][i] * inverse[i / 2]);
     }
     if (i % 2 == 0 && lane_id() % 4 == 0) {
       a.lse[int64_t{blockIdx.x} * a.Q + first + row] = (largest[i / 2] + log2f(sum[i / 2])) * kLn2;
@@ -182,8 +182,19 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   if (r < rows) {
     const T* out = row_of<T>(a.out, b, h, first + r);
     const T* grad = row_of<T>(g.grad_out, b, h, first + r);
-    for (int d = threadIdx.x % kLanes; d < a.d; d += kLanes) {
-      delta += to_float(out[d]) * to_float(grad[d]);
+    constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+    if (aligned && a.d % kVector == 0) {  // 16 bytes a load
+      for (int d = threadIdx.x % kLanes * kVector; d < a.d; d += kLanes * kVector) {
+        T x[kVector], y[kVector];
+        memcpy(x, __builtin_assume_aligned(out + d, 16), 16);
+        memcpy(y, __builtin_assume_aligned(grad + d, 16), 16);
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) delta += to_float(x[i]) * to_float(y[i]);
+      }
+    } else {
+      for (int d = threadIdx.x % kLanes; d < a.d; d += kLanes) {
+        delta += to_float(out[d]) * to_float(grad[d]);
+      }
     }
   }
   delta = lanes_sum<kLanes>(delta);
@@ -230,7 +241,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       for (int i = 0; i < 4; ++i) {
         const int row = warp_id() * kRowsPerWarp + weights.row(0, i);
         const float p = weights.column(n, i) < count
-                            ? exp2f(weights.block[0][n][i] * scale - lse[i / 2])
+                            ? fast_exp2(weights.block[0][n][i] * scale - lse[i / 2])
                             : 0.0f;
         weights.block[0][n][i] = p * (grad_weights.block[0][n][i] - row_delta[row]);
       }
@@ -269,9 +280,13 @@ __global__ void __launch_bounds__(128, 2)
 
   const int b = kShared ? 0 : blockIdx.x / a.h, h = blockIdx.x % a.h;
   const int first_key = blockIdx.y * kKeys, count = keys_count - first_key;
-  const int64_t all = int64_t{a.B} * a.Q, per_split = ceil_div(all, g.splits);
-  const int64_t begin = kShared ? blockIdx.z * per_split : int64_t{b} * a.Q;
-  const int64_t end = kShared ? (begin + per_split < all ? begin + per_split : all) : begin + a.Q;
+  // rows of the batch's B * Q, or of the image's Q; the launcher sees to it that 32 bits hold them
+  const uint32_t Q = a.Q, all = kShared ? a.B * Q : Q;
+  const uint32_t per_split = kShared ? (all + g.splits - 1) / g.splits : all;
+  const uint32_t start = kShared ? blockIdx.z * per_split : 0, begin = start < all ? start : all;
+  const uint32_t end = all - begin < per_split ? all : begin + per_split;
+  auto image_of = [&](uint32_t row) { return kShared ? row / Q : static_cast<uint32_t>(b); };
+  auto query_of = [&](uint32_t row, uint32_t image) { return kShared ? row - image * Q : row; };
   load_tile<T, kKeys, kD, kThreads>(keys, row_of<T>(k, b, h, first_key), k.token, count, a.d,
                                     aligned);
   load_tile<T, kKeys, kD, kThreads>(values, row_of<T>(v, b, h, first_key), v.token, count, a.d,
@@ -283,24 +298,21 @@ __global__ void __launch_bounds__(128, 2)
   Accumulators<1, kN> sum_k, sum_v;
   sum_k.clear();
   sum_v.clear();
-  for (int64_t row = begin; row < end; row += kRows) {
+  for (uint32_t row = begin; row < end; row += kRows) {
     __syncthreads();  // the tiles before are read
-    const int64_t rows = end - row;
-    load_rows<T, kRows, kD, kThreads>(
-        queries,
-        [&](int r) {
-          return row_of<T>(a.q, static_cast<int>((row + r) / a.Q), h, (row + r) % a.Q);
-        },
-        rows, a.d, aligned);
-    load_rows<T, kRows, kD, kThreads>(
-        grads,
-        [&](int r) {
-          return row_of<T>(g.grad_out, static_cast<int>((row + r) / a.Q), h, (row + r) % a.Q);
-        },
-        rows, a.d, aligned);
+    const uint32_t rows = end - row;
+    auto row_in = [&](const Heads& x) {
+      return [&, row](int r) {
+        const uint32_t image = image_of(row + r);
+        return row_of<T>(x, static_cast<int>(image), h, query_of(row + r, image));
+      };
+    };
+    load_rows<T, kRows, kD, kThreads>(queries, row_in(a.q), rows, a.d, aligned);
+    load_rows<T, kRows, kD, kThreads>(grads, row_in(g.grad_out), rows, a.d, aligned);
     commit_copies();
     if (threadIdx.x < kRows) {
-      const int64_t i = row + threadIdx.x, at = (i / a.Q * a.h + h) * a.Q + i % a.Q;
+      const uint32_t i = row + threadIdx.x, image = image_of(i);
+      const int64_t at = (int64_t{image} * a.h + h) * Q + query_of(i, image);
       row_lse[threadIdx.x] = threadIdx.x < rows ? a.lse[at] * kLog2e : INFINITY;  // weighs nothing
       row_delta[threadIdx.x] = threadIdx.x < rows ? g.delta[at] : 0.0f;
     }
@@ -315,7 +327,7 @@ __global__ void __launch_bounds__(128, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& w = weights.block[0][n][i];
-        w = exp2f(w * scale - row_lse[weights.column(n, i)]);
+        w = fast_exp2(w * scale - row_lse[weights.column(n, i)]);
       }
     multiply_accumulators<T>(sum_v, weights, grads, kStride, scratch);
     grad_weights.clear();
@@ -386,7 +398,7 @@ cudaError_t launch_grad_query(const PromptAttentionBackward& g, bool aligned, cu
 template <typename T, int kD>
 cudaError_t launch_backward(const PromptAttentionBackward& g, cudaStream_t stream) {
   const PromptAttention& a = g.forward;
-  const bool aligned = all_aligned<T>(a) && aligned_heads<T>(g.grad_out);
+  const bool aligned = all_aligned<T>(a) && aligned_heads<T>(a.out) && aligned_heads<T>(g.grad_out);
   cudaError_t error = a.Q <= kRowsPerWarp ? launch_grad_query<T, kD, 1>(g, aligned, stream)
                                           : launch_grad_query<T, kD, 4>(g, aligned, stream);
   const size_t scratch = sizeof(T) == 4 ? kKeys * tile_stride<T>(kKeys) * sizeof(T) : 0;
@@ -444,6 +456,7 @@ cudaError_t prompt_attention(const PromptAttention& a, Number number, cudaStream
 cudaError_t prompt_attention_backward(const PromptAttentionBackward& g, Number number,
                                       cudaStream_t stream) {
   if (g.forward.B == 0 || g.forward.Q == 0) return cudaSuccess;
+  if (int64_t{g.forward.B} * g.forward.Q > INT32_MAX) return cudaErrorInvalidValue;
   return with_number(number, [&](auto zero) {
     return with_width(g.forward.d, [&](auto width) {
       return launch_backward<decltype(zero), width()>(g, stream);

@@ -24,8 +24,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   T* weight_tile = patch_tile + 2 * kRows * kStride;       // [2, kColumns, kStep]
 
   const int columns = a.W / a.p_w, N = a.H / a.p_h * columns;
-  const int64_t patches = int64_t{a.B} * N, first_row = int64_t{blockIdx.x} * kRows;
-  const int first_column = blockIdx.y * kColumns;
+  const int column_blocks = static_cast<int>(ceil_div(a.D, kColumns));
+  // columns vary fastest: the blocks that share pixels run together and find them in the L2 cache
+  const int64_t patches = int64_t{a.B} * N, first_row = int64_t{blockIdx.x / column_blocks} * kRows;
+  const int first_column = blockIdx.x % column_blocks * kColumns;
   const int area = a.p_h * a.p_w, K = a.C * area, steps = static_cast<int>(ceil_div(K, kStep));
 
   // this thread fetches kVector pixels, from group * kVector on, of kPasses patches
@@ -151,8 +153,8 @@ cudaError_t launch_embed(const PatchEmbed& a, cudaStream_t stream) {
                        reinterpret_cast<uintptr_t>(a.images) % (kVector * sizeof(Pixel)) == 0;
   const size_t bytes = 2 * (kRows + kColumns) * tile_stride<T>(kStep) * sizeof(T);
   return launch(patch_embed_kernel<T, Pixel>,
-                dim3(ceil_div(patches, kRows), ceil_div(a.D, kColumns)), kThreads, bytes, stream, a,
-                vectors, aligned16(a.weight, K, sizeof(T)));
+                dim3(ceil_div(patches, kRows) * ceil_div(a.D, kColumns)), kThreads, bytes, stream,
+                a, vectors, aligned16(a.weight, K, sizeof(T)));
 }
 
 }  // namespace

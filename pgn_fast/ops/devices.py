@@ -1,4 +1,4 @@
-"""What a device has to offer for a backend's kernels: its code, and the sizes that they take.
+"""What a device has to offer for a backend's kernels: its code, its memory, the sizes they take.
 
 The one place that knows the limits of a backend. ``dispatch`` asks ``missing`` and ``limit`` before
 anything runs, so what is said here is what a user, ``explain()`` and a benchmark read.
@@ -6,11 +6,12 @@ anything runs, so what is said here is what a user, ``explain()`` and a benchmar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
 
-from .. import _native
+from .. import _cuda_archs, _native
 
 # the largest size of each name that the kernels of a backend hold, by op
 _LARGEST: dict[tuple[str, str], dict[str, int]] = {
@@ -20,6 +21,7 @@ _LARGEST: dict[tuple[str, str], dict[str, int]] = {
     ("cuda", "prompted_patch_embed"): {"channels": 64},
     ("triton", "add_layer_norm"): {"columns": 16384},  # of one program
 }
+_MAX_ROWS = 2**31 - 1  # of a batch's queries together
 _SAID = {"head_width": "head widths", "channels": "channels", "columns": "columns"}
 
 
@@ -31,27 +33,21 @@ def missing(backend: str, device: torch.device) -> str | None:
     """
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
-    if backend != "cuda":
-        return None
-    if _native.cuda_missing:
-        return _native.cuda_missing
-    major, minor = torch.cuda.get_device_capability(device)
-    archs = (_native.build_info().get("cuda_arch") or "").split()
-    for arch in archs:
-        number, _, real = arch.partition("-")
-        built_major, built_minor = int(number.rstrip("a")[:-1]), int(number.rstrip("a")[-1])
-        if number.endswith("a"):  # runs on this one architecture
-            fits = (major, minor) == (built_major, built_minor)
-        elif real:  # machine code runs on later devices of its own major version
-            fits = major == built_major and minor >= built_minor
-        else:  # PTX is compiled for any later device
-            fits = (major, minor) >= (built_major, built_minor)
-        if fits:
-            return None
-    return (
-        f"the CUDA kernels were built for {', '.join(archs)}, this device is sm_{major}{minor}; "
-        f"rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
-    )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if backend == "cuda":
+        return _native.cuda_missing or _cuda_archs.missing_code(built_archs(), _capability(index))
+    if _capability(index) < _cuda_archs.OLDEST:
+        major, minor = _capability(index)
+        return (
+            "the Triton kernels need compute capability 8.0 or later, "
+            f"{_name(index)} has {major}.{minor}"
+        )
+    return None
+
+
+def built_archs() -> list[_cuda_archs.Arch]:
+    """The architectures whose code is in the CUDA library."""
+    return _cuda_archs.parse(_native.build_info().get("cuda_arch") or "")[0]
 
 
 def limit(
@@ -69,4 +65,45 @@ def limit(
     for name, largest in _LARGEST.get((backend, op.removesuffix("_backward")), {}).items():
         if sizes.get(name, 0) > largest:
             return f"its kernels take {_SAID[name]} up to {largest}, got {sizes[name]}"
+    if op.removesuffix("_backward") != "prompt_attention":
+        return None
+    if sizes.get("rows", 0) > _MAX_ROWS:
+        return f"its kernels count B * Q queries in 32 bits, got {sizes['rows']}"
+    width = sizes.get("head_width", 0)
+    if backend == "cuda" and width and device.type == "cuda":
+        # a training step must not get as far as its backward and fail there
+        needed = attention_shared_bytes(width, dtype, backward=True)
+        offered = shared_bytes(device)
+        if needed > offered:
+            return (
+                f"its kernels need {needed // 1024} KiB of shared memory for head width "
+                f"{width} in {dtype}, {_name(device.index or 0)} offers {offered // 1024}"
+            )
     return None
+
+
+def attention_shared_bytes(width: int, dtype: torch.dtype, backward: bool) -> int:
+    """Shared memory of the largest block of csrc/cuda/prompt_attention.cu, in bytes."""
+    padded, rows, keys, size = -(-width // 32) * 32, 64, 64, dtype.itemsize
+    stride = padded + 16 // size  # elements of a tile's row
+    scratch = rows * (keys + 16 // size) if size == 4 else 0
+    if not backward:
+        return ((rows + 2 * keys) * stride + scratch) * size
+    grad_query = (2 * (rows + keys) * stride + scratch) * size + rows * 4
+    grad_keys = (4 * keys * stride + scratch) * size + 2 * keys * 4
+    return max(grad_query, grad_keys)
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may ask for on this device, in bytes."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "csrc/cuda"
+A100_SHARED_BYTES = 163 * 1024
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -48,6 +49,16 @@ class Kernels:
         self.library.set_seed(seed)
         error = getattr(self.library, op)(ctypes.byref(args), NUMBERS[dtype])
         assert error == 0, f"{op} returned CUDA error {error}"
+
+    def shared_bytes(self, op: str, args: Arguments, dtype: torch.dtype, limit: int) -> int | None:
+        """What a launch's largest block asks for, in bytes; None where ``limit`` refuses it."""
+        self.library.largest_request.restype = ctypes.c_int64
+        self.library.set_shared_limit(ctypes.c_int64(limit))
+        try:
+            refused = getattr(self.library, op)(ctypes.byref(args), NUMBERS[dtype]) != 0
+            return None if refused else self.library.largest_request()
+        finally:
+            self.library.set_shared_limit(ctypes.c_int64(A100_SHARED_BYTES))
 
     def launch_with_scratch(self, op: str, args: Arguments, dtype: torch.dtype) -> None:
         """Run a launcher that names the bytes of scratch it needs and refuses with 0."""

@@ -4,7 +4,7 @@
 //   - background copies land only when they are waited for: a missing wait leaves poison behind;
 //   - the fibers run in an order shuffled by a seed, and shared memory starts as poison: a missing
 //     barrier is seen as a wrong or unstable result;
-//   - a barrier that not all threads reach, an unaligned copy, or more shared memory than an A100
+//   - a barrier that not all threads reach, an unaligned copy, or more shared memory than the card
 //     has is an error of the launch.
 // It does not model timing, memory ordering between warps without barriers, or a GPU's rounding of
 // the order of additions inside one tensor-core instruction.
@@ -65,6 +65,8 @@ inline ucontext_t scheduler;
 inline int running = 0;
 inline unsigned seed = 0;  // of the order in which fibers run
 inline std::vector<char> shared_bytes;
+inline size_t shared_limit = 163 * 1024;  // an A100's; what a block may ask for
+inline size_t largest_request = 0;
 // what the lanes of each warp exchange
 struct Exchange {
   float value[32];
@@ -161,6 +163,13 @@ inline float shuffle_xor(float x, int mask) {
   host::warp_barrier();
   return y;
 }
+
+inline float fast_exp2(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;  // results below the normal numbers are flushed
+}
+
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 inline void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16) host::fail("copy_async to an unaligned address");
@@ -371,7 +380,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
                    cudaStream_t, Arguments... arguments) {
   host::body = [=] { kernel(arguments...); };
   host::failed = false;
-  if (bytes > 163 * 1024) return cudaErrorInvalidConfiguration;
+  host::largest_request = std::max(host::largest_request, bytes);
+  if (bytes > host::shared_limit) return cudaErrorInvalidValue;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -385,5 +395,3 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
 }  // namespace pgn_fast::cuda
 
 using std::fmaf;
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }

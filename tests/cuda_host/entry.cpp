@@ -3,6 +3,11 @@
 
 extern "C" {
 void set_seed(unsigned seed) { pgn_fast::cuda::host::seed = seed; }
+void set_shared_limit(int64_t bytes) {
+  pgn_fast::cuda::host::shared_limit = bytes;
+  pgn_fast::cuda::host::largest_request = 0;
+}
+int64_t largest_request() { return pgn_fast::cuda::host::largest_request; }
 
 int mix_prompts(const pgn_fast::cuda::MixPrompts* args, int number) {
   return pgn_fast::cuda::mix_prompts(*args, static_cast<pgn_fast::cuda::Number>(number), nullptr);
