@@ -7,7 +7,7 @@ UV     := $(BIN)/uv pip install -q --python $(BIN)/python
 # the oldest versions that pyproject.toml allows, spelled out; tests/test_package.py compares the two
 FLOORS := torch==2.10.0 timm==1.0.26 numpy==1.25.0 safetensors==0.4.3 pillow==10.3.0 rich==13.0.0
 
-.PHONY: demo test mutations fuzz bench floors lint build canary
+.PHONY: demo test mutations fuzz gates bench floors lint build canary
 demo: build
 	$(BIN)/pgn-fast demo
 test: build lint
@@ -23,6 +23,9 @@ fuzz: build
 # a hundred thousand requests to a bank of tasks that come and go: none may get another's answer
 canary: build
 	PGN_FAST_CANARY=100000 $(BIN)/pytest tests/test_tasks.py -k never_the_wrong --timeout 3000
+# every Triton kernel compiled for the cards that people have, without one
+gates: build
+	$(BIN)/python -m pgn_fast.kernels.aot --gates
 bench: build
 	$(BIN)/pytest bench/ --benchmark-only
 # the whole suite under the oldest versions, in an environment of its own

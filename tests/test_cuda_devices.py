@@ -19,13 +19,17 @@ GPUS = {  # name, compute capability, shared memory that a block may ask for
 }
 
 
+def forget() -> None:
+    for cached in (devices._capability, devices._name, dispatch._resolve, dispatch._select):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with these GPUs and a library built for sm_80 and sm_90a."""
 
     def with_gpus(*names: str) -> None:
-        for cached in (devices._capability, devices._name, dispatch._refusal, dispatch._select):
-            cached.cache_clear()
+        forget()
         index = lambda d=None: (torch.device(d).index if not isinstance(d, int) else d) or 0
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -44,8 +48,7 @@ def machine(monkeypatch):
 
     archs = devices._cuda_archs.parse("80-real 90a-real")[0]
     yield with_gpus
-    for cached in (devices._capability, devices._name, dispatch._refusal, dispatch._select):
-        cached.cache_clear()
+    forget()
 
 
 def refusal(backend: str, device: str, dtype: torch.dtype = torch.float32, **sizes: int):
@@ -93,7 +96,8 @@ def test_cards_with_less_shared_memory_fall_back(machine, gpu, dtype, head_width
 
 def test_the_first_backend_of_a_preference_that_takes_the_sizes_runs(machine, monkeypatch):
     machine("L4")
-    monkeypatch.setitem(dispatch.PREFERENCE, "prompt_attention", {"cuda": ("cuda", "triton")})
+    row = dispatch.OpRow({"cuda": ("cuda", "triton")})
+    monkeypatch.setitem(dispatch.OPS, "prompt_attention", row)
     monkeypatch.setattr(dispatch, "_kernel", lambda backend, op: backend)
     tensor = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
     chosen = lambda width: dispatch.select_kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -182,9 +183,9 @@ def test_offsets_beyond_two_to_the_31(device):
 
 @pytest.fixture
 def tuner(monkeypatch):
-    """launch_tuned as on a GPU: three configurations, of which the second is the fastest."""
+    """launch_tuned as on a GPU: three tiles, of which the second is the fastest."""
     configs = [_common.tile(BLOCK=b, warps=4, stages=1) for b in (1, 2, 3)]
-    launched = []
+    launched, refused = [], set()
     times = {1: 5.0, 2: 1.0, 3: 2.0}
 
     def do_bench(launch, **_):
@@ -192,33 +193,67 @@ def tuner(monkeypatch):
         return times[launched[-1]]
 
     monkeypatch.setattr(_common, "INTERPRETED", tl.constexpr(False))
-    monkeypatch.setattr(_common, "_fastest", {})
+    monkeypatch.setattr(_common, "_measured", {})
+    monkeypatch.setattr(_common, "_refused", set())
     monkeypatch.setattr(_common.triton.testing, "do_bench", do_bench)
-    monkeypatch.setenv("PGN_FAST_TUNE", "1")
 
-    def launch(key=("op", 1)):
+    def record(config):
+        if config.blocks["BLOCK"] in refused:
+            raise _common.OutOfResources(120_000, 101_376, "shared memory")
+        launched.append(config.blocks["BLOCK"])
+
+    def launch(key=("op", 1), refuse=()):
         launched.clear()
-        record = lambda config: launched.append(config.blocks["BLOCK"])
+        refused.clear()
+        refused.update(refuse)
         _common.launch_tuned(configs, key, torch.device("cpu"), record)
         return list(launched)
 
     return launch
 
 
-def test_tuning_measures_once_for_every_key(tuner):
-    assert tuner() == [1, 2, 3, 2]
+def test_a_training_step_measures_nothing(tuner):
+    assert tuner() == [1]
+    assert tuner() == [1]
+
+
+def test_measuring_runs_every_tile_once_for_every_key(tuner):
+    with _common.measuring():
+        assert tuner() == [1, 2, 3, 2]
+        assert tuner() == [2]
+        assert tuner(key=("op", 2)) == [1, 2, 3, 2]
     assert tuner() == [2]
-    assert tuner(key=("op", 2)) == [1, 2, 3, 2]
+    assert tuner(key=("op", 3)) == [1]
 
 
-def test_tuning_waits_while_a_graph_is_captured(tuner, monkeypatch):
-    capturing = [True]
-    monkeypatch.setattr(_common, "_capturing", lambda: capturing[0])
+def test_measuring_waits_while_a_graph_is_captured(tuner, monkeypatch):
+    monkeypatch.setattr(_common, "_capturing", lambda: True)
+    with _common.measuring():
+        assert tuner() == [1]
+
+
+def test_what_was_measured_is_used_by_another_process(tuner, monkeypatch):
+    with _common.measuring():
+        tuner()
+    kept = json.loads(json.dumps(_common.measured_tiles()))
+    monkeypatch.setattr(_common, "_measured", {})
     assert tuner() == [1]
-    capturing[0] = False
-    assert tuner() == [1, 2, 3, 2]
+    _common.use_tiles(kept)
+    assert tuner() == [2]
 
 
-def test_tuning_can_be_switched_off(tuner, monkeypatch):
-    monkeypatch.setenv("PGN_FAST_TUNE", "0")
+def test_a_tile_that_the_kernel_no_longer_has_is_ignored(tuner):
+    _common.use_tiles({"op 1": _common.tile(BLOCK=64, warps=4, stages=1)._asdict()})
     assert tuner() == [1]
+
+
+def test_a_refused_tile_is_left_out_and_the_next_one_runs(tuner):
+    assert tuner(refuse={1}) == [2]
+    assert tuner() == [2]  # the refusal is remembered
+    with _common.measuring():
+        assert tuner(key=("op", 2), refuse={2}) == [1, 3, 3]
+
+
+def test_a_device_that_takes_no_tile_is_one_sentence(tuner):
+    with pytest.raises(RuntimeError, match=r"none of the kernel's 3 tiles .*shared memory"):
+        tuner(refuse={1, 2, 3})

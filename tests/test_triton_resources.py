@@ -40,9 +40,32 @@ def test_table_has_no_spill_where_it_counts():
     assert not spilling
 
 
+@pytest.mark.slow
+def test_attention_fits_a_consumer_s_card():
+    """Of `make gates`, the op with the largest tiles on the architectures with the least room."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "pgn_fast.kernels.aot", "--gates", "--arch", "120"]
+    command += ["--op", "prompt_attention"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        ({"shared": 101_376}, None),
+        ({"shared": 119_000}, "119000 bytes of shared memory, 101376 are offered"),
+        ({"long_divisions": 10}, "10 divisions of 64 bits"),
+    ],
+)
+def test_what_does_not_fit_a_card_is_named(changes, complaint):
+    found = aot.unfit("kernel", figures(**changes), 89)
+    assert (complaint in found[0]) if complaint else not found
+
+
 def figures(**changes: int) -> dict[str, int]:
     known = {"registers": 100, "stack": 0, "spills": 0, "shared": 1000}
-    return known | {"tensor_cores": 8, "wgmma": 8} | changes
+    return known | {"tensor_cores": 8, "wgmma": 8, "long_divisions": 0} | changes
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
@@ -95,41 +98,93 @@ def tile(*, warps: int, stages: int, **blocks: int) -> Tile:
     return Tile(blocks, warps, stages)
 
 
-_fastest: dict[Hashable, Tile] = {}
+# what `pgn-fast autotune` measured, by launch_key; and tiles that a device refused
+_measured: dict[str, Tile] = {}
+_refused: set[tuple[str, int]] = set()
+_measuring = False
+
+# a tile that asks for more than a device has, or that this Triton cannot compile for it
+TILE_ERRORS = (OutOfResources, PTXASError, CompilationError)
+
+
+def launch_key(key: Sequence[Hashable]) -> str:
+    """The name under which a kernel's fastest tile is remembered."""
+    return " ".join(str(part).removeprefix("torch.") for part in key)
+
+
+def measured_tiles() -> dict[str, dict[str, Any]]:
+    """The tiles that this process has measured or been given, as plain data."""
+    return {name: found._asdict() for name, found in _measured.items()}
+
+
+def use_tiles(tiles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Launch with these tiles from now on: ``measured_tiles`` of an earlier process."""
+    _measured.update({name: Tile(**values) for name, values in tiles.items()})
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """Within it the first launch of every kernel and size measures all of its tiles."""
+    global _measuring
+    _measuring = True
+    try:
+        yield
+    finally:
+        _measuring = False
 
 
 def launch_tuned(
     configs: Sequence[Tile],
-    key: tuple[Hashable, ...],
+    key: Sequence[Hashable],
     device: torch.device,
     launch: Callable[[Tile], None],
 ) -> None:
-    """Launch with the fastest of ``configs``, measured once for every key and device.
+    """Launch with the tile that was measured for ``key``, else with the first.
 
-    The first configuration runs, unmeasured, where measuring is not possible or not wanted: in
-    the interpreter, while a CUDA graph is captured, and with PGN_FAST_TUNE=0 (then results are
-    the same, bit for bit, in every process).
+    Nothing is measured here unless ``measuring()`` says so: a training step must not stop for a
+    minute of compiling. A tile that the device refuses is left out from then on and the next one
+    runs.
 
     Args:
         configs: a handful of tile sizes, the safest first.
         key: kernel name, dtypes and (bucketed) sizes: whatever the fastest tile depends on.
         device: the device of the tensors.
         launch: launches the kernel with one configuration; may be called several times.
+
+    Raises:
+        RuntimeError: the device takes none of the tiles.
     """
-    key = (device, *key)
-    if key not in _fastest:
-        if len(configs) == 1 or INTERPRETED.value or not _tuning() or _capturing():
-            return launch(configs[0])
-        times = [
-            triton.testing.do_bench(functools.partial(launch, config), warmup=2, rep=10)
-            for config in configs
-        ]
-        _fastest[key] = configs[times.index(min(times))]
-    return launch(_fastest[key])
+    if INTERPRETED.value:
+        return launch(configs[0])
+    name = launch_key(key)
+    if _measuring and name not in _measured and len(configs) > 1 and not _capturing():
+        _measure(configs, name, launch)
+    chosen = _measured.get(name)
+    order = [chosen, *configs] if chosen in configs else list(configs)
+    refusal: Exception | None = None
+    for config in dict.fromkeys(map(configs.index, order)):
+        if (f"{device} {name}", config) in _refused:
+            continue
+        try:
+            return launch(configs[config])
+        except TILE_ERRORS as error:
+            refusal = error
+            _refused.add((f"{device} {name}", config))
+    raise RuntimeError(
+        f"{key[0]}: this device takes none of the kernel's {len(configs)} tiles ({refusal}); "
+        'backend="reference" runs plain torch'
+    )
 
 
-def _tuning() -> bool:
-    return os.environ.get("PGN_FAST_TUNE", "1") != "0"
+def _measure(configs: Sequence[Tile], name: str, launch: Callable[[Tile], None]) -> None:
+    """Remember the fastest of the tiles that run."""
+    times = {}
+    for config in configs:
+        with suppress(*TILE_ERRORS):
+            run = functools.partial(launch, config)
+            times[configs.index(config)] = triton.testing.do_bench(run, warmup=2, rep=10)
+    if times:
+        _measured[name] = configs[min(times, key=times.__getitem__)]
 
 
 def _capturing() -> bool:

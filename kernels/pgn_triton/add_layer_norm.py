@@ -18,10 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import bucket, cast, on_their_device, tile
-
-# a row never crosses programs, so there is nothing to tune but the number of threads
-ROW_CONFIG = tile(warps=4, stages=1)
+from ._common import Tile, bucket, cast, on_their_device, tile
 
 
 @triton.jit
@@ -71,6 +68,14 @@ def _backward_kernel(
     tl.store(grad_ptr + r * D + d, cast(grad, grad_ptr.dtype.element_ty), mask=d < D)
 
 
+def _row_config(D: int) -> Tile:
+    """One warp holds a row of up to 1024 (with more, those past the last column have nothing to
+    do); wider rows take as many as keep them in registers."""
+    block = bucket(D)
+    warps = 1 if block <= 1024 else 4 if block <= 4096 else 16
+    return tile(BLOCK_D=block, warps=warps, stages=1)
+
+
 @on_their_device
 def add_layer_norm(x: Tensor, y: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Launch. x and y (..., D) are contiguous and of one shape, dtype and device; D <= 16384.
@@ -84,7 +89,7 @@ def add_layer_norm(x: Tensor, y: Tensor | None, eps: float) -> tuple[Tensor, Ten
     normed, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     if rstd.numel():
         _forward_kernel[(rstd.numel(),)](
-            *(x, y, total, normed, rstd, D, eps), BLOCK_D=bucket(D), **ROW_CONFIG.options()
+            *(x, y, total, normed, rstd, D, eps), **_row_config(D).options()
         )
     return total, normed, rstd
 
@@ -101,7 +106,6 @@ def add_layer_norm_backward(
     if rstd.numel():
         _backward_kernel[(rstd.numel(),)](
             *(grad_normed, grad_total, normed, rstd, grad, D),
-            BLOCK_D=bucket(D),
-            **ROW_CONFIG.options(),
+            **_row_config(D).options(),
         )
     return grad

@@ -1,11 +1,13 @@
 """Compile every Triton kernel without a GPU and read what it costs: registers, spills, memory.
 
-    python -m pgn_fast.kernels.aot [--all] [--op NAME] [--update] [--table FILE]
+    python -m pgn_fast.kernels.aot [--all] [--op NAME] [--update] [--table FILE] [--gates]
 
 The launchers themselves run, on tensors without memory ("meta") at the paper's sizes, and each
 launch is caught with the very arguments that the GPU would get, once for every tile that tuning
 may choose. It is compiled to a cubin for sm_80 and sm_90, whose resources are held to a committed
 table: a kernel that begins to spill, loses its tensor-core instructions or grows is an error.
+``--gates`` compiles for every architecture that people have (Ada, Blackwell) and asks only that the
+first tile of each kernel, the one that runs where nothing was measured, fits the card.
 Must run without TRITON_INTERPRET: interpreted kernels cannot be compiled.
 """
 
@@ -18,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -34,6 +36,8 @@ from . import _common
 
 TABLE = Path(__file__).parents[2] / "tests/resources/triton.json"
 ARCHITECTURES = (80, 90)
+# shared memory that a block may ask for, in bytes, on the smallest card of each architecture
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # how much a figure may grow over the table before it is an error
 GROWTH = {"registers": 1.1, "shared": 1.1, "stack": 1.0, "spills": 1.0}
@@ -196,6 +200,7 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, int]:
         "shared": compiled.metadata.shared,
         "tensor_cores": count("HMMA", "HGMMA"),
         "wgmma": count("HGMMA"),
+        "long_divisions": len(re.findall(r"\b(?:div|rem)\.[su]64", compiled.asm["ptx"])),
     }
 
 
@@ -214,6 +219,35 @@ def wanted(op: str, everything: bool) -> dict[str, tuple[Launch, int]]:
     ones = launches(op, torch.bfloat16, ones=True)
     found += [(launch, 90) for launch in ones if launch.first_tile]
     return {launch.name(op, arch): (launch, arch) for launch, arch in found}
+
+
+def unfit(name: str, figures: dict[str, int], arch: int) -> list[str]:
+    """What keeps a kernel's first tile from running on a card of this architecture, or well."""
+    found = []
+    if figures["shared"] > SHARED_LIMIT[arch]:
+        offered = SHARED_LIMIT[arch]
+        found.append(f"{name}: {figures['shared']} bytes of shared memory, {offered} are offered")
+    if figures["long_divisions"]:
+        found.append(f"{name}: {figures['long_divisions']} divisions of 64 bits, each a function")
+    return found
+
+
+def gates(ops: list[str], archs: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[str]:
+    """Compile the first tile of every kernel for ``archs``; what is wrong, one sentence each."""
+    found = []
+    for op in ops:
+        kernels = {
+            launch.name(op, arch): (launch, arch)
+            for dtype in dtypes
+            for launch in launches(op, dtype)
+            for arch in archs
+            if launch.first_tile
+        }
+        for name, (launch, arch) in kernels.items():
+            figures = compile_launch(launch, arch)
+            print(name, figures, flush=True)
+            found += unfit(name, figures, arch)
+    return found
 
 
 def complaints(measured: dict[str, Any], table: dict[str, Any]) -> list[str]:
@@ -243,10 +277,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--op", choices=CASES, help="one op only")
     parser.add_argument("--update", action="store_true", help="write what is measured")
     parser.add_argument("--table", type=Path, default=TABLE)
+    parser.add_argument("--gates", action="store_true", help="every architecture, no table")
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=[])
     arguments = parser.parse_args(argv)
     if _common.INTERPRETED.value:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     measured, ops = {}, [arguments.op] if arguments.op else list(CASES)
+    if arguments.gates:
+        # a subset of architectures is CI's: half precision, where the tiles are largest
+        dtypes = (torch.bfloat16,) if arguments.arch else DTYPES
+        found = gates(ops, arguments.arch or list(SHARED_LIMIT), dtypes)
+        print("\n".join(found) or "every kernel fits every card")
+        return 1 if found else 0
     for op in ops:
         for name, (launch, arch) in wanted(op, arguments.all).items():
             measured[name] = compile_launch(launch, arch)

@@ -122,8 +122,9 @@ def _forward_kernel(
 ):
     # query blocks of one image and head are neighbors: its keys are then read from the L2 cache
     q_blocks = tl.cdiv(Q, BLOCK_Q)
-    bh = (tl.program_id(0) // q_blocks).to(tl.int64)
-    b, h = bh // H, bh % H
+    image_head = tl.program_id(0) // q_blocks  # divided in 32 bits
+    b, h = (image_head // H).to(tl.int64), (image_head % H).to(tl.int64)
+    bh = image_head.to(tl.int64)
     i = (tl.program_id(0) % q_blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     rows, d = i.to(tl.int64)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (i[:, None] < Q) & (d < HEAD)
@@ -214,8 +215,9 @@ def _grad_query_kernel(
     BLOCK_D: tl.constexpr,
 ):
     q_blocks = tl.cdiv(Q, BLOCK_Q)
-    bh = (tl.program_id(0) // q_blocks).to(tl.int64)
-    b, h = bh // H, bh % H
+    image_head = tl.program_id(0) // q_blocks  # divided in 32 bits
+    b, h = (image_head // H).to(tl.int64), (image_head % H).to(tl.int64)
+    bh = image_head.to(tl.int64)
     i = (tl.program_id(0) % q_blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     rows, d = i.to(tl.int64)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = (i[:, None] < Q) & (d < HEAD)
@@ -280,6 +282,7 @@ def _grad_key_kernel(
     grad_k_b,
     grad_k_h,
     grad_k_t,
+    SHARED: tl.constexpr,
     HEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -300,13 +303,17 @@ def _grad_key_kernel(
     k = tl.load(k_ptr + part * k_b + h * k_h + rows * k_t + d, mask=inside, other=0.0)
     v = tl.load(v_ptr + part * v_b + h * v_h + rows * v_t + d, mask=inside, other=0.0)
 
-    first = part * queries_per_part
+    # counted in 32 bits: the compiler has a function for each division of 64, and calls it
+    first = (tl.program_id(0) // (t_blocks * H)) * queries_per_part
     end = tl.minimum(first + queries_per_part, queries)
     grad_k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for start in range(first, end, BLOCK_Q):
         i = start + tl.arange(0, BLOCK_Q)
-        b, t = i // Q, i % Q
+        if SHARED:
+            b, t = (i // Q).to(tl.int64), (i % Q).to(tl.int64)
+        else:  # the part is the image
+            b, t = part, (i - first).to(tl.int64)
         mask = (i[:, None] < end) & (d < HEAD)
         q = tl.load(q_ptr + (b * q_b + h * q_h + t * q_t)[:, None] + d, mask=mask, other=0.0)
         grad_out = tl.load(
@@ -411,6 +418,7 @@ def prompt_attention_backward(
         config: Tile,
         parts: int,
         per_part: int,
+        shared: bool,
         k: Tensor,
         v: Tensor,
         dk: Tensor,
@@ -421,6 +429,7 @@ def prompt_attention_backward(
             *(q, k, v, grad_out, lse, delta, dk, dv, H, Q, k.shape[-2], B * Q, per_part, scale),
             *(*q.stride()[:3], *_batch_strides(k), *_batch_strides(v)),
             *(*grad_out.stride()[:3], *dk.stride()[:3]),
+            SHARED=shared,
             **sizes,
             **config.options(),
         )
@@ -430,7 +439,7 @@ def prompt_attention_backward(
             KEY_CONFIGS[kind],
             ("grad_kv", *key),
             q.device,
-            lambda config: launch_key(config, B, Q, k, v, dk, dv),
+            lambda config: launch_key(config, B, Q, False, k, v, dk, dv),
         )
     if not grad_prompts or prompt_k.numel() == 0:
         return dq, dk, dv, q.new_zeros(prompt_shape), q.new_zeros(prompt_shape)
@@ -445,7 +454,14 @@ def prompt_attention_backward(
         parts, per_part = split_rows(B * Q, config.blocks["BLOCK_Q"], programs)
         dtype = torch.float32
     dpk, dpv = q.new_empty(2, parts, H, P, HEAD, dtype=dtype).unbind(0)
-    launch_key(config, parts, per_part, prompt_k, prompt_v, dpk, dpv)
+    launch_tuned(
+        [config],
+        ("grad_prompts", *key, bucket(P)),
+        q.device,
+        lambda config: launch_key(
+            *(config, parts, per_part, prompt_k.ndim == 3, prompt_k, prompt_v, dpk, dpv)
+        ),
+    )
     if prompt_k.ndim == 4:
         return dq, dk, dv, dpk, dpv
     return dq, dk, dv, sum_splits(dpk).to(q.dtype), sum_splits(dpv).to(q.dtype)
