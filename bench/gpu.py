@@ -71,33 +71,35 @@ def _sanitizer(tool: str) -> Callable[[Path], list[list[str]]]:
     def commands(part: Path) -> list[list[str]]:
         found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         flags = ["--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
+        # ours, in CUDA and in Triton, and torch's cheapest: cuBLAS under a sanitizer takes minutes
+        flags += ["--kernel-regex", "kns=_kernel"]
         return [[found, *flags, *_measure("small")(part)[0]]]
 
     return commands
 
 
+# By worth: what is cut off at the end of the budget is what matters least. The limits sum to it.
 STEPS = [
-    Step("build", 120, _build),
-    Step("ceilings", 30, _measure("ceilings")),
-    Step("tests", 150, _tests),
-    Step("memcheck", 45, _sanitizer("memcheck")),
-    Step("racecheck", 45, _sanitizer("racecheck")),
-    Step("mix_prompts", 40, _measure("mix_prompts")),
-    Step("prompted_patch_embed", 40, _measure("prompted_patch_embed")),
-    Step("prompt_attention", 60, _measure("prompt_attention")),
-    Step("add_layer_norm", 15, _measure("add_layer_norm")),
-    Step("gemm", 20, _measure("gemm")),
-    Step("sdpa", 25, _measure("sdpa")),
-    Step("models", 120, _measure("models")),
+    Step("build", 100, _build),
+    Step("ceilings", 15, _measure("ceilings")),
+    Step("tests", 100, _tests),
+    Step("models", 150, _measure("models")),
+    Step("prompt_attention", 45, _measure("prompt_attention")),
+    Step("prompted_patch_embed", 25, _measure("prompted_patch_embed")),
+    Step("mix_prompts", 25, _measure("mix_prompts")),
+    Step("add_layer_norm", 10, _measure("add_layer_norm")),
+    Step("memcheck", 20, _sanitizer("memcheck")),
+    Step("racecheck", 15, _sanitizer("racecheck")),
+    Step("gemm", 10, _measure("gemm")),
+    Step("sdpa", 15, _measure("sdpa")),
 ]
+BUDGET = 530.0
 
 
 def run_command(command: Sequence[str], seconds: float) -> Outcome:
     """Run one command in a process group of its own, and end the whole group when time is up."""
     begin = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(HERE)])}
-    if "pytest" in command:
-        environment["PGN_FAST_TUNE"] = "0"  # hundreds of shapes: measuring tiles takes too long
     try:
         process = subprocess.Popen(
             command,
@@ -217,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python bench/gpu.py")
     names = [step.name for step in STEPS]
     parser.add_argument("--json", type=Path, help="default: bench/results/gpu_DEVICE_torchV.json")
-    parser.add_argument("--budget", type=float, default=530, help="seconds for all steps")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all steps")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     arguments = parser.parse_args(argv)

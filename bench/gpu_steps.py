@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import platform
 import sys
 import time
@@ -328,6 +327,7 @@ def sdpa_kernels(bench: Bench) -> dict[str, Callable[..., Tensor]]:
     """torch's attention kernels, each by itself: the peer gets the best of them."""
     if bench.tiny:
         return {"sdpa": F.scaled_dot_product_attention}
+    torch.compiler.reset()  # each case compiles for its own shape
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -421,7 +421,6 @@ def models(bench: Bench) -> None:
 
 def small(bench: Bench) -> None:
     """Small problems through every kernel of this machine, for compute-sanitizer to watch."""
-    os.environ["PGN_FAST_TUNE"] = "0"
     import triton_cases
     from pgn_fast.kernels import add_layer_norm, mix_prompts, prompt_attention, prompted_patch_embed
 
@@ -446,6 +445,13 @@ def small(bench: Bench) -> None:
         ops.prompted_patch_embed(
             *(images, weight, None, None, None, logits.detach(), library.detach()), backend="cuda"
         )
+        # sizes that Hopper's own kernel takes: whole panels, two blocks of columns, several tiles
+        images = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8, device=bench.device)
+        weight, library = bench.draw(136, 3, 16, 16), bench.draw(70, 136)
+        logits = bench.draw(4, 7, 70)
+        ops.prompted_patch_embed(
+            *(images, weight, None, None, None, logits, library), backend="cuda"
+        )
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
@@ -468,6 +474,11 @@ def measure(name: str, path: Path, tiny: bool = False) -> None:
     """Run one measurement; its results are in ``path``, as far as it came."""
     torch.manual_seed(0)
     bench = Bench(path, tiny)
+    if not tiny:
+        # from the ninth shape on Dynamo would run a function uncompiled, and it would be recorded
+        # as compiled: that is an error here
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     MEASUREMENTS[name](bench)
     bench.save()
 

@@ -36,6 +36,7 @@ def _load_cuda(library: Path) -> str | None:
         facts.pgn_fast_cuda_archs.restype = ctypes.c_char_p
         built, driver = facts.pgn_fast_cuda_runtime_version(), facts.pgn_fast_cuda_driver_version()
         _cuda_facts["cuda"] = _version(built)
+        _cuda_facts["driver"] = _version(driver)
         _cuda_facts["cuda_arch"] = facts.pgn_fast_cuda_archs().decode()
     except (OSError, AttributeError) as error:
         return f"{library.name} did not load ({error}); rebuild with: pip install -e ."
@@ -57,6 +58,11 @@ def driver_refusal(built: int, driver: int) -> str | None:
         f"CUDA up to {_version(driver)}: update the driver, or rebuild with the nvcc of a CUDA "
         f"{driver // 1000} toolkit (CUDA_HOME)"
     )
+
+
+def driver_version() -> str | None:
+    """The newest CUDA version that this machine's driver runs, where the CUDA library could ask."""
+    return _cuda_facts.get("driver")
 
 
 def _version(number: int) -> str:

@@ -19,6 +19,10 @@ def gpu(monkeypatch):
     return importlib.import_module("gpu")
 
 
+def test_the_limits_of_the_steps_fit_the_budget(gpu):
+    assert sum(step.seconds for step in gpu.STEPS) <= gpu.BUDGET <= 540
+
+
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 

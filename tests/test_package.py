@@ -26,7 +26,7 @@ LAYERS = [
     {"inversion", "adapters"},
     {"methods"},
     {"models"},
-    {"prompts", "cuda_graphs"},
+    {"prompts", "cuda_graphs", "autotune"},
     {"backbone"},
     {"ops"},
     {"reference", "kernels", "_native"},

@@ -29,6 +29,7 @@ _ORDER = (
     "push",
     "verify",
     "bench",
+    "autotune",
     "env",
 )
 

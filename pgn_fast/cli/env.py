@@ -36,7 +36,21 @@ def run(args: argparse.Namespace) -> int:
     print("backends")
     for name, value in backends().items():
         print(f"  {name:<10} {value}")
+    print("kernels measured on this machine")
+    for line in _measured():
+        print(f"  {line}")
     return 0
+
+
+def _measured() -> list[str]:
+    """What autotune found on each device, and where nothing but defaults is known."""
+    import torch
+
+    from ..ops import measured
+
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [line for device in devices for line in measured.summary(device)]
 
 
 def _version(name: str) -> str:

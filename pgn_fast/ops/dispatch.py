@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import devices, onednn
+from . import devices, measured, onednn
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -125,7 +125,9 @@ def _resolve(
         reason = _refusal(requested, op, device, dtypes, sizes)
         if reason is None:
             return requested, None
-    preferred = row(op).preference.get(device.type, ())
+    preferred = measured.preference(op, device, dtypes[0])
+    if preferred is None:
+        preferred = row(op).preference.get(device.type, ())
     for name in preferred:
         refused = _refusal(name, op, device, dtypes, sizes)
         if refused is None:
@@ -172,6 +174,8 @@ def _refusal(
             )
     if reason := devices.limit(backend, op, device, dtypes[0], dict(sizes)):
         return f"{prefix}{reason}. Leave backend=None to run it in plain torch."
+    if reason := measured.barred(backend, op, device, dtypes[0]):
+        return f"{prefix}{reason}. Leave backend=None to use the fastest one that can."
     return None
 
 
@@ -201,7 +205,11 @@ def _kernel(backend: str, op: str) -> Callable[..., Any]:
     if bundled := row(op).bundled.get(backend):
         return getattr(bundled, op)
     if backend == "triton":
-        return getattr(importlib.import_module(_triton_name(op)), op)
+        module = importlib.import_module(_triton_name(op))
+        if torch.cuda.is_available():
+            tiles = measured.tiles(torch.device("cuda"))
+            importlib.import_module("pgn_fast.kernels._common").use_tiles(tiles)
+        return getattr(module, op)
     return getattr(torch.ops.pgn_fast_C, op).default
 
 

@@ -1,0 +1,158 @@
+"""Which kernels to use on this very device: verified, measured, remembered (``ops/measured.py``).
+
+Every op, backend and dtype is tried in a process of its own with a time limit: a kernel that hangs,
+crashes or gives wrong numbers costs its own result, bars its backend here and is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ops import dispatch, measured
+from . import cases
+
+OPS = ("prompted_patch_embed", "mix_prompts", "prompt_attention", "add_layer_norm")
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.bfloat16, torch.float16, torch.float32),
+}
+BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+FASTER = 1.05  # a win by less is noise
+CASE_SECONDS = 40.0
+
+
+def autotune(
+    device: torch.device,
+    *,
+    model: str = "vit_base_patch16_224",
+    sizes: cases.Sizes | None = None,
+    minutes: float = 3.0,
+    case_seconds: float = CASE_SECONDS,
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Verify and time every kernel on a device.
+
+    Args:
+        device: a CPU or CUDA device.
+        model: recorded with the result; whose sizes these are.
+        sizes: a model's sizes; None: those of ViT-B/16 at batch 8.
+        minutes: for all cases; those that do not fit are left out and said to be.
+        case_seconds: for one.
+        tell: called with one line on each case.
+
+    Returns:
+        What ``measured.save`` keeps: "results", one row a case, with a "verdict": "preferred" (the
+        op takes this backend here from now on), "slower", "barred", "refused" or "not reached",
+        and a "reason".
+    """
+    end, sizes = time.monotonic() + minutes * 60, sizes or cases.Sizes()
+    rows: list[dict[str, Any]] = []
+    tiles: dict[str, Any] = {}
+    for dtype in DTYPES[device.type]:
+        for op in OPS:
+            for backend in BACKENDS[device.type]:
+                name = str(dtype).removeprefix("torch.")
+                row: dict[str, Any] = {"op": op, "backend": backend, "dtype": name}
+                left = min(case_seconds, end - time.monotonic())
+                row |= _try(op, backend, dtype, device, sizes, left)
+                tiles |= row.pop("tiles", {})
+                rows.append(row)
+                tell(f"{op} {name} {backend}: {row['verdict']} ({row['reason']})")
+    at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"measured_at": at, "model": model, "sizes": asdict(sizes), "results": rows} | (
+        {"tiles": tiles} if tiles else {}
+    )
+
+
+def _try(
+    op: str,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: cases.Sizes,
+    seconds: float,
+) -> dict[str, Any]:
+    like = torch.empty(0, dtype=dtype, device=device)
+    if reason := dispatch.refusal(backend, op, like):
+        return {"verdict": "refused", "reason": reason}
+    if seconds < 1:
+        return {"verdict": "not reached", "reason": "the time was up"}
+    name = str(dtype).removeprefix("torch.")
+    words = [op, backend, name, str(device), json.dumps(asdict(sizes))]
+    status, output = run(command(words), seconds)
+    if status is None:
+        return {"verdict": "barred", "reason": f"no answer within {seconds:.0f} s"}
+    try:
+        found = json.loads(output.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        found = None
+    if status or not isinstance(found, dict):
+        last = output.strip().splitlines()[-1:] or ["no output"]
+        return {"verdict": "barred", "reason": f"crashed, exit code {status}: {last[0][:200]}"}
+    if "wrong" in found:
+        return {"verdict": "barred", "reason": found["wrong"]}
+    speedup = found["plain_ms"] / found["ms"]
+    verdict = "preferred" if speedup >= FASTER else "slower"
+    reason = f"{found['ms']:.3f} ms, plain torch {found['plain_ms']:.3f} ms, {speedup:.2f}x"
+    return {"verdict": verdict, "reason": reason, "speedup": speedup, **found}
+
+
+def command(words: list[str]) -> list[str]:
+    """The worker's command line."""
+    return [sys.executable, "-m", "pgn_fast.autotune.worker", *words]
+
+
+def run(words: list[str], seconds: float) -> tuple[int | None, str]:
+    """Exit code (None: out of time) and output; the whole process group ends with the time."""
+    environment = {**os.environ, "PGN_FAST_PREFERENCE": "off"}
+    process = subprocess.Popen(
+        words,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return None, ""
+    return process.returncode, output
+
+
+def sizes_of(model: str, batch: int) -> cases.Sizes:
+    """The sizes of a timm vision transformer; no weights are loaded.
+
+    Raises:
+        ValueError: the model is not a vision transformer of timm.
+    """
+    import timm
+
+    with torch.device("meta"):
+        backbone: Any = timm.create_model(model, pretrained=False)
+    try:
+        height, _ = backbone.patch_embed.img_size
+        patch, _ = backbone.patch_embed.patch_size
+        heads = backbone.blocks[0].attn.num_heads
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"autotune measures vision transformers of timm, not {model}") from error
+    return cases.Sizes(B=batch, D=backbone.embed_dim, h=heads, patch=patch, image=height)
+
+
+def export(device: torch.device, path: Path, results: dict[str, Any]) -> None:
+    """Write results with their key, for others to read."""
+    path.write_text(json.dumps({"key": measured.key(device), **results}, indent=1) + "\n")
