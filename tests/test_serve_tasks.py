@@ -27,7 +27,7 @@ from pgn_fast.adapters import from_pretrained, save_pretrained
 from pgn_fast.backbone.load import load_backbone
 from pgn_fast.client import Prediction, RgbClientError, TaskClient
 from pgn_fast.errors import UserError
-from pgn_fast.models.baselines import LinearProbe
+from pgn_fast.models.baselines import FineTuned, LinearProbe
 from pgn_fast.serve import ApiError, ServerSettings, create_app, load_served_tasks
 from pgn_fast.serve.admin import create_admin
 from pgn_fast.serve.metrics import Metrics
@@ -215,6 +215,41 @@ def test_a_single_task_needs_no_name(folder):
                 "logits": 3 if name == "deep" else 5
             }
     assert list(load_served_tasks(folder / "pgn" / "best").tasks()) == ["pgn"]
+
+
+def test_a_fine_tuned_model_is_served_beside_tasks(folder, tmp_path):
+    torch.manual_seed(3)
+    model = FineTuned(load_backbone("pgn_demo_vit"), 7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    save_task(tmp_path / "full", model.eval())
+    shutil.copytree(folder / "deep", tmp_path / "deep")
+    picture = images(1, (40, 40))
+    with TestClient(create_app(load_served_tasks(tmp_path, watch_s=0))) as client:
+        for name in ("full", "deep"):
+            answer = client.post("/v1/predict", json=as_json([encode(picture[0])], task=name))
+            expected = expected_logits(tmp_path / name, picture)
+            error = (values_of(answer) - expected).abs().max()
+            assert error <= 1e-5 * expected.abs().max(), name
+    alone = load_served_tasks(tmp_path / "full")
+    assert alone.tasks()["full"]["method"] == "full"
+
+
+def test_tasks_beyond_the_bytes_come_back_from_disk_as_they_were(folder, tmp_path):
+    for number in range(4):
+        shutil.copytree(folder / "deep", tmp_path / f"t{number}")
+    tasks = load_served_tasks(tmp_path, watch_s=0, max_bytes=1)
+    # what lies on disk now is another task
+    shutil.rmtree(tmp_path / "t0")
+    shutil.copytree(folder / "shallow", tmp_path / "t0")
+    with TestClient(create_app(tasks)) as client:
+        call = as_json([encode(images(1)[0])])
+        answers = [
+            client.post("/v1/predict", json={**call, "task": f"t{n % 4}"}).json()["values"]
+            for n in range(8)
+        ]
+    assert all(len(values[0]) == 3 and values == answers[0] for values in answers)
 
 
 def test_tasks_are_listed_and_described(client):

@@ -214,13 +214,15 @@ def test_the_command_survives_a_lack_of_descriptors_and_ends_with_0(call, tmp_pa
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (180, 180)),
         )
         stack.callback(server.kill)
-        for _ in range(900):
+        for _ in range(3000):
             try:
                 urllib.request.urlopen(f"{url}/readyz", timeout=5).close()
                 break
             except OSError:
                 assert server.poll() is None, log.read_text()
                 time.sleep(0.1)
+        else:
+            pytest.fail("the server did not start")
         for _ in range(300):
             stack.enter_context(connect(url)).sendall(b"POST /v1/predict HTTP/1.1\r\nX-a: ")
         time.sleep(1.5)
@@ -300,20 +302,21 @@ def test_clients_are_addresses_and_networks(host, client):
 # the pool that decodes
 
 
-def recording(order: list[str], name: str, steps: int, seconds: float = 0.01):
+def recording(order: list[str], name: str, steps: int, heavy: bool = True):
+    seconds = 0.01
     for _ in range(steps):
         end = time.thread_time() + seconds
         while time.thread_time() < end:
             pass
         order.append(name)
-        yield
+        yield heavy
     return name
 
 
 @pytest.mark.parametrize("client", ["same", "other"])
 def test_small_work_does_not_wait_for_the_large_before_it(client):
     order: list[str] = []
-    pool = FairPool(1, "test")
+    pool = FairPool(1, "test", light_threads=0)
     gate = threading.Event()
     blocker = pool.run("blocker", gate.wait, 10)
     large = [pool.submit("same", recording(order, f"large{i}", 20)) for i in range(3)]
@@ -324,9 +327,27 @@ def test_small_work_does_not_wait_for_the_large_before_it(client):
     pool.shutdown()
 
 
+def test_light_steps_have_a_thread_of_their_own():
+    pool = FairPool(2, "test")
+    gate = threading.Event()
+
+    def heavy():
+        yield True
+        return gate.wait(20)
+
+    large = [pool.submit("same", heavy()) for _ in range(4)]
+    time.sleep(0.1)
+    # both other threads are busy for as long as it takes
+    assert pool.run("same", sum, [1, 2]).result(10) == 3
+    assert not any(each.done() for each in large)
+    gate.set()
+    assert all(each.result(10) for each in large)
+    pool.shutdown()
+
+
 def test_clients_have_equal_time_however_many_calls_they_have():
     order: list[str] = []
-    pool = FairPool(1, "test")
+    pool = FairPool(1, "test", light_threads=0)
     gate = threading.Event()
     pool.run("blocker", gate.wait, 10)
     for _ in range(20):
@@ -341,7 +362,7 @@ def test_clients_have_equal_time_however_many_calls_they_have():
 
 def test_large_work_is_not_starved_by_a_stream_of_small():
     order: list[str] = []
-    pool = FairPool(1, "test")
+    pool = FairPool(1, "test", light_threads=0)
     large = pool.submit("a", recording(order, "large", 20))
     for number in range(500):
         pool.submit("a", recording(order, f"small{number}", 1)).result(20)
@@ -352,10 +373,10 @@ def test_large_work_is_not_starved_by_a_stream_of_small():
 
 
 def test_errors_and_cancelled_work_leave_the_threads_alive():
-    pool = FairPool(1, "test")
+    pool = FairPool(1, "test", light_threads=0)
 
     def failing():
-        yield
+        yield False
         raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):

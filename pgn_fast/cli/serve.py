@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UserError, as_user_error
 from ..serve.logs import FORMATS
 from ..serve.settings import OUTPUTS, ServerSettings
-from ._options import KeyValues, add_device_argument, pick_device
+from ._options import KeyValues, add_device_argument, at_least, pick_device
 
 HELP = "serve what was trained, or a frozen model's features, over HTTP"
 EPILOG = """\
@@ -84,6 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2.0,
         metavar="X",
         help="seconds between two looks at TASKS_DIR; 0: none (default: %(default)s)",
+    )
+
+    model.add_argument(
+        "--max-task-bytes",
+        type=at_least(1),
+        metavar="N",
+        help="bytes of the tasks in memory; those used least recently go to disk (default: all "
+        "stay)",
     )
 
     pixels = parser.add_argument_group("preprocessing of a model alone (default: its own)")
@@ -186,5 +194,10 @@ def _load(args: argparse.Namespace, device: Any) -> Any:
             f"{', '.join(given)}: adapters have a preprocessing of their own; leave the flags out."
         )
     return load_served_tasks(
-        args.place, model=args.model, device=device, watch_s=args.watch_s, **args.model_kwargs
+        args.place,
+        model=args.model,
+        device=device,
+        watch_s=args.watch_s,
+        max_bytes=args.max_task_bytes,
+        **args.model_kwargs,
     )

@@ -66,7 +66,7 @@ def parse_call(
         raise ApiError(
             415,
             "unsupported_media_type",
-            f"Content-Type is {content_type!r}; send multipart/form-data with files, or "
+            f"Content-Type is {content_type[:80]!r}; send multipart/form-data with files, or "
             "application/json with base64 images.",
         )
     if not images:

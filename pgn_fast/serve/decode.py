@@ -106,6 +106,15 @@ def read_header(data: bytes) -> tuple[str, int, int]:
     )
 
 
+def declared_pixels(data: bytes) -> int:
+    """Pixels as the header declares them; 0 where it is none that ``decode_call`` would take."""
+    try:
+        _, width, height = read_header(data)
+    except (ApiError, struct.error, IndexError, ValueError):
+        return 0
+    return width * height
+
+
 def _png_size(data: bytes) -> tuple[int, int]:
     chunk, width, height, depth = struct.unpack_from(">4sIIB", data, 12)
     if chunk != b"IHDR":

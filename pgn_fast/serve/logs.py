@@ -88,6 +88,8 @@ def log_config(style: str, access_log: bool) -> dict[str, Any]:
         "root": {"handlers": ["stderr"], "level": "WARNING"},
         "loggers": {
             "uvicorn": {"level": "WARNING"},
+            # what a call's body has wrong is in its answer
+            "python_multipart": {"level": "ERROR"},
             "pgn_fast": {"level": "INFO"},
             "pgn_fast.access": {"level": "INFO" if access_log else "WARNING"},
         },

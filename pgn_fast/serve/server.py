@@ -66,6 +66,7 @@ def load_served_tasks(
     model: str | nn.Module | None = None,
     device: torch.device | str = "cpu",
     watch_s: float = 2.0,
+    max_bytes: int | None = None,
     **model_kwargs: Any,
 ) -> ServedTasks:
     """What was trained, on its frozen backbone.
@@ -76,6 +77,8 @@ def load_served_tasks(
         model: the backbone; None: the one that the first adapter names.
         device: where it runs.
         watch_s: seconds between two looks at a folder of tasks; 0: none.
+        max_bytes: of the tasks in memory; beyond it those used least recently go to disk. None: all
+            stay.
         **model_kwargs: for ``timm.create_model``.
 
     Raises:
@@ -96,7 +99,8 @@ def load_served_tasks(
     if model is None:
         model, model_kwargs = _backbone_of(adapters, model_kwargs)
     backbone = load_backbone(model, **model_kwargs).to(device)
-    tasks = ServedTasks(backbone, model if isinstance(model, str) else "backbone", strict=strict)
+    name = model if isinstance(model, str) else "backbone"
+    tasks = ServedTasks(backbone, name, strict=strict, max_bytes=max_bytes)
     if alone:
         tasks.add(task_name(folder), alone)
         return tasks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,11 +18,12 @@ from .admission import Admission, Arriving, client_of
 from .answerer import Answerer, Target
 from .batching import Batcher
 from .body import PredictCall
-from .decode import decode_call
+from .decode import declared_pixels, decode_call
 from .errors import ApiError, out_of_time
-from .fair import FairPool
+from .fair import FairPool, Steps
 from .forms import Form
 from .metrics import Metrics
+from .preprocess import Levels
 from .settings import ServerSettings
 
 _T = TypeVar("_T")
@@ -30,6 +31,8 @@ _logger = logging.getLogger(__name__)
 # seconds between looks at whether the server is idle, and at bodies that do not arrive
 _IDLE_LOOK_S = 1.0
 _BODY_LOOK_S = 0.5
+# an image of more pixels is left to the threads that do heavy steps: about 50 ms
+_HEAVY_PIXELS = 2_000_000
 # whose work the server's own is in the pool
 _OURS = ""
 
@@ -188,7 +191,7 @@ class Service:
 
     def _submit(
         self, request: Request, form: Form, body: bytearray, client: str, deadline: float
-    ) -> Generator[None, None, tuple[PredictCall, Target, Future[Tensor]]]:
+    ) -> Steps[tuple[PredictCall, Target, Future[Tensor]]]:
         """Decode a call, image by image, and hand it to the model, which may begin at once."""
         settings, served = self._settings, self._served
         call = form.parse(request, bytes(body), settings)
@@ -197,10 +200,12 @@ class Service:
             images = decode_call(
                 call.images, settings.max_image_pixels, settings.max_call_pixels, deadline
             )
-            levels = []
-            for image in images:
-                levels.append(target.preprocessing.geometry(image))
-                yield
+            levels: list[Levels] = []
+            for data in call.images:
+                heavy = declared_pixels(data) > _HEAVY_PIXELS
+                if levels or heavy:
+                    yield heavy
+                levels.append(target.preprocessing.geometry(next(images)))
             submitted = self.batcher.submit(levels, target.key, client)
         except BaseException:
             served.release(target)

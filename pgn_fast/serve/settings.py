@@ -72,7 +72,7 @@ class ServerSettings:
     model_workers: int = _model_workers()
     """Batches that are computed at the same time, each by a thread of its own."""
     decode_threads: int = usable_cores()
-    """Threads that decode images and write answers."""
+    """Threads that decode images and write answers; one more decodes small images alone."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

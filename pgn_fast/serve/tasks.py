@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters import WEIGHTS_FILE, backbone_pixels, from_pretrained, read_adapter
 from ..errors import UserError
+from ..models import FineTuned
+from ..tasks import TaskBank
 from .answerer import Target
 from .batching import Call
 from .errors import ApiError
@@ -30,40 +32,45 @@ _LISTED = 20
 _MAX_SIDE = 2048
 
 
-class Bank(Protocol):
-    """What computes: ``pgn_fast.TaskBank``, or ``OneByOne`` where that cannot hold a task."""
-
-    def add(self, name: str, source: Any) -> None: ...
-
-    def remove(self, name: str) -> None: ...
-
-    def __call__(self, images: Tensor, tasks: Sequence[str]) -> Sequence[Tensor]:
-        """Images (B, 3, H, W) and one name each → B logit vectors."""
-
-
 class Beside(Protocol):
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
 
 
-class OneByOne:
-    """Models on one backbone, each run on its own images of a batch."""
+class Models:
+    """A bank of tasks, and beside it fine-tuned models, each with a backbone of its own.
 
-    def __init__(self) -> None:
-        self._models: dict[str, nn.Module] = {}
+    Args:
+        bank: of the tasks that share its backbone.
+    """
 
-    def add(self, name: str, source: nn.Module) -> None:
-        self._models[name] = source
+    def __init__(self, bank: TaskBank) -> None:
+        self._bank = bank
+        self._fine_tuned: dict[str, FineTuned] = {}
+
+    def add(self, name: str, model: Any) -> None:
+        if isinstance(model, FineTuned):
+            self._fine_tuned[name] = model.to(next(self._bank.backbone.parameters()).device)
+        else:
+            self._bank.add(name, model)
 
     def remove(self, name: str) -> None:
-        del self._models[name]
+        if self._fine_tuned.pop(name, None) is None:
+            self._bank.remove(name)
 
     def __call__(self, images: Tensor, tasks: Sequence[str]) -> list[Tensor]:
+        """Images (B, 3, H, W) and one name each → B logit vectors."""
+        own = [i for i, name in enumerate(tasks) if name in self._fine_tuned]
+        if not own:
+            return self._bank(images, tasks)
         results: dict[int, Tensor] = {}
-        for name in dict.fromkeys(tasks):
-            rows = [i for i, task in enumerate(tasks) if task == name]
-            results.update(zip(rows, self._models[name](images[rows]), strict=True))
+        for name in {tasks[i] for i in own}:
+            rows = [i for i in own if tasks[i] == name]
+            results.update(zip(rows, self._fine_tuned[name](images[rows]), strict=True))
+        if shared := [i for i in range(len(tasks)) if i not in results]:
+            names = [tasks[i] for i in shared]
+            results.update(zip(shared, self._bank(images[shared], names), strict=True))
         return [results[i] for i in range(len(tasks))]
 
 
@@ -96,7 +103,7 @@ class ServedTasks:
         backbone: as ``load_backbone`` returns it, on its device.
         name: of the backbone, as the API calls it.
         strict: refuse adapters that name another backbone; False: those whose shape differs only.
-        bank: what computes; None: each task's own model.
+        max_bytes: of the tasks in memory, as for ``TaskBank``; None: all stay.
 
     ``beside`` is started and stopped with the server: what adds and removes tasks meanwhile.
     """
@@ -104,13 +111,13 @@ class ServedTasks:
     outputs = ("logits",)
 
     def __init__(
-        self, backbone: Any, name: str, *, strict: bool = True, bank: Bank | None = None
+        self, backbone: Any, name: str, *, strict: bool = True, max_bytes: int | None = None
     ) -> None:
         self.name = name
         self.beside: Beside | None = None
         self._strict = strict
         self.backbone = backbone
-        self._bank: Bank = OneByOne() if bank is None else bank
+        self._bank = Models(TaskBank(backbone, max_bytes))
         self._tasks: dict[str, Task] = {}
         self._ids = itertools.count()
         self._changing = threading.RLock()
@@ -170,7 +177,6 @@ class ServedTasks:
         # fine-tuning changed the backbone, so that its model brings another one
         shared = None if config.get("method") == "full" else self.backbone
         model = from_pretrained(folder, shared)
-        model.to(next(self.backbone.parameters()).device)
         try:
             pixels = dict(model.preprocessing or backbone_pixels(self.backbone))
             preprocessing = Preprocessing(pixels)
@@ -183,7 +189,11 @@ class ServedTasks:
             )
         # a name that is used once: a call never meets a later task of the same name
         task_id = f"{name}#{next(self._ids)}"
-        self._bank.add(task_id, model)
+        # the model and not its folder: a task that went to disk comes back as it was
+        try:
+            self._bank.add(task_id, model)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
         task = Task(name, task_id, preprocessing, model.class_names, 0, {})
         try:
             (logits,) = self.run([([preprocessing.zeros()], task)])

@@ -36,7 +36,8 @@ _OF_A_TASK = ("logits", "probabilities", "labels")
 def add_routes(app: FastAPI, service: Service, served: Answerer) -> None:
     """Put the protocol's routes under ``/v2``."""
 
-    @app.api_route("/v2", methods=["GET", "HEAD"])
+    @app.get("/v2")
+    @app.head("/v2", include_in_schema=False)
     async def server() -> Response:
         return _json(
             {
@@ -46,16 +47,18 @@ def add_routes(app: FastAPI, service: Service, served: Answerer) -> None:
             }
         )
 
-    @app.api_route("/v2/health/live", methods=["GET", "HEAD"])
+    @app.get("/v2/health/live")
+    @app.head("/v2/health/live", include_in_schema=False)
     async def live() -> Response:
         return Response(status_code=200 if service.batcher.alive else 503)
 
-    @app.api_route("/v2/health/ready", methods=["GET", "HEAD"])
+    @app.get("/v2/health/ready")
+    @app.head("/v2/health/ready", include_in_schema=False)
     async def ready() -> Response:
         return Response(status_code=200 if service.readiness() == "ready" else 503)
 
     @app.get("/v2/models/{model}")
-    @app.get("/v2/models/{model}/versions/1")
+    @app.get("/v2/models/{model}/versions/1", include_in_schema=False)
     async def metadata(model: str) -> Response:
         sizes = served.models().get(model)
         return (
@@ -65,14 +68,14 @@ def add_routes(app: FastAPI, service: Service, served: Answerer) -> None:
         )
 
     @app.get("/v2/models/{model}/ready")
-    @app.get("/v2/models/{model}/versions/1/ready")
+    @app.get("/v2/models/{model}/versions/1/ready", include_in_schema=False)
     async def model_ready(model: str) -> Response:
         if model not in served.models():
             return error_response(_unknown(model), "/v2/")
         return Response(status_code=200 if service.readiness() == "ready" else 503)
 
     @app.post("/v2/models/{model}/infer")
-    @app.post("/v2/models/{model}/versions/1/infer")
+    @app.post("/v2/models/{model}/versions/1/infer", include_in_schema=False)
     async def infer(model: str, request: Request) -> Response:
         return await service.predict(request, InferForm(model, served))
 

@@ -35,6 +35,7 @@ TARGETS: dict[str, tuple[str, float]] = {
     "adapters": ("fuzz.adapters:Adapters", 0.3),
     "official": ("fuzz.official:Official", 0.2),
     "images": ("fuzz.images:Images", 0.3),
+    "http": ("fuzz.http_bodies:HttpBodies", 0.2),
 }
 
 
