@@ -15,15 +15,23 @@ TOLERANCE = {
 }
 
 
-def assert_matches(name: str, actual: Tensor, expected: Tensor) -> None:
-    """``actual`` in any dtype equals the float64 ``expected`` within its dtype's tolerance."""
+def assert_matches(
+    name: str, actual: Tensor, expected: Tensor, terms: Tensor | None = None
+) -> None:
+    """``actual`` in any dtype equals the float64 ``expected`` within its dtype's tolerance.
+
+    ``terms``: of a plain sum, the sum of the absolute values of what is added. The rounding of a
+    sum is a fraction of that, however small the sum becomes by cancellation.
+    """
     assert actual.shape == expected.shape, f"{name}: {actual.shape} instead of {expected.shape}"
     assert expected.dtype == torch.float64, f"{name}: expected values must be float64"
     if expected.numel() == 0:
         return
     assert torch.isfinite(actual).all(), f"{name}: not finite"
     error = (actual.double() - expected.to(actual.device)).abs().max()
-    largest = expected.abs().max().clamp_min(torch.finfo(actual.dtype).tiny)
+    largest = (
+        (expected if terms is None else terms).abs().max().clamp_min(torch.finfo(actual.dtype).tiny)
+    )
     assert error <= TOLERANCE[actual.dtype] * largest, (
         f"{name}: error {error / largest:.2e} of the largest value, allowed "
         f"{TOLERANCE[actual.dtype]:.0e} for {actual.dtype}"

@@ -28,9 +28,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return _AllReduce.apply(grad, ctx.group), None  # an op again, for second derivatives
 
 
 class _Shared:
