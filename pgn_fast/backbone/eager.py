@@ -31,6 +31,8 @@ def encode_eager(
     rows: int | None = None,
     prompts_read: bool = True,
     backend: str | None = "reference",
+    take: tuple[set[int], dict[int, Tensor]] | None = None,
+    stop: int | None = None,
 ) -> Tensor:
     """Images and prompts to tokens after the backbone's final norm.
 
@@ -41,6 +43,8 @@ def encode_eager(
         rows: return only the first ``rows`` tokens, where the caller reads no others; None all.
         prompts_read: False: prompts that are left after the last block are not returned.
         backend: which backend mixes a ``Mixture``.
+        take: block indices, and where their output tokens (B, S + N, D) go, without prompts.
+        stop: the last block that runs; None: all do.
 
     Returns:
         (B, S + P + N, D) in the order that ``schedule.position`` names, P being
@@ -74,6 +78,10 @@ def encode_eager(
         if i == schedule.last and not schedule.keep:
             x = remove_prompts(x, inside, position, num_prefix)
             inside = 0
+        if take is not None and i in take[0]:
+            take[1][i] = remove_prompts(x, inside, position, num_prefix)
+        if i == stop:
+            break
     if not prompts_read and rows is None:
         x = remove_prompts(x, inside, position, num_prefix)
     return backbone.norm(x[:, :rows])

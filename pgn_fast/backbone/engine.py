@@ -132,6 +132,8 @@ class FastBackbone:
         *,
         rows: int | None = None,
         prompts_read: bool = True,
+        take: tuple[set[int], dict[int, Tensor]] | None = None,
+        stop: int | None = None,
     ) -> Tensor:
         """Images and prompts to tokens after the final norm; see ``encode_eager``.
 
@@ -139,7 +141,8 @@ class FastBackbone:
             images: normalized images (B, C, H, W), or uint8 ones.
             schedule: which prompts enter where.
             rows: return only the first ``rows`` tokens; None all.
-            prompts_read: False: nobody reads the prompts that are left; they are not returned.
+            prompts_read: False: prompts that are left are not returned.
+            take, stop: as for ``encode_eager``.
 
         Returns:
             (B, S + P + N, D), (B, S + N, D) without prompts, or (B, rows, D).
@@ -154,6 +157,8 @@ class FastBackbone:
                 rows=rows,
                 prompts_read=prompts_read,
                 backend=self.backend,
+                take=take,
+                stop=stop,
             )
 
         check_schedule(backbone, schedule, images.shape[0])
@@ -178,7 +183,9 @@ class FastBackbone:
                 else:
                     entering = norm_pre(entering)
         x = norm_pre(x)
-        x = self._run_blocks(x, rope, entering, inside, schedule, rows, reads, num_tokens)
+        x = self._run_blocks(
+            x, rope, entering, inside, schedule, rows, reads, num_tokens, take, stop
+        )
         if x.shape[1] > num_tokens and schedule.position == "prepend":
             prefix, patches, prompts = (
                 x[:, :num_prefix],
@@ -306,6 +313,8 @@ class FastBackbone:
         rows: int | None,
         reads: bool,
         num_tokens: int,
+        take: tuple[set[int], dict[int, Tensor]] | None,
+        stop: int | None,
     ) -> Tensor:
         """Tokens (B, S + N, D) to the rows that are read, prompts last of them.
 
@@ -329,10 +338,8 @@ class FastBackbone:
                 here = rope[i] if rope is not None and by_block else rope
                 tokens = entering if i == 0 else schedule.parts(i).tokens
                 if i == 0 and inside:
-                    step = replace(step, prompts=entering, inside=True)
-                    x = self._block(i, weights[i], x, here, step, num_tokens)
-                    continue
-                if step.replaces:
+                    step, tokens = replace(step, prompts=entering, inside=True), None
+                elif step.replaces:
                     x = x[:, :num_tokens]
                 if tokens is not None:
                     prompts = prompt_tokens(i, tokens, x, self.backend)
@@ -341,6 +348,10 @@ class FastBackbone:
                     else:
                         step = replace(step, prompts=prompts)
                 x = self._block(i, weights[i], x, here, step, num_tokens)
+                if take is not None and i in take[0]:
+                    take[1][i] = x[:, :num_tokens]
+                if i == stop:
+                    return x[:, :num_tokens]
         return x
 
     def _steps(

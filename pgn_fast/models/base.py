@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from numbers import Integral
 from os import PathLike
@@ -15,12 +16,15 @@ from ..backbone import twins
 from ..backbone.eager import encode_eager, pool, pool_mean, rows_read
 from ..backbone.engine import FastBackbone
 from ..backbone.explain import backend_of, explain
+from ..backbone.inputs import normalized
 from ..backbone.load import load_backbone
 from ..backbone.schedule import Mixture, PromptSchedule
 from ..backbone.support import FastOptions
 from ..ops.dispatch import BACKENDS
 from ..prompts import Prompter, PromptGenerator
+from .features import TimmFeatures
 from .heads import KeptHead, build_head, count_classes, linear_head, trained_dtype
+from .outputs import classifier_output
 
 # what PEFT's and timm's models have, and what does it here
 _MANY = (
@@ -44,7 +48,7 @@ _ELSEWHERE = {
 POOLS = ("original", "img_pool", "prompt_pool", "imgprompt_pool")
 
 
-class PromptedViT(nn.Module):
+class PromptedViT(TimmFeatures, nn.Module):
     """A frozen timm vision transformer, something that makes prompts for it, and a head.
 
     Images (B, C, H, W), normalized as the backbone wants them, to logits (B, num_classes); uint8
@@ -81,6 +85,7 @@ class PromptedViT(nn.Module):
         self.backbone: Any = backbone
         like = next(backbone.parameters())
         self.method = method
+        self._disabled = False
         self.prompter: Any = prompter.to(like.device, trained_dtype(like.dtype))
         self.head = head
         self.class_names: Sequence[str] | None = None  # in label order, where an adapter knew them
@@ -151,8 +156,28 @@ class PromptedViT(nn.Module):
         """timm's facts about the backbone's weights: input size, mean, standard deviation."""
         return getattr(self.backbone, "pretrained_cfg", None)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes)."""
+    def forward(
+        self,
+        images: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Any:
+        """Images (B, C, H, W) to logits (B, num_classes).
+
+        With ``pixel_values``, transformers' name for the images, or ``labels``, class indices (B,)
+        or probabilities (B, C): an output with ``.loss`` and ``.logits`` in place of the logits.
+        """
+        if (images is None) == (pixel_values is None):
+            raise ValueError("forward takes images or pixel_values, one of them")
+        logits = self._logits(pixel_values if images is None else images)  # type: ignore[arg-type]
+        if pixel_values is None and labels is None:
+            return logits
+        return classifier_output(logits, labels)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        if self._disabled:
+            return self.backbone(normalized(self.backbone, images))
         images, schedule = self._prompted(images, self.backend)
         reads = self._reads_prompts()
         tokens = self._encode(images, schedule, self._rows_read(), reads)
@@ -168,8 +193,19 @@ class PromptedViT(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to tokens after the final norm, prompts removed: (B, S + N, D)."""
+        if self._disabled:
+            return self.backbone.forward_features(normalized(self.backbone, images))
         images, schedule = self._prompted(images, self.backend)
         return self._encode(images, schedule, prompts_read=False)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the bare backbone with its own head inside the ``with`` block, as PEFT does."""
+        was, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = was
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens of ``forward_features`` to logits, or to pooled features (B, D)."""
