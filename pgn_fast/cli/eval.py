@@ -81,11 +81,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"unreadable, left out: {name}")
     top5 = "" if score.top5 is None else f"  top-5 {score.top5:.2f} %"
     print(
-        f"{split.name}: top-1 {score.top1:.2f} %{top5}  loss {score.loss:.4f}  {score.images} of "
+        f"{split.name}: top-1 {score.top1:.2f} %{top5}  mean class {score.mean_class:.2f} %  "
+        f"loss {score.loss:.4f}  {score.images} of "
         f"{score.images + len(score.unreadable)} images: {split.origin}"
     )
     if args.results_file:
         content = {"adapter": str(args.adapter), "split": split.origin, **score.as_dict()}
+        if split.class_names:
+            content["class_names"] = list(split.class_names)
         write_json(Path(args.results_file), content)
     return 0
 

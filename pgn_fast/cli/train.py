@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..methods import METHODS
-from ..train.checks import HEAD_INITS, SCHEDULES
+from ..train.checks import EVAL_METRICS, HEAD_INITS, SCHEDULES
 from ..train.config import TrainConfig
 from ..train.recipes import RECIPES
 from ._canvas import add_canvas_arguments
@@ -294,7 +294,7 @@ def _add_timm_training(parser: argparse.ArgumentParser) -> None:
     _add(more, "model_ema_decay", float, "of the moving average")
     more.add_argument("--torchcompile-mode", metavar="NAME", help="of torch.compile")
     _add(more, "val_interval", int, "epochs from one validation to the next")
-    _add(more, "eval_metric", str, "what chooses the best epoch", choices=("top1", "top5", "loss"))
+    _add(more, "eval_metric", str, "what chooses the best epoch", choices=EVAL_METRICS)
     _add(more, "checkpoint_hist", int, "adapters of best epochs to keep in epochs/")
     more.add_argument("--input-key", metavar="NAME", help="hfds/: column of the images")
     more.add_argument("--target-key", metavar="NAME", help="hfds/: column of the labels")
@@ -379,7 +379,9 @@ def _print_results(summary: dict[str, Any], output: Path) -> None:
     for name in ("train", "validation", "test"):
         if summary[name]:
             top1, images, origin = (summary[name][key] for key in ("top1", "images", "split"))
-            print(f"{name:>10}: top-1 {top1:6.2f} %  {images} images: {origin}")
+            each = summary[name].get("mean_class")
+            mean = "" if each is None else f"  mean class {each:6.2f} %"
+            print(f"{name:>10}: top-1 {top1:6.2f} %{mean}  {images} images: {origin}")
     if summary["unreadable"]["count"]:
         print(f"unreadable: {summary['unreadable']['count']} images, named in summary.json")
     print(f"written to {output}")

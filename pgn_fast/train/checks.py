@@ -25,6 +25,7 @@ SCHEDULES = (
     "rsqrt",
     "none",
 )
+EVAL_METRICS = ("top1", "top5", "mean_class", "loss")
 HEAD_INITS = ("probe", "zero", "official")
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -39,7 +40,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "remode": ("const", "rand", "pixel"),
     "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
     "train_interpolation": (None, "random", *INTERPOLATIONS),
-    "eval_metric": ("top1", "top5", "loss"),
+    "eval_metric": EVAL_METRICS,
     "clip_mode": ("norm", "value", "agc"),
     "lr_base_scale": ("", "linear", "sqrt"),
 }

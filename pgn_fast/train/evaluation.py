@@ -24,11 +24,15 @@ class Score:
     loss: float  # mean cross entropy, nats
     images: int
     unreadable: list[str]
+    mean_class: float  # mean over the classes that have images: VTAB's and FGVC's figure
+    per_class: list[float | None]  # top-1 of each class; None without images of it
 
     def value(self, metric: str) -> float:
-        """What an epoch is chosen by, larger is better: "top1", "top5" or "loss"."""
+        """What an epoch is chosen by, larger is better, by ``TrainConfig.eval_metric``."""
         if metric == "loss":
             return -self.loss
+        if metric == "mean_class":
+            return self.mean_class
         # with five classes or fewer, every answer is among the first five
         return self.top1 if metric == "top1" or self.top5 is None else self.top5
 
@@ -69,7 +73,8 @@ def evaluate(
     processes: Processes,
     between: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Top-1, top-5 and mean loss over all images of a loader, added up over the processes.
+    """Top-1, top-5, mean loss and each class's top-1 over all images of a loader, added up over
+    the processes.
 
     Args:
         between: is called between two batches; it may end the evaluation by an exception.
@@ -78,31 +83,37 @@ def evaluate(
         UserError: no image could be read, or a label is out of range.
     """
     model.eval()
-    top1 = top5 = seen = 0
-    loss_sum, unreadable = 0.0, []
-    for images, labels, _, names in loader:
+    top5, loss_sum, unreadable = 0, 0.0, []
+    # images and right answers of each class
+    seen, right = torch.zeros(2, num_classes, dtype=torch.int64, device=autocast.device)
+    for pixels, labels, _, names in loader:
         between()
         unreadable += names
         if len(labels) == 0:
             continue
         check_labels(labels, num_classes)
-        images, labels = images.to(autocast.device), labels.to(autocast.device)
+        labels = labels.to(autocast.device)
         with autocast():
-            logits = model(images)
+            logits = model(pixels.to(autocast.device))
         logits = logits.float()
         loss_sum += float(F.cross_entropy(logits, labels, reduction="sum"))
         hits = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
-        top1 += int(hits[:, 0].sum())
         top5 += int(hits.sum())
-        seen += len(labels)
-    loss_sum, *counts = processes.sum(loss_sum, top1, top5, seen)
-    top1, top5, seen = (int(c) for c in counts)
-    if seen == 0:
+        seen += torch.bincount(labels, minlength=num_classes)
+        right += torch.bincount(labels[hits[:, 0]], minlength=num_classes)
+    loss_sum, total5, *counts = processes.sum(loss_sum, top5, *seen.tolist(), *right.tolist())
+    images, hit = counts[:num_classes], counts[num_classes:]
+    total = int(sum(images))
+    if total == 0:
         raise UserError(f"data: no image could be read, such as {(unreadable or ['none'])[0]}.")
+    per_class = [100 * h / n if n else None for h, n in zip(hit, images, strict=True)]
+    known = [share for share in per_class if share is not None]
     return Score(
-        top1=100 * top1 / seen,
-        top5=100 * top5 / seen if num_classes > 5 else None,
-        loss=loss_sum / seen,
-        images=seen,
+        top1=100 * sum(hit) / total,
+        top5=100 * total5 / total if num_classes > 5 else None,
+        loss=loss_sum / total,
+        images=total,
         unreadable=processes.gather(unreadable) if processes.world > 1 else unreadable,
+        mean_class=sum(known) / len(known),
+        per_class=per_class,
     )

@@ -38,7 +38,7 @@ def start_head(
     Args:
         model: of the package; in eval mode while its features are computed.
         config: says how, and timm's scale and bias on top.
-        loader: training images without augmentation, for "probe".
+        loader: training images, augmented as they are in training, for "probe".
     """
     head = getattr(model, "head", None)
     if type(head) is not nn.Linear or not head.weight.requires_grad:

@@ -127,7 +127,9 @@ class Run:
         self.model.train()
 
     def _start_head(self) -> None:
-        loader = self._ordered(self.splits.train)
+        # augmented as in the first epoch: on clean images the probe would be too sure of itself
+        loader = self.loader
+        set_position(loader, 0)
         classes = self.splits.num_classes
         autocast = Autocast(self.device, self.config.amp, self.config.amp_dtype)
         start_head(self.model, self.config, loader, classes, autocast, self.processes)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-_METRICS = {"top1": "top-1", "top5": "top-5", "loss": "loss"}
+_METRICS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class accuracy", "loss": "loss"}
 
 
 def summarize(run: Run, test: Score | None) -> dict[str, Any]:
