@@ -7,7 +7,7 @@ UV     := $(BIN)/uv pip install -q --python $(BIN)/python
 # the oldest versions that pyproject.toml allows, spelled out; tests/test_package.py compares the two
 FLOORS := torch==2.10.0 timm==1.0.26 numpy==1.25.0 safetensors==0.4.3 pillow==10.3.0 rich==13.0.0
 
-.PHONY: demo test mutations fuzz gates bench floors lint build canary
+.PHONY: demo test mutations fuzz canary gates bench floors docs lint build
 demo: build
 	$(BIN)/pgn-fast demo
 test: build lint
@@ -46,3 +46,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install -q uv
 	$(UV) -r pyproject.toml --extra dev
 	touch $@
+# the documentation site into site/; pages that link nowhere or docstrings that do not parse fail
+docs: build
+	$(UV) -r pyproject.toml --extra docs
+	$(BIN)/mkdocs build --strict
