@@ -36,7 +36,7 @@ uint64_t sum_of(const std::vector<Span>& spans) {
 
 }  // namespace
 
-// `lines` > 0: as many lines of each tensor, spread evenly from its first to its last, or all of a
+// `lines` > 1: as many lines of each tensor, spread evenly from its first to its last, or all of a
 // smaller one. 0: the words [begin, end) of all tensors one after the other, each of them begun at
 // a whole word.
 int64_t weights_fingerprint_cpu(std::vector<Tensor> weights,  // bytes: contiguous uint8
@@ -47,11 +47,10 @@ int64_t weights_fingerprint_cpu(std::vector<Tensor> weights,  // bytes: contiguo
   for (const Tensor& weight : weights) {
     const auto* data = static_cast<const uint8_t*>(weight.const_data_ptr());
     const int64_t bytes = weight.numel(), words = ceil_div(bytes, 8);
-    if (lines > 0) {
+    if (lines > 1) {
       const int64_t whole = bytes / kLine;
-      if (whole <= lines || lines == 1) {
-        total += PGN_ISA_CALL(fingerprint_words)(data, lines == 1 && whole > 0 ? kLine : bytes,
-                                                 static_cast<uint64_t>(base));
+      if (whole <= lines) {
+        total += PGN_ISA_CALL(fingerprint_words)(data, bytes, static_cast<uint64_t>(base));
       } else {
         for (int64_t i = 0; i < lines; ++i) {
           const int64_t line = i * (whole - 1) / (lines - 1);
@@ -70,7 +69,7 @@ int64_t weights_fingerprint_cpu(std::vector<Tensor> weights,  // bytes: contiguo
     }
     base += words;
   }
-  return static_cast<int64_t>(lines > 0 ? total : sum_of(spans));
+  return static_cast<int64_t>(lines > 1 ? total : sum_of(spans));
 }
 
 }  // namespace pgn_fast

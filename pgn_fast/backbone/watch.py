@@ -113,6 +113,8 @@ def copies_refusal(backbone: nn.Module) -> str | None:
     None where it can."""
     if _native.cpu_missing is not None:
         return _native.cpu_missing
+    if not torch._C._dispatch_has_kernel("pgn_fast_C::weights_fingerprint"):
+        return "pgn_fast._C is older than these sources; rebuild with: pip install -e ."
     for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]:
         if tensor.device.type != "cpu":
             return f"writes to {name} on {tensor.device.type} could not be seen without waiting"
