@@ -224,3 +224,8 @@ def check_shapes(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"tensors do not fit: {'; '.join(problems[:5])}{more}")
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor without the parts that ``torch.compile`` puts in."""
+    return name.replace("_orig_mod.", "")

@@ -18,18 +18,28 @@ if TYPE_CHECKING:
     from torch import nn
 
 # what a registered method takes beside the arguments of its prompter
-_MODEL_ARGUMENTS = ("num_classes", "head", "class_embeddings", "logit_scale", "backend", "fast")
+MODEL_ARGUMENTS = ("num_classes", "head", "class_embeddings", "logit_scale", "backend", "fast")
 # what an adapter's configuration says beside the constructor's values
 ABOUT_ADAPTER = (
     "pgn_fast_version",
     "method",
     "base_model_name_or_path",
+    "base_model_kwargs",
+    "base_model_weights",
+    "backbone_digest",
     "embed_dim",
     "depth",
     "patch_size",
+    "in_chans",
+    "img_size",
+    "global_pool",
+    "num_prefix_tokens",
+    "class_token",
+    "dtype",
     "class_names",
     "preprocessing",
     "weights_digest",
+    "config_digest",
 )
 _PrompterClass = TypeVar("_PrompterClass", bound=type)
 
@@ -252,7 +262,7 @@ def _check_prompter(prompter: Any) -> None:
             f"register_method: {name} takes {', '.join(wrong)}; name each argument, an adapter is "
             "rebuilt from their names and values"
         )
-    if wrong := sorted({p.name for p in rest} & {*_MODEL_ARGUMENTS, *ABOUT_ADAPTER}):
+    if wrong := sorted({p.name for p in rest} & {*MODEL_ARGUMENTS, *ABOUT_ADAPTER}):
         raise ValueError(
             f"register_method: {name} takes {', '.join(wrong)}, which is the model's or the "
             "adapter's own; use another name"
@@ -292,7 +302,7 @@ def _prompted_vit() -> Any:
 
 def _model_parameters() -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(_prompted_vit()).parameters
-    return {name: parameters[name] for name in _MODEL_ARGUMENTS}
+    return {name: parameters[name] for name in MODEL_ARGUMENTS}
 
 
 def _hints(constructor: Any) -> dict[str, Any]:

@@ -16,7 +16,14 @@ from torch import nn
 
 import pgn_fast
 from pgn_fast import _files
-from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter, save_pretrained
+from pgn_fast.adapters import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    identity,
+    load,
+    read_adapter,
+    save_pretrained,
+)
 from pgn_fast.errors import UserError
 from pgn_fast.models.baselines import FineTuned, LinearProbe
 
@@ -206,12 +213,45 @@ def test_wrong_backbone_is_refused_with_both_values(tmp_path, changes, entry, fo
     assert f"{entry} is {found}" in str(caught.value) and f"{entry} {wanted}" in str(caught.value)
 
 
-def test_another_backbone_of_the_same_shape_warns(tmp_path):
+CHANGES = {
+    "weights": (
+        lambda: tiny_vit(seed=1),
+        r"its weights \(.*digest [0-9a-f]{12}\).*digest [0-9a-f]",
+    ),
+    "pooling": (lambda: tiny_vit(global_pool="avg"), "global_pool is 'avg', not 'token'"),
+    "image size": (lambda: tiny_vit(img_size=32), r"img_size is \[32, 32\], not \[16, 16\]"),
+    "registers": (lambda: tiny_vit(reg_tokens=2), "num_prefix_tokens is 3, not 1"),
+    "class token": (
+        lambda: tiny_vit(class_token=False, global_pool="avg"),
+        "class_token is False, not True",
+    ),
+    "precision": (lambda: tiny_vit().bfloat16(), "its weights are bfloat16, not 'float32'"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_backbone_of_the_same_shape_is_told(name, tmp_path):
+    """One of other weights or settings, whatever its name: a warning that names both, or refused
+    where the user wants it so."""
     vpt(tiny_vit()).save_pretrained(tmp_path)
-    other = tiny_vit()
-    other.pretrained_cfg = {**other.pretrained_cfg, "tag": "dino"}
-    with pytest.warns(UserWarning, match=r"trained on .*augreg_in21k_ft_in1k.*\.dino"):
-        pgn_fast.from_pretrained(tmp_path, other)
+    make, text = CHANGES[name]
+    with pytest.warns(UserWarning, match=text):
+        pgn_fast.from_pretrained(tmp_path, make())
+    with pytest.raises(UserError, match=text) as caught:
+        pgn_fast.from_pretrained(tmp_path, make(), strict_backbone=True)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_same_backbone_is_not_told_of(tmp_path):
+    """Its own classifier does not matter where the adapter has a head, nor gradients and mode."""
+    vpt(tiny_vit()).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for backbone in (tiny_vit(), tiny_vit().train(), tiny_vit().requires_grad_(False)):
+            pgn_fast.from_pretrained(tmp_path, backbone, strict_backbone=True)
+        other = tiny_vit()
+        other.reset_classifier(0)
+        pgn_fast.from_pretrained(tmp_path, other, strict_backbone=True)
 
 
 def test_truncated_and_damaged_weights_are_refused(tmp_path):
@@ -301,13 +341,16 @@ def test_backbone_is_found_by_its_name(tmp_path, monkeypatch):
     vpt(tiny_vit()).save_pretrained(tmp_path)
     asked = []
 
-    def load_backbone(name):
-        asked.append(name)
+    def load_recorded(name, *, pretrained=True, **kwargs):
+        asked.append((name, pretrained, kwargs))
         return tiny_vit().requires_grad_(False)
 
-    monkeypatch.setattr(pgn_fast.adapters.store, "load_backbone", load_backbone)
+    for module in (identity, load):
+        monkeypatch.setattr(module, "load_recorded", load_recorded)
     pgn_fast.from_pretrained(tmp_path)
-    assert asked == [f"{MODEL}.augreg_in21k_ft_in1k"]
+    # first its shapes, without memory or network, then its weights
+    named = f"{MODEL}.augreg_in21k_ft_in1k"
+    assert asked == [(named, False, {"img_size": [16, 16]}), (named, True, {"img_size": [16, 16]})]
 
 
 @pytest.mark.parametrize("name", ["linear", "full", "vpt-deep", "pgn"])

@@ -33,7 +33,7 @@ RESOURCES = {
     "norm_layer": {"type": "x"},
     "layers": [1] * 1000,
     "in_chans": True,
-    "drop_rate": float("nan"),
+    "drop_rate": 1.5,
     "drop_path_rate": "0.1",
     "base_width": 10**12,
 }

@@ -331,10 +331,11 @@ def test_names_that_are_none_are_refused(tasks, folder, name):
 def test_a_preprocessing_that_is_none_is_refused(folder, tmp_path):
     tasks = load_served_tasks(tmp_path, model="pgn_demo_vit")
     model = from_pretrained(folder / "deep", "pgn_demo_vit")
-    for number, pixels in enumerate([{"std": (0.0, 1.0, 1.0)}, {"input_size": (3, 4096, 4096)}]):
-        place = save_task(tmp_path / str(number), model, **pixels)
-        with pytest.raises(UserError, match=r"preprocessing|pixels"):
-            tasks.add("task", place)
+    with pytest.raises(ValueError, match="preprocessing: std"):
+        save_task(tmp_path / "std", model, std=(0.0, 1.0, 1.0))
+    place = save_task(tmp_path / "size", model, input_size=(3, 4096, 4096))
+    with pytest.raises(UserError, match=r"preprocessing|pixels"):
+        tasks.add("task", place)
     assert tasks.tasks() == {}
 
 

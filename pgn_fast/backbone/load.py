@@ -91,7 +91,10 @@ def load_backbone(source: str | nn.Module, **kwargs: Any) -> Any:
         RuntimeError: its pretrained weights cannot be loaded here.
     """
     if isinstance(source, str):
-        return _checked(_create(parse_name(source), **kwargs))
+        backbone = _checked(_create(parse_name(source), **kwargs))
+        # for adapters, which say how to build it again
+        backbone.created_with = dict(kwargs)
+        return backbone
     if isinstance(source, nn.Module) and twins.library_of(source) is not None:
         return _checked(_twin(source, **kwargs))
     if kwargs:
@@ -99,11 +102,14 @@ def load_backbone(source: str | nn.Module, **kwargs: Any) -> Any:
     return _checked(source)
 
 
-def load_recorded(name: str, *, pretrained: bool = True) -> Any:
+def load_recorded(name: str, *, pretrained: bool = True, **kwargs: Any) -> Any:
     """The backbone that an adapter's configuration names, which may be a stranger's file.
 
     A name of timm's registry, or a repository's id whose weights are safetensors; never a path on
     this machine, and no code of a repository is run.
+
+    Args:
+        **kwargs: plain settings of the architecture, which the caller has checked.
 
     Raises:
         UserError: (a ValueError) the name is of another kind, or the repository has no safetensors.
@@ -120,7 +126,7 @@ def load_recorded(name: str, *, pretrained: bool = True) -> Any:
                 f"backbone: {parsed.value} has no model.safetensors; weights in other formats are "
                 "not loaded on the word of an adapter's file. Load it yourself and pass it"
             )
-    return _checked(_create(parsed, pretrained=pretrained))
+    return _checked(_create(parsed, pretrained=pretrained, **kwargs))
 
 
 def parse_name(name: str, *, recorded: bool = False) -> BackboneName:

@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from numbers import Integral
 from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
 
+from .._stored import check_shapes, plain_name
 from ..backbone import twins
 from ..backbone.eager import encode_eager, pool, pool_mean, rows_read
 from ..backbone.engine import FastBackbone
@@ -25,6 +25,7 @@ from ..prompts import Prompter, PromptGenerator
 from .features import TimmFeatures
 from .heads import KeptHead, build_head, count_classes, linear_head, trained_dtype
 from .outputs import classifier_output
+from .values import VALUES, constructor_values
 
 # what PEFT's and timm's models have, and what does it here
 _MANY = (
@@ -316,9 +317,15 @@ class PromptedViT(TimmFeatures, nn.Module):
         )
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """The state dict without the backbone: what training changes, and what the head needs."""
-        state = self.state_dict()
-        return {name: value for name, value in state.items() if not name.startswith("backbone.")}
+        """The state dict without the backbone: what training changes, and what the head needs.
+
+        Parts that ``torch.compile`` has wrapped have the names that they have without it.
+        """
+        return {
+            plain_name(name): value
+            for name, value in self.state_dict().items()
+            if not name.startswith("backbone.")
+        }
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what ``adapter_state_dict`` gave.
@@ -326,12 +333,12 @@ class PromptedViT(TimmFeatures, nn.Module):
         Raises:
             RuntimeError: tensors are missing, unknown or of another shape; all are named.
         """
-        expected = self.adapter_state_dict().keys()
-        problems = [f"missing: {name}" for name in expected - state.keys()]
-        problems += [f"unknown: {name}" for name in state.keys() - expected]
-        if problems:
-            raise RuntimeError(f"adapter state does not fit: {'; '.join(sorted(problems))}")
-        self.load_state_dict(state, strict=False)
+        try:
+            check_shapes(self.adapter_state_dict(), state)
+        except ValueError as error:
+            raise RuntimeError(f"adapter state: {error}") from error
+        own = {plain_name(name): name for name in self.state_dict()}
+        self.load_state_dict({own[name]: value for name, value in state.items()}, strict=False)
 
     def save_pretrained(
         self,
@@ -475,8 +482,8 @@ def prompted_vit(
     Raises:
         ValueError: the prompter keeps the backbone, or an argument cannot work.
     """
-    config = constructor_values(locals())
-    del config["method"], config["constructor"], config["values"]
+    given = locals()
+    config = constructor_values({name: given[name] for name in VALUES if name in given})
     vit: Any = load_backbone(backbone)
     bound = inspect.signature(constructor).bind(vit, **values)
     bound.apply_defaults()
@@ -497,19 +504,7 @@ def prompted_vit(
         prompter,
         built,
         method=method,
-        config=config | constructor_values(own),
+        config=config | constructor_values(own, {}),
         backend=backend,
         fast=fast,
     )
-
-
-def constructor_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's own arguments out of its ``locals()``; class embeddings live in the head."""
-    # a saved head has its values; how it started says nothing about it
-    own = ("self", "__class__", "backbone", "class_embeddings", "head_init")
-    # NumPy's whole numbers become Python's, which JSON can hold
-    return {
-        name: int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
-        for name, value in values.items()
-        if name not in own
-    }

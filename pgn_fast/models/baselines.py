@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .._stored import plain_name
 from ..backbone.load import load_backbone
 from .heads import linear_head
 
@@ -54,11 +55,12 @@ class LinearProbe(nn.Module):
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """The head's weights."""
-        return {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        return {plain_name(f"head.{n}"): value for n, value in self.head.state_dict().items()}
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what ``adapter_state_dict`` gave; RuntimeError where it does not fit."""
-        self.head.load_state_dict({k.removeprefix("head."): v for k, v in state.items()})
+        own = {plain_name(f"head.{name}"): name for name in self.head.state_dict()}
+        self.head.load_state_dict({own.get(name, name): value for name, value in state.items()})
 
 
 class FineTuned(nn.Module):
@@ -91,8 +93,9 @@ class FineTuned(nn.Module):
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """All weights: backbone and head."""
-        return self.state_dict()
+        return {plain_name(name): value for name, value in self.state_dict().items()}
 
     def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what ``adapter_state_dict`` gave; RuntimeError where it does not fit."""
-        self.load_state_dict(state)
+        own = {plain_name(name): name for name in self.state_dict()}
+        self.load_state_dict({own.get(name, name): value for name, value in state.items()})

@@ -11,8 +11,9 @@ from ..backbone.inputs import check_images, normalized
 from ..backbone.load import load_backbone
 from ..backbone.support import FastOptions
 from ..prompts import PromptGenerator
-from .base import PromptedViT, constructor_values
+from .base import PromptedViT
 from .heads import build_head
+from .values import constructor_values
 
 
 class PGN(PromptedViT):
@@ -69,6 +70,8 @@ class PGN(PromptedViT):
         fast: bool | str | Mapping[str, Any] | FastOptions = True,
     ) -> None:
         config = constructor_values(locals())
+        num_prompts, library_size = config["num_prompts"], config["library_size"]
+        resolution, logit_scale = config["resolution"], config["logit_scale"]
         vit: Any = load_backbone(backbone)
         if isinstance(generator, PromptGenerator):
             prompter = _ready_generator(generator, vit, generator_kwargs, token_library)

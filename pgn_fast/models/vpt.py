@@ -11,9 +11,9 @@ from ..backbone.load import load_backbone
 from ..backbone.support import FastOptions
 from ..prompts import PixelPrompts, Prompter, VisualPrompts
 from ..prompts.pixels import LOCATIONS as PIXEL_LOCATIONS
-from ..prompts.sizes import require_sizes
-from .base import POOLS, PromptedViT, constructor_values
+from .base import POOLS, PromptedViT
 from .heads import build_head
+from .values import constructor_values
 
 TOKEN_LOCATIONS = ("prepend", "add", "add-1")
 
@@ -75,12 +75,11 @@ class VPT(PromptedViT):
         fast: bool | str | Mapping[str, Any] | FastOptions = True,
     ) -> None:
         config = constructor_values(locals())
+        # whatever they came as: arrays, tensors of one number, ranges
+        layers, shared, dropout = config["layers"], config["shared"], config["dropout"]
+        num_prompts, project_dim = config["num_prompts"], config["project_dim"]
+        logit_scale = config["logit_scale"]
         vit: Any = load_backbone(backbone)
-        require_sizes(num_prompts=num_prompts)
-        if project_dim is not None:
-            require_sizes(project_dim=project_dim)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         if pool not in POOLS:
             raise ValueError(f"pool={pool!r}; known: {', '.join(POOLS)}")
         if location not in (*TOKEN_LOCATIONS, *PIXEL_LOCATIONS):

@@ -74,7 +74,9 @@ class PromptGenerator(Prompter):
             require_sizes(resolution=resolution)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}; known: {', '.join(ACTIVATIONS)}")
-        self.embed_dim = embed_dim
+        num_prompts, library_size = int(num_prompts), int(library_size)
+        resolution = None if resolution is None else int(resolution)
+        self.embed_dim = int(embed_dim)
         self.num_prompts = num_prompts
         self.library_size = library_size
         self.resolution = resolution

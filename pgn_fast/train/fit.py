@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.store import method_of
 from ..errors import UserError
+from ..methods import method_of
 from . import checkpoints
 from .config import TrainConfig
 from .data import Splits

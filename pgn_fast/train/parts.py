@@ -62,7 +62,7 @@ def assemble(config: TrainConfig) -> Parts:
 
 def _check_start(config: TrainConfig, model: Any, splits: Splits) -> None:
     """The adapter that training starts from has the data's classes, and is of the run's method."""
-    from ..adapters.store import method_of
+    from ..methods import method_of
 
     if method_of(model) != config.method:
         raise UserError(

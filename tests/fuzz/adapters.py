@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import pgn_fast
-from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, save_pretrained, store
+from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE, files, read_adapter, save_pretrained
 from pgn_fast.backbone.load import load_backbone
 from pgn_fast.errors import UserError
 from pgn_fast.models import LinearProbe
@@ -48,7 +48,7 @@ class Adapters:
         self.good: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         for make in _GOOD.values():
             save_pretrained(make(), self.work, class_names=["a", "b", "c", "d"])
-            self.good.append(store.read_adapter(self.work))
+            self.good.append(read_adapter(self.work))
             pgn_fast.from_pretrained(self.work)
             shutil.rmtree(self.work)
 
@@ -111,7 +111,7 @@ class Adapters:
         """The folder as a stranger writes it: with digests that are right, or as they were."""
         self.work.mkdir()
         if isinstance(config, dict) and rng.random() < 0.8:
-            config = {**config, "weights_digest": store._digest(tensors)}
+            config = files.sealed(config, tensors)
         text = json.dumps(config)
         carried = {"adapter_config": text} if rng.random() < 0.7 else None
         weights = safetensors.torch.save(tensors, carried)
