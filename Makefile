@@ -11,7 +11,7 @@ FLOORS := torch==2.10.0 timm==1.0.26 numpy==1.25.0 safetensors==0.4.3 pillow==10
 demo: build
 	$(BIN)/pgn-fast demo
 test: build lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 	$(BIN)/pytest bench/ --benchmark-disable
 	$(BIN)/python tests/mutations.py --sanitize
 # seeds bugs into the C++ kernels and expects the tests to see each
