@@ -17,7 +17,6 @@ TORCH = (
     nn.Identity,
     nn.Embedding,
     nn.ModuleList,
-    nn.Sequential,
     nn.MultiheadAttention,
     nn.modules.linear.NonDynamicallyQuantizableLinear,
 )

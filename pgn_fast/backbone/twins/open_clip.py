@@ -115,7 +115,7 @@ def parts_of(model: Any, size: tuple[int, int] | None) -> Parts:
         raise TwinRefused("attentional_pool: its pooling has no place in timm's classes")
     if visual.pool_type not in ("tok", "avg"):
         raise TwinRefused(f"pool_type={visual.pool_type!r} is not known; known: tok, avg")
-    check_modules(visual, lambda m: type(m) in _OWN)
+    check_modules(visual, lambda m: type(m) in (*_OWN, nn.Sequential))
     norm_pre = visual.ln_pre
     return Parts(
         image_size=configured_size(model),

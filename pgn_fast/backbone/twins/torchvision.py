@@ -91,7 +91,9 @@ def parts_of(model: Any, size: tuple[int, int] | None) -> Parts:
             f"img_size={size}: torchvision's model takes its own size only, {model.image_size}; "
             "resize its weights by torchvision.models.vision_transformer.interpolate_embeddings"
         )
-    check_modules(model, lambda m: type(m) in (*_OWN, *_ACTIVATIONS), skip=("heads",))
+    check_modules(
+        model, lambda m: type(m) in (*_OWN, *_ACTIVATIONS, nn.Sequential), skip=("heads",)
+    )
     return Parts(
         image_size=configured_size(model),
         patch_weight=model.conv_proj.weight,
