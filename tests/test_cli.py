@@ -122,7 +122,7 @@ def test_env_says_what_is_there_and_why_not(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert f"torch        {torch.__version__}" in out
-    backends = out.split("backends\n")[1].splitlines()
+    backends = out.split("backends\n")[1].split("kernels measured")[0].splitlines()
     assert [line.split()[0] for line in backends] == ["reference", "cpu", "triton", "cuda"]
     assert all("available" in line or "missing: " in line for line in backends)
 
