@@ -7,13 +7,20 @@ UV     := $(BIN)/uv pip install -q --python $(BIN)/python
 # the oldest versions that pyproject.toml allows, spelled out; tests/test_package.py compares the two
 FLOORS := torch==2.10.0 timm==1.0.26 numpy==1.25.0 safetensors==0.4.3 pillow==10.3.0 rich==13.0.0
 
-.PHONY: demo test mutations fuzz canary gates bench floors docs lint build
+.PHONY: demo test first-tests other-tests mutations fuzz canary gates bench floors docs lint build
 demo: build
 	$(BIN)/pgn-fast demo
 test: build lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	$(MAKE) -j 2 first-tests other-tests
 	$(BIN)/pytest bench/ --benchmark-disable
 	$(BIN)/python tests/mutations.py --sanitize
+# two processes for two cores: the slowest files, and all others
+SLOWEST := $(patsubst %,tests/test_%.py,twins_transformers models server runs cuda_ptx triton_kernels train \
+	inversion distributed tasks cuda_host ops mix_prompts prompt_attention prompted_patch_embed)
+first-tests:
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SLOWEST)
+other-tests:
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SLOWEST:%=--ignore=%)
 # seeds bugs into the C++ kernels and expects the tests to see each
 mutations: build
 	$(BIN)/python tests/mutations.py
