@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,8 +46,10 @@ def _rank(rank, world, port, words, output):
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, monkeypatch):
     """Starts a command in as many processes; what each prints is in ``printed(rank)``."""
+    # the processes import this module by the name that pytest gave it
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
     # a server that has imported everything, and forks: seconds less a process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pgn_fast.train.loop", "timm", "yaml"])
