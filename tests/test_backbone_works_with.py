@@ -7,7 +7,9 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -217,6 +219,25 @@ def test_folded_weights_follow_the_backbone() -> None:
     assert agrees()
     loaded = pickle.loads(pickle.dumps(model))
     assert torch.equal(loaded(images.double()), model(images.double()))
+
+
+CHANGES_OF_A_BACKBONE_THAT_RAN: list[tuple[Callable[[Any], object], tuple[int, int]]] = [
+    (lambda vit: vit.set_input_size((64, 32)), (64, 32)),
+    (lambda vit: vit.set_input_size((32, 32), patch_size=(4, 4)), (32, 32)),
+    (lambda vit: vit.prune_intermediate_layers([0]), (32, 32)),
+]
+
+
+@pytest.mark.parametrize("make", [vpt, pgn])
+@pytest.mark.parametrize("change, size", CHANGES_OF_A_BACKBONE_THAT_RAN)
+def test_another_size_or_depth_after_the_first_forward(make, change, size) -> None:
+    model = make()
+    model(torch.randn(2, 3, 32, 32))
+    change(model.backbone)
+    images = torch.randn(2, 3, *size)
+    assert relative(model(images), model.forward_reference(images)) <= 1e-5
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+    model.explain()
 
 
 def test_changed_blocks_go_the_reference_path() -> None:

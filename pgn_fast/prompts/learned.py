@@ -69,8 +69,11 @@ class VisualPrompts(Prompter):
     def prompt(
         self, images: Tensor, backbone: Any, backend: str | None
     ) -> tuple[Tensor, PromptSchedule]:
-        """As ``Prompter.prompt``; images stay as they are, uint8 too."""
-        return images, self.schedule(images)
+        """As ``Prompter.prompt``; images stay as they are, uint8 too. Blocks that were pruned from
+        the backbone later take their prompts with them."""
+        depth = len(backbone.blocks)
+        entries = {i: tokens for i, tokens in self(images.shape[0]).items() if i < depth}
+        return images, PromptSchedule(self.position, entries, keep=self.keep)
 
     def check_images(self, images: Tensor, backbone: Any) -> None:
         """Refuse images that the backbone cannot read with these prompts (ValueError)."""
@@ -83,7 +86,8 @@ class VisualPrompts(Prompter):
         prompts = torch.empty(self.prompts.shape[1], self.embed_dim, device="meta")
         if self.training and self.dropout > 0:
             prompts = prompts[None]
-        return PromptSchedule(self.position, dict.fromkeys(self.layers, prompts), keep=self.keep)
+        layers = [i for i in self.layers if i < len(backbone.blocks)]
+        return PromptSchedule(self.position, dict.fromkeys(layers, prompts), keep=self.keep)
 
     def forward(self, batch_size: int) -> dict[int, Entry]:
         """The prompts of every block: (P, D) shared by the batch, or (B, P, D) under dropout."""
