@@ -15,16 +15,11 @@ from pgn_fast.demo import experiment
 from pgn_fast.digits import load_digits, stratified_split
 from pgn_fast.errors import UserError
 from pgn_fast.train import loader as loaders
+from pgn_fast.train.classes import count_classes
 from pgn_fast.train.config import TrainConfig
-from pgn_fast.train.data import (
-    FolderImages,
-    Split,
-    carve_validation,
-    count_classes,
-    image_files,
-    load_splits,
-)
+from pgn_fast.train.data import carve_validation, image_files, load_splits
 from pgn_fast.train.loader import EpochBatches, OrderedBatches, Samples, make_loader
+from pgn_fast.train.split import FolderImages, Split
 
 PIXELS = {
     "input_size": (3, 16, 16),

@@ -11,8 +11,9 @@ from PIL import Image
 from small_world import write_images
 
 from pgn_fast.errors import UserError
+from pgn_fast.train.classes import match_classes
 from pgn_fast.train.config import TrainConfig
-from pgn_fast.train.data import image_files, load_splits, match_classes, split_to_score
+from pgn_fast.train.data import image_files, load_splits, split_to_score
 from pgn_fast.train.folders import describe, find_images, natural, split_folders, split_name
 
 

@@ -222,10 +222,10 @@ def test_a_dead_worker_is_one_line_that_names_the_checkpoint(world, tmp_path, ca
 
     def update(self, group, report):
         if next(calls) == 5:
-            for worker in self.loader._iterator._workers:
+            for worker in self.source.loader._iterator._workers:
                 os.kill(worker.pid, signal.SIGKILL)
             time.sleep(0.5)
-            next(iter(self.loader))
+            next(iter(self.source.loader))
         real(self, group, report)
 
     monkeypatch.setattr(run.Run, "_update", update)

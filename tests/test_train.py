@@ -22,7 +22,7 @@ from pgn_fast import _files
 from pgn_fast.adapters import WEIGHTS_FILE, backbone_pixels, read_adapter
 from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.methods import METHODS
-from pgn_fast.train import checkpoints, data, loop, objective, parts, recipe, run, state
+from pgn_fast.train import checkpoints, loop, objective, parts, recipe, run, split, state
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.distributed import Processes
 from pgn_fast.train.run_folder import RunFolder
@@ -367,13 +367,13 @@ def test_mixed_precision(world, tmp_path, dtype):
 
 def test_test_images_are_touched_once_at_the_end(world, tmp_path, monkeypatch):
     opened = []
-    real = data.FolderImages.open
+    real = split.FolderImages.open
 
     def record(self, index):
         opened.append(Path(self.name(index)))
         return real(self, index)
 
-    monkeypatch.setattr(data.FolderImages, "open", record)
+    monkeypatch.setattr(split.FolderImages, "open", record)
     loop.train(configure(world), tmp_path, device=CPU, show=False)
     splits = [path.parts[-3] for path in opened]
     first = splits.index("test")

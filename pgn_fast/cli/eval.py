@@ -20,7 +20,7 @@ from ._options import (
 )
 
 if TYPE_CHECKING:
-    from ..train.data import Split
+    from ..train.split import Split
 
 HELP = "score an adapter on labeled images"
 EPILOG = """\
@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.make(**data_fields(args))
     device = pick_device(args.device)
 
-    from ..train.data import count_classes, match_classes, split_to_score
+    from ..train.classes import count_classes, match_classes
+    from ..train.data import split_to_score
     from ..train.distributed import Processes
     from ..train.evaluation import Autocast, evaluate
     from ..train.loader import eval_transform, make_loader

@@ -24,7 +24,7 @@ from ._options import (
 if TYPE_CHECKING:
     import torch
 
-    from ..train.data import Split
+    from ..train.split import Split
     from ..train.tables import Columns, Parts
 
 HELP = "name the classes of images, as CSV or JSON lines"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 HEADS = ("linear", "keep", "zero_shot")
-HEAD_INITS = ("torch", "zero", "vpt")
+HEAD_INITS = ("torch", "zero", "official")
 
 
 class KeptHead(nn.Module):
@@ -126,7 +126,7 @@ def linear_head(backbone: Any, num_classes: int, init: str = "torch") -> nn.Modu
     if num_classes < 0:
         raise ValueError(f"num_classes must not be negative, got {num_classes}")
     if init not in HEAD_INITS:
-        raise ValueError(f"head_init={init!r}; known: torch, zero, official")
+        raise ValueError(f"head_init={init!r}; known: {', '.join(HEAD_INITS)}")
     if num_classes == 0:
         return nn.Identity()
     like = next(backbone.parameters())
@@ -142,11 +142,11 @@ def initialize_head(layer: nn.Linear, init: str) -> None:
     Args:
         init: "torch" keeps nn.Linear's own start, as the official PGN code does: the loss begins
             near ln C. "zero": it begins at ln C exactly, and the prompts' gradients at the second
-            step. "vpt" draws weights Kaiming normal (fan-out) and sets biases to -log(99), as the
-            official VPT code does: made for a hundred classes; with few classes the loss begins
+            step. "official" draws weights Kaiming normal (fan-out) and sets biases to -log(99), as
+            the official VPT code does: made for a hundred classes; with few classes the loss begins
             ten times above ln C.
     """
-    if init == "vpt":
+    if init == "official":
         nn.init.kaiming_normal_(layer.weight, a=0, mode="fan_out")
         nn.init.constant_(layer.bias, -math.log(99.0))
     elif init == "zero":

@@ -122,7 +122,7 @@ class VPT(PromptedViT):
             num_classes,
             class_embeddings=class_embeddings,
             logit_scale=logit_scale,
-            init="vpt" if head_init == "official" else head_init,
+            init=head_init,
         )
         super().__init__(
             vit,

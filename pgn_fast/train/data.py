@@ -1,22 +1,17 @@
-"""Images and their splits: a folder, timm's data set names, or the packaged digits.
-
-Every figure that a run reports names the split it comes from, so a split carries its own origin.
-"""
+"""The splits that a configuration names: a folder, a data set by timm's name, or the digits."""
 
 from __future__ import annotations
 
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from ..digits import LEVELS, load_digits
 from ..errors import UserError
-from ..images import check_size, read_image, upright_rgb
+from .classes import count_classes, match_classes, streamed_classes
 from .folders import (
     describe,
     find_classes,
@@ -26,158 +21,13 @@ from .folders import (
     split_name,
     visible_folders,
 )
+from .split import DigitImages, FolderImages, NamedImages, Split, Splits
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
 STREAMED = ("wds", "hfids", "tfds")
 NAMED = ("torch", "hfds", *STREAMED)
-
-
-class Images(Protocol):
-    """A list of labeled images, opened when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        """The upright image in RGB and its label. Raises an Exception where it is unreadable."""
-
-    def name(self, index: int) -> str:
-        """What a message calls this image."""
-
-    @property
-    def labels(self) -> Sequence[int] | None:
-        """All labels, where they can be had without opening the images."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Some images under a name that results are reported by.
-
-    Attributes:
-        name: "train", "validation", "test" or "all".
-        origin: where the images come from, in words.
-        images: the list that ``indices`` points into; a timm iterable where the data are streamed.
-        indices: which of them belong to this split, ascending.
-        class_names: the classes in label order; None where the data set does not name them.
-        notes: what a person should know: files that were skipped, class names that look alike.
-    """
-
-    name: str
-    origin: str
-    images: Any
-    indices: Sequence[int]
-    class_names: list[str] | None = None
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def streamed(self) -> bool:
-        return not hasattr(self.images, "open")
-
-
-@dataclass(frozen=True)
-class Splits:
-    """What a run trains on, selects its model by, and touches once at the end."""
-
-    train: Split
-    validation: Split | None
-    test: Split | None
-    num_classes: int
-    class_names: list[str] | None = field(default=None)
-
-
-@dataclass(frozen=True)
-class FolderImages:
-    """Image files; ``labels`` is None where nobody knows their classes.
-
-    Attributes:
-        at_least: see ``pgn_fast.images.read_image``; None decodes in full.
-    """
-
-    paths: Sequence[Path]
-    labels: Sequence[int] | None
-    at_least: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        image = read_image(self.paths[index], at_least=self.at_least)
-        return image, -1 if self.labels is None else self.labels[index]
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
-
-
-@dataclass(frozen=True)
-class Relabeled:
-    """Images whose label ``i`` has become ``numbers[i]``."""
-
-    images: Images
-    numbers: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.images.open(index)
-        return image, self.numbers[label]
-
-    def name(self, index: int) -> str:
-        return self.images.name(index)
-
-    @property
-    def labels(self) -> Sequence[int] | None:
-        labels = self.images.labels
-        return None if labels is None else [self.numbers[label] for label in labels]
-
-
-@dataclass(frozen=True)
-class DigitImages:
-    """The packaged handwritten digits: 8 × 8 pixels of 0 … 16, here as RGB of 0 … 255."""
-
-    pixels: Any  # (1797, 8, 8) uint8
-    labels: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert("RGB"), self.labels[index]
-
-    def name(self, index: int) -> str:
-        return f"digits[{index}]"
-
-
-@dataclass(frozen=True)
-class NamedImages:
-    """A data set that timm made, with random access: torchvision's or Hugging Face's."""
-
-    dataset: Any
-    title: str
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        reader = getattr(self.dataset, "reader", None)
-        # timm's own __getitem__ would put the next image in the place of an unreadable one
-        image, label, *_ = self.dataset[index] if reader is None else reader[index]
-        if isinstance(image, Image.Image):
-            check_size(*image.size)
-            return upright_rgb(image), int(label)
-        return read_image(image if isinstance(image, bytes) else image.read()), int(label)
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{index}]"
-
-    @property
-    def labels(self) -> Sequence[int] | None:
-        targets = getattr(self.dataset, "targets", None)
-        return None if targets is None else [int(t) for t in targets]
 
 
 def load_splits(config: TrainConfig) -> Splits:
@@ -194,7 +44,7 @@ def load_splits(config: TrainConfig) -> Splits:
     validation = _optional(config, "validation", config.val_split)
     test = _optional(config, "test", config.test_split)
     if train.streamed:
-        num_classes = _streamed_classes(train, config.num_classes)
+        num_classes = streamed_classes(train, config.num_classes)
     else:
         num_classes = count_classes(train, config.num_classes)
         if validation is not None and not validation.streamed:
@@ -388,77 +238,6 @@ def _named(config: TrainConfig, name: str, wanted: str | None) -> Split:
     origin = f"{config.data} {split}"
     images = dataset if prefix in STREAMED else NamedImages(dataset, origin)
     return Split(name, origin, images, range(len(dataset)), names)
-
-
-def _streamed_classes(train: Split, given: int | None) -> int:
-    if given is None and train.class_names is None:
-        raise UserError(
-            f"data: {train.origin} is streamed and does not tell its classes: give `num_classes`."
-        )
-    return given or len(train.class_names or ())
-
-
-def count_classes(split: Split, given: int | None) -> int:
-    """The number of classes; all labels are below it.
-
-    Raises:
-        UserError: a label out of range, fewer than two classes, or not as many as the data name.
-    """
-    names, labels = split.class_names, split.images.labels
-    count = given or (len(names) if names else 0)
-    if labels is not None:
-        used = [labels[i] for i in split.indices]
-        count = count or max(used) + 1
-        wrong = next(
-            (i for i, label in zip(split.indices, used, strict=True) if not 0 <= label < count),
-            None,
-        )
-        if wrong is not None:
-            raise UserError(
-                f"data: label {labels[wrong]} of {split.images.name(wrong)} is out of range for "
-                f"{count} classes (0 ... {count - 1})."
-            )
-    if names and count != len(names):
-        raise UserError(
-            f"data: {split.origin} has {len(names)} classes, `num_classes` is {count}: leave it "
-            "out, the data tell."
-        )
-    if count < 2:
-        raise UserError(
-            f"data: {split.origin} has {count} class(es); two are the least to tell apart"
-            + ("." if count else ": give `num_classes`.")
-        )
-    return count
-
-
-def match_classes(split: Split, names: Sequence[str] | None, whose: str) -> Split:
-    """A split labeled by the place of its classes' names in another list, which may have more.
-
-    Args:
-        split: as it was read, labeled by its own classes.
-        names: the classes in label order; None where they have no names: nothing is done.
-        whose: where these are from, for messages.
-
-    Raises:
-        UserError: a class that is not among ``names``.
-    """
-    own = split.class_names
-    if own is None or names is None or list(names) == own:
-        return split
-    if unknown := [name for name in own if name not in names]:
-        odd = sorted(set(own) ^ set(names))
-        raise UserError(
-            f"data: {whose} and {split.origin} differ in their classes, such as "
-            f"{', '.join(odd[:3])}: {unknown[0]!r} is none of the {len(names)} of the former."
-        )
-    images = Relabeled(split.images, [list(names).index(name) for name in own])
-    notes = split.notes
-    if missing := [name for name in names if name not in own]:
-        notes += (
-            f"{len(own)} of {len(names)} classes have images; none: {', '.join(missing[:5])}"
-            + (", ..." if len(missing) > 5 else ""),
-        )
-    return replace(split, images=images, class_names=list(names), notes=notes)
 
 
 def split_to_score(config: TrainConfig, wanted: str | None = None) -> Split:

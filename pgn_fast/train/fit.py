@@ -16,11 +16,11 @@ from ..errors import UserError
 from ..methods import method_of
 from . import checkpoints
 from .config import TrainConfig
-from .data import Splits
 from .given import given_split
 from .loader import preprocessing
 from .loop import run
 from .parts import Parts, seed_everything
+from .split import Splits
 from .state import resume_config
 
 # what the arguments model, train, val and test say already

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from ..errors import UserError
 from ..images import check_size, upright_rgb
-from .data import Split
 from .loader import Batch, seeded
+from .split import Split
 
 _IMAGES = ("image", "pixel_values", "img", "images")
 _LABELS = ("label", "labels", "target", "fine_label")

@@ -53,7 +53,7 @@ def start_head(
             head.bias.copy_(probe[1])
         elif init == "official":
             # the other methods' official head is nn.Linear's own, which a new one has
-            initialize_head(head, "vpt" if isinstance(model, VPT) else "torch")
+            initialize_head(head, "official" if isinstance(model, VPT) else "torch")
         else:
             initialize_head(head, "zero")
         if config.head_init_scale is not None:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from ..adapters import backbone_pixels
 from ..errors import UserError
 from ..images import bounded, upright_rgb
-from .data import DigitImages, FolderImages, Split
+from .split import DigitImages, FolderImages, Split
 
 if TYPE_CHECKING:
     from .config import TrainConfig

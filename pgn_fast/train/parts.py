@@ -12,9 +12,10 @@ import torch
 from ..adapters import from_pretrained
 from ..errors import UserError
 from .config import TrainConfig
-from .data import Splits, load_splits
+from .data import load_splits
 from .loader import preprocessing
 from .methods import build_model, deployment_library, load_backbone_for
+from .split import Splits
 
 
 @dataclass

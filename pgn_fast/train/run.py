@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
 import signal
 import time
-from bisect import bisect_left
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..adapters import CONFIG_FILE, read_adapter, save_pretrained
 from ..errors import TrainingStopped, UserError, as_user_error
-from . import checkpoints
 from .config import TrainConfig
-from .data import Split
 from .distributed import Processes
 from .evaluation import Autocast, Score, evaluate
 from .failures import out_of_memory, what_is_kept
-from .given import GivenLoader
 from .head_init import start_head
-from .loader import (
-    EpochBatches,
-    eval_transform,
-    make_loader,
-    pixels_to_keep,
-    set_position,
-    train_transform,
-)
 from .parts import Parts, seed_everything
 from .recipe import Schedule, learning_rate, make_optimizer
 from .reports import (
@@ -44,11 +28,13 @@ from .reports import (
     write_json,
 )
 from .run_folder import RunFolder
-from .saving import restore_state, save_state
+from .saving import keep_adapter, load_best, restore_state, save_adapter, save_state
 from .signals import Asked, Interrupted, StopRequest
+from .source import Source
+from .split import Split
 from .state import Position, Record
 from .step import Stepper, too_few_for_batchnorm
-from .summary import summarize
+from .summary import announcement, summarize
 
 
 class Run:
@@ -74,15 +60,15 @@ class Run:
         self.model.to(self.device).train()
         if config.grad_checkpointing:
             self.model.backbone.set_grad_checkpointing(True)
-        self.loader = self._training_loader()
+        self.source = Source(config, self.splits, self.pixels, processes)
         self._try_out()
         if parts.fresh and state is None:
             self._start_head()
         self.stepper = Stepper(config, self.model, self.splits.num_classes, processes)
-        if self.stepper.needs_two and self._smallest_batch() * processes.world < 2:
+        if self.stepper.needs_two and self.source.smallest_batch * processes.world < 2:
             raise UserError(too_few_for_batchnorm(config))
         self.stepper.optimizer = self.optimizer = make_optimizer(self.model, config)
-        self.schedule = Schedule(config, self.optimizer, self.updates_per_epoch)
+        self.schedule = Schedule(config, self.optimizer, self.source.updates_per_epoch)
         self.position, self.record = Position(), Record()
         # losses that were not looked at yet, as (update, loss * images, correct, images)
         self._pending: list[tuple[int, Tensor, Tensor, int]] = []
@@ -90,23 +76,6 @@ class Run:
         torch.manual_seed(config.seed + processes.rank)
         if state is not None:
             restore_state(self, state)
-
-    def _training_loader(self) -> Any:
-        config = self.config
-        if isinstance(self.splits.train.images, GivenLoader):
-            return self.splits.train.images.batches(config.seed, self.processes.world)
-        return make_loader(
-            self.splits.train,
-            train_transform(config, self.pixels),
-            config.batch_size,
-            seed=config.seed,
-            workers=config.workers,
-            pin_memory=self.device.type == "cuda",
-            rank=self.processes.rank,
-            world=self.processes.world,
-            accumulate=config.grad_accum_steps,
-            at_least=pixels_to_keep(config, self.pixels),
-        )
 
     def _try_out(self) -> None:
         """One blank image forward, which leaves no trace: what cannot run is said before training.
@@ -128,42 +97,11 @@ class Run:
 
     def _start_head(self) -> None:
         # augmented as in the first epoch: on clean images the probe would be too sure of itself
-        loader = self.loader
-        set_position(loader, 0)
+        images = self.source.first_epoch()
         classes = self.splits.num_classes
         autocast = Autocast(self.device, self.config.amp, self.config.amp_dtype)
-        start_head(self.model, self.config, loader, classes, autocast, self.processes)
+        start_head(self.model, self.config, images, classes, autocast, self.processes)
         seed_everything(self.config.seed)
-
-    def _smallest_batch(self) -> int:
-        return self.config.batch_size if self._sampler is None else self._sampler.smallest
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return len(self.loader)
-
-    @property
-    def updates_per_epoch(self) -> int:
-        if self._sampler is not None:
-            return len(self._sampler.starts)
-        return max(1, -(-self.batches_per_epoch // self.config.grad_accum_steps))
-
-    @property
-    def _sampler(self) -> EpochBatches | None:
-        """Of the training images; None where they are streamed."""
-        sampler = self.loader.batch_sampler
-        return sampler if isinstance(sampler, EpochBatches) else None
-
-    def _batches_of_step(self) -> int:
-        if self._sampler is not None:
-            return max(1, self._sampler.batches_of_step(self.position.batch))
-        return self.config.grad_accum_steps
-
-    def _updates_done(self) -> int:
-        """Steps of this epoch before the one that comes next."""
-        if self._sampler is not None:
-            return bisect_left(self._sampler.starts, self.position.batch)
-        return self.position.batch // self.config.grad_accum_steps
 
     @property
     def epochs(self) -> int:
@@ -173,13 +111,14 @@ class Run:
     def fit(self) -> None:
         """Train from where the run stands to its last epoch."""
         config, begin = self.config, self.position
-        total = self.epochs * self.batches_per_epoch
-        done = begin.epoch * self.batches_per_epoch + begin.batch
+        total = self.epochs * self.source.batches_per_epoch
+        done = begin.epoch * self.source.batches_per_epoch + begin.batch
         board = TensorBoard(
             self.output, config.tensorboard and self.processes.first, begin.epoch + 1
         )
         with ProgressReport(total, done, self.show) as report:
-            self._announce(report)
+            for line in announcement(self):
+                report.say(line)
             while self.position.epoch < self.epochs:
                 self._train_epoch(report)
                 row = self._close_epoch(report)
@@ -187,36 +126,11 @@ class Run:
                 board.log(row)
         board.close()
 
-    def _announce(self, report: ProgressReport) -> None:
-        if self.folder.took_over:
-            report.say(self.folder.took_over)
-        for split in (self.splits.train, self.splits.validation, self.splits.test):
-            if split is not None:
-                report.say(f"{split.name}: {len(split)} images: {split.origin}")
-                for note in split.notes:
-                    report.say(f"{split.name}: {note}")
-        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        report.say(
-            f"{self.config.method} on {self.config.model}: {count:,} trained parameters, "
-            f"{self.splits.num_classes} classes, {self.device}"
-        )
-        if self._sampler is not None and self._sampler.batch_size < self.config.batch_size:
-            report.say(
-                f"{len(self.splits.train)} images are fewer than a batch of "
-                f"{self.config.batch_size}: batches have {self._sampler.batch_size}"
-            )
-        if self.position.updates:
-            report.say(
-                f"continues at epoch {self.position.epoch + 1}, batch {self.position.batch + 1}"
-            )
-
     def _train_epoch(self, report: ProgressReport) -> None:
         config, position = self.config, self.position
         self.model.train()
-        set_position(self.loader, position.epoch, position.batch)
         start = time.perf_counter()
-        batches = iter(self.loader)
-        while group := list(islice(batches, self._batches_of_step())):
+        for group in self.source.steps(position.epoch, position.batch):
             self._note_unreadable([name for batch in group for name in batch.unreadable], report)
             self._update([(b.images, b.labels) for b in group], report)
             position.batch += len(group)
@@ -226,7 +140,7 @@ class Run:
             looks = len(self._pending) >= config.log_interval
             if looks:
                 loss = self._check_losses()
-                report.step(position.epoch + 1, position.batch, self.batches_per_epoch, loss)
+                report.step(position.epoch + 1, position.batch, self.source.batches_per_epoch, loss)
             now = time.perf_counter()
             position.seconds += now - start
             start = now
@@ -254,7 +168,7 @@ class Run:
             group = [part for part in group if len(part[1])]
             if not group:
                 return
-        self.schedule.set(self.position.epoch, self._updates_done())
+        self.schedule.set(self.position.epoch, self.source.updates_before(self.position.batch))
         self.position.updates += 1
         self._pending.append(
             (
@@ -354,37 +268,14 @@ class Run:
         self._check_weights()
         if self.processes.first:
             with self.stepper.average.applied():
-                self._save_adapter("last")
+                save_adapter(self, "last")
                 if best:
-                    record.best_digest = self._save_adapter("best")
+                    record.best_digest = save_adapter(self, "best")
                 if value is not None:
-                    self._keep(value, row["epoch"])
+                    keep_adapter(self, value, row["epoch"])
             write_csv(self.output, record.history)
         self._save_checkpoint()
         return row
-
-    def _keep(self, value: float, epoch: int) -> None:
-        """Keep the adapters of the ``checkpoint_hist`` best epochs, the earlier of equals."""
-        count = self.config.checkpoint_hist
-        kept = sorted([*self.record.kept, [value, epoch]], key=lambda row: (-row[0], row[1]))
-        self.record.kept = kept[:count]
-        if [value, epoch] in self.record.kept:
-            self._save_adapter(f"epochs/{epoch:04d}")
-        for _, old in kept[count:]:
-            shutil.rmtree(self.output / "epochs" / f"{old:04d}", ignore_errors=True)
-
-    def _ordered(self, split: Split) -> Any:
-        """Every image of a split once, as in evaluation, spread over the processes."""
-        if isinstance(split.images, GivenLoader):
-            return split.images.batches(self.config.seed, self.processes.world)
-        return make_loader(
-            split,
-            eval_transform(self.pixels),
-            self.config.validation_batch_size or self.config.batch_size,
-            workers=self.config.workers,
-            rank=self.processes.rank,
-            world=self.processes.world,
-        )
 
     def _evaluate(self, split: Split) -> Score:
         """The score of the model, or of its average, on a split; a single process stops within."""
@@ -392,7 +283,7 @@ class Run:
             with self.stepper.average.applied():
                 return evaluate(
                     self.model,
-                    self._ordered(split),
+                    self.source.in_order(split),
                     self.splits.num_classes,
                     self.stepper.autocast,
                     self.processes,
@@ -412,12 +303,6 @@ class Run:
                 self.record.unreadable.append(name)
                 report.say(f"warning: unreadable image, left out: {name}")
 
-    def _save_adapter(self, name: str) -> str:
-        """Write ``last/`` or ``best/``; the digest of its tensors."""
-        folder = self.output / name
-        save_pretrained(self.model, folder)
-        return json.loads((folder / CONFIG_FILE).read_text())["weights_digest"]
-
     def _save_checkpoint(self) -> None:
         self._check_losses()
         self._check_weights()
@@ -428,15 +313,7 @@ class Run:
         record, splits = self.record, self.splits
         # best/ is there only once the first process has come here
         record.unreadable = self.processes.gather(record.unreadable)
-        digest = self.processes.collect(record.best_digest)[0]
-        adapter, tensors = read_adapter(self.output / "best")
-        if adapter["weights_digest"] != digest:
-            raise TrainingStopped(
-                f"{self.output / 'best'} is no longer the adapter that this run wrote; something "
-                f"else wrote into {self.output}. The run's own last state is in "
-                f"{self.output / checkpoints.FILE}."
-            )
-        self.model.load_adapter_state_dict(tensors)
+        load_best(self)
         test = None
         if splits.test is not None:
             test = self._evaluate(splits.test)

@@ -1,10 +1,13 @@
-"""The state of a run in its checkpoint, and back."""
+"""What a run writes and reads back: its state in the checkpoint, its adapters."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..adapters import CONFIG_FILE, read_adapter, save_pretrained
+from ..errors import TrainingStopped, UserError
 from . import checkpoints
 from .state import Position, Record
 
@@ -61,3 +64,38 @@ def restore_state(run: Run, state: dict[str, Any]) -> None:
     own = state["processes"][run.processes.rank]
     run.position, run.record = Position(**own["position"]), Record(**state["record"])
     checkpoints.set_random_state(own["random"], run.device)
+
+
+def save_adapter(run: Run, name: str) -> str:
+    """Write ``last/``, ``best/`` or another adapter of the run; the digest of its tensors."""
+    folder = run.output / name
+    save_pretrained(run.model, folder)
+    return json.loads((folder / CONFIG_FILE).read_text())["weights_digest"]
+
+
+def keep_adapter(run: Run, value: float, epoch: int) -> None:
+    """Keep the adapters of the ``checkpoint_hist`` best epochs, the earlier of equals."""
+    count = run.config.checkpoint_hist
+    kept = sorted([*run.record.kept, [value, epoch]], key=lambda row: (-row[0], row[1]))
+    run.record.kept = kept[:count]
+    if [value, epoch] in run.record.kept:
+        save_adapter(run, f"epochs/{epoch:04d}")
+    for _, old in kept[count:]:
+        shutil.rmtree(run.output / "epochs" / f"{old:04d}", ignore_errors=True)
+
+
+def load_best(run: Run) -> None:
+    """Give the model the weights of ``best/``.
+
+    Raises:
+        TrainingStopped: they are not those that the run wrote.
+    """
+    digest = run.processes.collect(run.record.best_digest)[0]
+    adapter, tensors = read_adapter(run.output / "best")
+    if adapter["weights_digest"] != digest:
+        raise TrainingStopped(
+            f"{run.output / 'best'} is no longer the adapter that this run wrote; something else "
+            f"wrote into {run.output}. The run's own last state is in "
+            f"{run.output / checkpoints.FILE}."
+        )
+    run.model.load_adapter_state_dict(tensors)

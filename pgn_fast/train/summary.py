@@ -1,7 +1,8 @@
-"""``summary.json``: what a run reached, on which images, by which settings."""
+"""What a run says of itself: before it begins, and in ``summary.json`` at its end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,29 @@ if TYPE_CHECKING:
 
 
 _METRICS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class accuracy", "loss": "loss"}
+
+
+def announcement(run: Run) -> Iterator[str]:
+    """Lines of what begins, or continues: images, model, batches."""
+    if run.folder.took_over:
+        yield run.folder.took_over
+    for split in (run.splits.train, run.splits.validation, run.splits.test):
+        if split is not None:
+            yield f"{split.name}: {len(split)} images: {split.origin}"
+            for note in split.notes:
+                yield f"{split.name}: {note}"
+    count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    yield (
+        f"{run.config.method} on {run.config.model}: {count:,} trained parameters, "
+        f"{run.splits.num_classes} classes, {run.device}"
+    )
+    if run.source.batch_size < run.config.batch_size:
+        yield (
+            f"{len(run.splits.train)} images are fewer than a batch of {run.config.batch_size}: "
+            f"batches have {run.source.batch_size}"
+        )
+    if run.position.updates:
+        yield f"continues at epoch {run.position.epoch + 1}, batch {run.position.batch + 1}"
 
 
 def summarize(run: Run, test: Score | None) -> dict[str, Any]:

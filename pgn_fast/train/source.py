@@ -1,0 +1,129 @@
+"""Where a run's batches come from: the training images step by step, any split once in order."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from .config import TrainConfig
+from .distributed import Processes
+from .given import GivenLoader
+from .loader import (
+    Batch,
+    EpochBatches,
+    eval_transform,
+    make_loader,
+    pixels_to_keep,
+    set_position,
+    train_transform,
+)
+from .split import Split, Splits
+
+
+class Source:
+    """The batches of a run, as far as they are this process's.
+
+    Args:
+        config: how images are read and augmented.
+        splits: the images.
+        pixels: the preprocessing, by timm's names.
+        processes: between whom images are divided.
+
+    Attributes:
+        loader: the training images; ``set_position`` says which epoch comes next.
+    """
+
+    def __init__(
+        self, config: TrainConfig, splits: Splits, pixels: dict[str, Any], processes: Processes
+    ) -> None:
+        self.config, self.splits, self.pixels, self.processes = config, splits, pixels, processes
+        self.loader = self._training_loader()
+        self._in_order: dict[str, Any] = {}
+
+    def _training_loader(self) -> Any:
+        config, processes = self.config, self.processes
+        if isinstance(self.splits.train.images, GivenLoader):
+            return self.splits.train.images.batches(config.seed, processes.world)
+        return make_loader(
+            self.splits.train,
+            train_transform(config, self.pixels),
+            config.batch_size,
+            seed=config.seed,
+            workers=config.workers,
+            pin_memory=processes.device.type == "cuda",
+            rank=processes.rank,
+            world=processes.world,
+            accumulate=config.grad_accum_steps,
+            at_least=pixels_to_keep(config, self.pixels),
+        )
+
+    @property
+    def _sampler(self) -> EpochBatches | None:
+        """Of the training images; None where others decide their order."""
+        sampler = self.loader.batch_sampler
+        return sampler if isinstance(sampler, EpochBatches) else None
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a full batch: fewer than asked for where there are fewer in all."""
+        return self.config.batch_size if self._sampler is None else self._sampler.batch_size
+
+    @property
+    def smallest_batch(self) -> int:
+        return self.config.batch_size if self._sampler is None else self._sampler.smallest
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.loader)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        if self._sampler is not None:
+            return len(self._sampler.starts)
+        return max(1, -(-self.batches_per_epoch // self.config.grad_accum_steps))
+
+    def updates_before(self, batch: int) -> int:
+        """Optimizer steps of an epoch before the one that begins with this batch."""
+        if self._sampler is not None:
+            return bisect_left(self._sampler.starts, batch)
+        return batch // self.config.grad_accum_steps
+
+    def steps(self, epoch: int, batch: int = 0) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step of ``epoch``, from batch number ``batch`` on."""
+        set_position(self.loader, epoch, batch)
+        batches = iter(self.loader)
+        while group := list(islice(batches, self._batches_of_step(batch))):
+            yield group
+            batch += len(group)
+
+    def _batches_of_step(self, batch: int) -> int:
+        if self._sampler is not None:
+            return max(1, self._sampler.batches_of_step(batch))
+        return self.config.grad_accum_steps
+
+    def first_epoch(self) -> Any:
+        """The training batches as the first epoch augments them, in any order."""
+        set_position(self.loader, 0)
+        return self.loader
+
+    def in_order(self, split: Split) -> Any:
+        """Every image of a split once, as in evaluation, spread over the processes."""
+        if split.name not in self._in_order:
+            self._in_order[split.name] = self._ordered_loader(split)
+        return self._in_order[split.name]
+
+    def _ordered_loader(self, split: Split) -> Any:
+        config, processes = self.config, self.processes
+        if isinstance(split.images, GivenLoader):
+            return split.images.batches(config.seed, processes.world)
+        return make_loader(
+            split,
+            eval_transform(self.pixels),
+            config.validation_batch_size or config.batch_size,
+            workers=config.workers,
+            pin_memory=processes.device.type == "cuda",
+            rank=processes.rank,
+            world=processes.world,
+        )
