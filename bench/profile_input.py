@@ -21,7 +21,8 @@ from PIL import Image
 
 from pgn_fast.images import read_image
 from pgn_fast.train.config import TrainConfig
-from pgn_fast.train.loader import collate, eval_transform, pixels_to_keep, seeded, train_transform
+from pgn_fast.train.loader import collate, eval_transform, pixels_to_keep, train_transform
+from pgn_fast.train.seeding import seeded
 
 
 def write_photos(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:

@@ -38,6 +38,7 @@ ABOUT_ADAPTER = (
     "dtype",
     "class_names",
     "preprocessing",
+    "task",
     "weights_digest",
     "config_digest",
 )

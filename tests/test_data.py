@@ -18,6 +18,7 @@ from pgn_fast.train import loader as loaders
 from pgn_fast.train.classes import count_classes
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.data import carve_validation, image_files, load_splits
+from pgn_fast.train.given import given_split
 from pgn_fast.train.loader import EpochBatches, OrderedBatches, Samples, make_loader
 from pgn_fast.train.split import FolderImages, Split
 
@@ -203,27 +204,6 @@ def test_timm_data_sets_have_random_access(tmp_path):
     assert batch.images.shape == (4, 3, 16, 16) and batch.labels.tolist() == [0, 1, 2, 3]
 
 
-def test_streamed_data_go_through(tmp_path):
-    webdataset = pytest.importorskip("webdataset")
-    write_images(tmp_path / "images", 4)
-    with webdataset.TarWriter(str(tmp_path / "data-train-0000.tar")) as tar:
-        for i, file in enumerate(sorted((tmp_path / "images").glob("*/*.png"))):
-            label = ["blue", "green", "red"].index(file.parent.name)
-            tar.write({"__key__": f"{i:04d}", "png": file.read_bytes(), "cls": str(label)})
-    about = {"name": "train", "num_samples": 12, "filenames": ["data-train-0000.tar"]}
-    about["shard_lengths"] = [12]
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": {"train": about}}))
-    splits = splits_of("wds/data", data_dir=str(tmp_path), num_classes=3, batch_size=4)
-    assert splits.train.streamed and len(splits.train) == 12 and splits.validation is None
-    transform = loaders.train_transform(TrainConfig.make(), PIXELS)
-    loader = make_loader(splits.train, transform, 4, seed=1)
-    loaders.set_position(loader, 0)
-    labels = [label for batch in loader for label in batch.labels.tolist()]
-    assert sorted(labels) == [0] * 4 + [1] * 4 + [2] * 4
-    with pytest.raises(UserError, match="`recovery_interval`"):
-        loaders.set_position(loader, 0, 1)
-
-
 def test_unreadable_images_are_named_and_left_out(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "green" / "1.png").write_bytes(b"no image")
@@ -287,7 +267,7 @@ def test_workers_change_nothing():
         loader = make_loader(split, transform, 32, seed=4, workers=workers)
         images = []
         for epoch in range(2):
-            loaders.set_position(loader, epoch)
+            loader.batch_sampler.set_position(epoch)
             images += [batch.images for batch in loader]
         passes.append(torch.cat(images))
     assert passes[0].shape == (2 * len(split), 3, 16, 16) and torch.equal(*passes)
@@ -315,3 +295,24 @@ def test_stratified_split_keeps_the_proportions():
     assert stratified_split(labels, list(range(100)), 20, 3) != stratified_split(
         labels, list(range(100)), 20, 4
     )
+
+
+def test_a_data_sets_own_augmentation_follows_from_seed_epoch_and_image():
+    class Noisy:
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return torch.rand(3, 4, 4), index
+
+    def epochs(workers):
+        loader = make_loader(given_split("train", Noisy()), None, 2, seed=5, workers=workers)
+        for epoch in (0, 1):
+            loader.batch_sampler.set_position(epoch)
+            batches = list(loader)
+            order = torch.cat([b.labels for b in batches]).argsort()
+            yield torch.cat([b.images for b in batches])[order]
+
+    (first, second), (again, other) = epochs(0), epochs(2)
+    assert torch.equal(first, again) and torch.equal(second, other)
+    assert not torch.equal(first, second)

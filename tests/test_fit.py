@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -143,14 +145,39 @@ def test_a_killed_fit_resumes_to_the_bit(tmp_path, monkeypatch, loader):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_the_head_stays_unless_asked(tmp_path):
-    probe = LinearProbe(tiny_vit(), 3)
-    before = probe.head.weight.clone()
-    options = {**OPTIONS, "lr": 1e-12, "epochs": 1, "no_aug": True}
-    pgn_fast.fit(probe, pictures(), output=tmp_path / "kept", **options)
-    torch.testing.assert_close(probe.head.weight, before)
-    pgn_fast.fit(probe, pictures(), output=tmp_path / "new", head_init="probe", **options)
-    assert not torch.allclose(probe.head.weight, before)
+def head_after(tmp_path, given, **options):
+    """The head's weight after a run of no steps to speak of."""
+    options = {**OPTIONS, "lr": 1e-12, "epochs": 1, "no_aug": True, **options}
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    pgn_fast.fit(given, pictures(), output=folder, **options)
+    return given.head.weight
+
+
+def test_a_new_head_starts_as_the_commands_does_and_others_stay(tmp_path):
+    new = model()
+    before = new.head.weight.clone()
+    started = head_after(tmp_path, new).clone()
+    assert not torch.allclose(started, before)
+    torch.testing.assert_close(head_after(tmp_path, model(), head_init="probe"), started)
+    assert head_after(tmp_path, LinearProbe(tiny_vit(), 3)).abs().max() < 1e-9  # zero
+    # trained once, it stays; so does one that was chosen, given, loaded or copied
+    torch.testing.assert_close(head_after(tmp_path, new), started)
+    own = torch.nn.Linear(32, 3)
+    torch.manual_seed(1)
+    kept = {
+        "chosen": pgn_fast.VPT(tiny_vit(), 3, num_prompts=2, head_init="official"),
+        "given": pgn_fast.VPT(tiny_vit(), 3, num_prompts=2, head=own),
+        "loaded": pgn_fast.from_pretrained(tmp_path / "0" / "best", tiny_vit(), trainable=True),
+        "copied": copy.deepcopy(model()),
+        "stepped": model(),
+    }
+    with torch.no_grad():
+        kept["stepped"].head.weight.add_(1)
+    for name, given in kept.items():
+        before = given.head.weight.clone()
+        torch.testing.assert_close(head_after(tmp_path, given), before, msg=name)
+    again = head_after(tmp_path, kept["copied"], head_init="probe")
+    assert not torch.allclose(again, before)
 
 
 @pytest.mark.parametrize(

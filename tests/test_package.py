@@ -20,8 +20,10 @@ PACKAGE = ROOT / "pgn_fast"
 
 # A module may import what is listed after it in this list, and its own files.
 LAYERS = [
+    {"__main__"},
     {"cli"},
-    {"train", "serve", "demo", "client", "export"},
+    {"demo"},
+    {"train", "serve", "client", "export"},
     {"tasks"},
     {"inversion", "adapters"},
     {"methods"},

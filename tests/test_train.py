@@ -425,18 +425,3 @@ def test_resume_refuses_other_data(tmp_path):
     write_images(tmp_path / "data", 5)
     with pytest.raises(UserError, match=r"began with 9 training images.*now has 12"):
         loop.train(config, tmp_path / "run", device=CPU, resume=True, show=False)
-
-
-def test_tensorboard_logs_every_epoch(world, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = configure(world, tensorboard=True)
-    loop.train(config, tmp_path, device=CPU, show=False)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    with open(tmp_path / "history.csv") as file:
-        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
-    logged = events.Scalars("train/loss")
-    assert [e.step for e in logged] == [1, 2]
-    assert [e.value for e in logged] == pytest.approx(losses, rel=1e-6)

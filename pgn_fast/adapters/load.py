@@ -49,7 +49,8 @@ def from_pretrained(
 
     Returns:
         The ``PGN``, ``VPT``, ``LinearProbe`` or ``FineTuned`` that was saved, with
-        ``class_names`` and ``preprocessing`` as attributes.
+        ``class_names``, ``preprocessing`` and ``task`` ("multiclass"; "multilabel": probabilities
+        are sigmoids of the logits) as attributes.
 
     Raises:
         UserError: (a ValueError) no adapter there; damaged, truncated, or a pickle; entries that
@@ -221,6 +222,7 @@ def _build(
         warnings.warn(f"{text}. Results will differ.", stacklevel=3)
     model.class_names = config.get("class_names")
     model.preprocessing = config.get("preprocessing")
+    model.task = config.get("task", "multiclass")
     return model
 
 

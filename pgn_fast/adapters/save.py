@@ -84,6 +84,9 @@ def save_pretrained(
         "class_names": in_label_order(class_names, values["num_classes"]),
         "preprocessing": plain_preprocessing(pixels or backbone_pixels(own.backbone)),
     }
+    # what the logits mean, where they are not of one class an image
+    if (task := getattr(own, "task", "multiclass")) != "multiclass":
+        config["task"] = task
     config = sealed(config, tensors)
     check_config(config, "save_pretrained")
     text = json.dumps(config, indent=2, allow_nan=False)

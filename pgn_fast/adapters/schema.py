@@ -82,6 +82,7 @@ ABOUT: dict[str, Value] = {
     "dtype": text(100),
     "class_names": optional(several(text(10_000), 0, 1_000_000)),
     "preprocessing": optional(Value("a dictionary", lambda v: isinstance(v, dict))),
+    "task": choice("multiclass", "multilabel"),
     "weights_digest": _DIGEST,
     "config_digest": _DIGEST,
 }

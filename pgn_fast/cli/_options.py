@@ -68,6 +68,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         help="let torchvision download a torch/ data set",
     )
     group.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="CSV of the labels of DATA's images: columns image and label or labels (cat;dog), or "
+        "one column of 0 and 1 a class; a column split where there are some",
+    )
+    group.add_argument(
         "--num-classes", type=int, metavar="C", help="where the data do not tell (default: they do)"
     )
     return group
@@ -79,7 +85,7 @@ def data_fields(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UserError: DATA, --dataset and --data-dir contradict each other.
     """
-    given = {n: getattr(args, n) for n in ("dataset_download", "num_classes")}
+    given = {n: getattr(args, n) for n in ("dataset_download", "labels", "num_classes")}
     places = [p for p in (args.data, args.data_dir) if p is not None]
     if len(places) == 2 and (args.dataset or "/" not in args.data):
         raise UserError(f"DATA {args.data} and --data-dir {args.data_dir}: give one of them.")
@@ -189,6 +195,13 @@ def load_adapter(args: argparse.Namespace) -> Any:
         if path is not None:
             kwargs = {**kwargs, **weights_file(name, path)}
         return from_pretrained(folder, load_backbone(name, **kwargs))
+
+
+def task_of(args: argparse.Namespace) -> str:
+    """What an adapter was trained for: "multiclass", or "multilabel"."""
+    from ..adapters import read_adapter
+
+    return read_adapter(Path(adapter_folder(args.adapter)))[0].get("task") or "multiclass"
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

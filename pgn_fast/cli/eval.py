@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from ._options import (
     data_fields,
     load_adapter,
     pick_device,
+    task_of,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ EPILOG = """\
 examples:
   pgn-fast eval runs/pgn/best                              the 797 test digits
   pgn-fast eval runs/photos photos --split val             of a run, best/ is taken
-  pgn-fast eval runs/photos/best more_photos --results-file score.json
+  pgn-fast eval runs/photos/best more_photos --results-file score.json --report report
   torchrun --nproc-per-node 8 -m pgn_fast.cli eval runs/photos photos    each image once
 """
 
@@ -39,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", metavar="NAME", help="default: test, else val, or all of a folder without splits"
     )
     parser.add_argument("--results-file", metavar="FILE", help="write the score there as JSON")
+    parser.add_argument(
+        "--report",
+        metavar="DIR",
+        help="write per_class.csv, confusion_matrix.csv and confusion_matrix.png there",
+    )
     add_run_arguments(parser)
     add_device_argument(parser)
 
@@ -53,9 +60,13 @@ def run(args: argparse.Namespace) -> int:
     from ..train.evaluation import Autocast, evaluate
     from ..train.loader import eval_transform, make_loader
     from ..train.reports import write_json
+    from ..train.score_files import write_details
+    from ..train.scores import check_torchmetrics
 
     # the data first: they are sooner wrong, and sooner found to be
-    split = split_to_score(config, args.split)
+    task = task_of(args)
+    check_torchmetrics(task)
+    split = split_to_score(dataclasses.replace(config, task=task), args.split)
     given = config.num_classes
     with Processes(device) as processes:
         device = processes.device
@@ -73,19 +84,24 @@ def run(args: argparse.Namespace) -> int:
             world=processes.world,
         )
         autocast = Autocast(device, args.amp, args.amp_dtype)
-        score = evaluate(model, loader, model.num_classes, autocast, processes)
+        score = evaluate(
+            model, loader, model.num_classes, autocast, processes, task=task, details=True
+        )
         if not processes.first:
             return 0
     for note in split.notes:
         print(note, file=sys.stderr)
     for name in score.unreadable:
         print(f"unreadable, left out: {name}")
-    top5 = "" if score.top5 is None else f"  top-5 {score.top5:.2f} %"
     print(
-        f"{split.name}: top-1 {score.top1:.2f} %{top5}  mean class {score.mean_class:.2f} %  "
-        f"loss {score.loss:.4f}  {score.images} of "
+        f"{split.name}: {score.line()}  {score.images} of "
         f"{score.images + len(score.unreadable)} images: {split.origin}"
     )
+    print(f"95 % intervals of a bootstrap over the images: {score.details()}")
+    if args.report:
+        names = model.class_names or split.class_names
+        for line in write_details(Path(args.report), score, names):
+            print(line, file=sys.stderr)
     if args.results_file:
         content = {"adapter": str(args.adapter), "split": split.origin, **score.as_dict()}
         if split.class_names:

@@ -225,7 +225,9 @@ class _Predictor:
                 continue
             with torch.no_grad(), autocast():
                 logits = self.model(pixels.to(self.device)).float()
-            best = logits.softmax(dim=1).topk(self.columns.topk, dim=1)
+            several = getattr(self.model, "task", None) == "multilabel"
+            probabilities = logits.sigmoid() if several else logits.softmax(dim=1)
+            best = probabilities.topk(self.columns.topk, dim=1)
             rows = []
             for index, values, classes, scores in zip(
                 indices.tolist(),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..methods import METHODS
-from ..train.checks import EVAL_METRICS, HEAD_INITS, SCHEDULES
+from ..train.checks import HEAD_INITS, SCHEDULES, TASKS
 from ..train.config import TrainConfig
 from ..train.recipes import RECIPES
 from ._canvas import add_canvas_arguments
@@ -22,6 +21,14 @@ from ._options import (
     pick_device,
 )
 from ._timm import add_timm_arguments, read_settings
+from ._train_flags import (
+    DEFAULTS,
+    add_field,
+    add_timm_rates,
+    add_timm_training,
+    add_trackers,
+    with_default,
+)
 
 HELP = "adapt a frozen vision transformer to your images"
 EPILOG = """\
@@ -44,10 +51,13 @@ images by --seed; the test split is touched once, at the end.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = add_data_arguments(parser)
+    add_field(
+        data, "task", str, "multilabel: any number of classes an image (--labels)", choices=TASKS
+    )
     data.add_argument("--train-split", metavar="NAME", help="default: train, or the whole folder")
     data.add_argument("--val-split", metavar="NAME", help="default: val/, or carved from train")
     data.add_argument("--test-split", metavar="NAME", help="default: test/ where there is one")
-    _add(data, "val_fraction", float, "share of train that is carved, where there is no val")
+    add_field(data, "val_fraction", float, "share of train that is carved, where there is no val")
     data.add_argument(
         "-j",
         "--workers",
@@ -57,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     model = parser.add_argument_group("model")
-    _add(model, "model", str, "a timm vision transformer, with its tag; pgn_demo_vit is inside")
+    add_field(
+        model, "model", str, "a timm vision transformer, with its tag; pgn_demo_vit is inside"
+    )
     model.add_argument(
         "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
     )
@@ -67,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the backbone's weights, in the place of the hub's (resampled to --model-kwargs "
         "img_size=N where that differs)",
     )
-    _add(model, "method", str, f"what is trained: {', '.join(METHODS)}, or one that you registered")
+    add_field(
+        model, "method", str, f"what is trained: {', '.join(METHODS)}, or one that you registered"
+    )
     model.add_argument(
         "--method-kwargs",
         nargs="*",
@@ -84,9 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--init-from", metavar="ADAPTER", help="start from this adapter's weights, in a new run"
     )
-    _add(model, "num_prompts", int, "P; vpt-*: 50")
-    _add(model, "library_size", int, "K, tokens in PGN's library")
-    _add(model, "generator", str, "PGN's network: resnet10, or a timm name such as resnet18")
+    add_field(model, "num_prompts", int, "P; vpt-*: 50")
+    add_field(model, "library_size", int, "K, tokens in PGN's library")
+    add_field(model, "generator", str, "PGN's network: resnet10, or a timm name such as resnet18")
     model.add_argument(
         "--generator-kwargs",
         nargs="*",
@@ -95,8 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of that network, such as max_pool=False for small images (resnet10 on digits: so)",
     )
     model.add_argument("--resolution", type=int, metavar="R", help="of PGN's network, in pixels")
-    _add(model, "activation", str, "PGN's mixture", choices=("softmax", "sigmoid"))
-    _add(model, "prompt_dropout", float, "VPT")
+    add_field(model, "activation", str, "PGN's mixture", choices=("softmax", "sigmoid"))
+    add_field(model, "prompt_dropout", float, "VPT")
     model.add_argument("--project-dim", type=int, metavar="D", help="VPT: stored prompt width")
     model.add_argument(
         "--deploy",
@@ -113,12 +127,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     recipe = parser.add_argument_group("optimization (defaults differ by --method)")
     recipe.add_argument("--recipe", choices=tuple(RECIPES), help="a published recipe's values")
-    _add(recipe, "opt", str, "optimizer, by timm's name")
-    _add(recipe, "lr", float, "highest learning rate; vpt-*, linear: 0.01, full: 1e-4")
-    _add(recipe, "weight_decay", float, "full: 0.05")
-    _add(recipe, "momentum", float, "of SGD")
-    _add(recipe, "sched", str, "learning rate schedule", choices=SCHEDULES)
-    _add(recipe, "epochs", int, "passes over the training images")
+    add_field(recipe, "opt", str, "optimizer, by timm's name")
+    add_field(recipe, "lr", float, "highest learning rate; vpt-*, linear: 0.01, full: 1e-4")
+    add_field(recipe, "weight_decay", float, "full: 0.05")
+    add_field(recipe, "momentum", float, "of SGD")
+    add_field(recipe, "sched", str, "learning rate schedule", choices=SCHEDULES)
+    add_field(recipe, "epochs", int, "passes over the training images")
     recipe.add_argument(
         "--warmup-epochs",
         type=float,
@@ -130,12 +144,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warmup-lr", type=float, metavar="X", help="at the beginning (default: the first step up)"
     )
     recipe.add_argument(
-        "-b", "--batch-size", type=int, metavar="N", help=_with("batch_size", "images a process")
+        "-b",
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=with_default("batch_size", "images a process"),
     )
-    _add(recipe, "grad_accum_steps", int, "batches an optimizer step")
+    add_field(recipe, "grad_accum_steps", int, "batches an optimizer step")
     recipe.add_argument("--clip-grad", type=float, metavar="NORM", help="largest gradient norm")
-    _add(recipe, "clip_mode", str, "of --clip-grad", choices=("norm", "value", "agc"))
-    _add(recipe, "smoothing", float, "of the labels")
+    add_field(recipe, "clip_mode", str, "of --clip-grad", choices=("norm", "value", "agc"))
+    add_field(recipe, "smoothing", float, "of the labels")
     recipe.add_argument(
         "-vb",
         "--validation-batch-size",
@@ -144,26 +162,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images of a batch in validation (default: -b)",
     )
 
-    _add_timm_rates(parser)
-    _add_timm_training(parser)
+    add_timm_rates(parser)
+    add_timm_training(parser)
     add_timm_arguments(parser)
 
     pixels = parser.add_argument_group("augmentation (digits: none)")
     pixels.add_argument("--no-aug", action="store_true", default=None, help="resize only")
     for name in ("scale", "ratio"):
         pixels.add_argument(
-            f"--{name}", type=float, nargs=2, metavar="X", help=_with(name, "of random crops")
+            f"--{name}",
+            type=float,
+            nargs=2,
+            metavar="X",
+            help=with_default(name, "of random crops"),
         )
-    _add(pixels, "hflip", float, "probability")
-    _add(pixels, "vflip", float, "probability")
-    _add(pixels, "color_jitter", float, "strength")
+    add_field(pixels, "hflip", float, "probability")
+    add_field(pixels, "vflip", float, "probability")
+    add_field(pixels, "color_jitter", float, "strength")
     pixels.add_argument("--color-jitter-prob", type=float, metavar="X", help="probability")
-    _add(pixels, "grayscale_prob", float, "probability")
+    add_field(pixels, "grayscale_prob", float, "probability")
     pixels.add_argument("--aa", metavar="NAME", help="timm's auto-augment, e.g. rand-m9-mstd0.5")
-    _add(pixels, "gaussian_blur_prob", float, "probability")
-    _add(pixels, "reprob", float, "of random erasing")
-    _add(pixels, "remode", str, "of random erasing", choices=("const", "rand", "pixel"))
-    _add(pixels, "recount", int, "of random erasing")
+    add_field(pixels, "gaussian_blur_prob", float, "probability")
+    add_field(pixels, "reprob", float, "of random erasing")
+    add_field(pixels, "remode", str, "of random erasing", choices=("const", "rand", "pixel"))
+    add_field(pixels, "recount", int, "of random erasing")
     pixels.add_argument(
         "--train-crop-mode", choices=("rrc", "rkrc", "rkrr"), help="timm's ways to crop"
     )
@@ -190,15 +212,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="continue the run in DIR (or --output); with more --epochs, beyond its end",
     )
-    _add(run, "seed", int, "of everything that is random")
+    add_field(run, "seed", int, "of everything that is random")
     add_device_argument(run)
     run.add_argument("--amp", action="store_true", default=None, help="mixed precision")
-    _add(run, "amp_dtype", str, "of --amp", choices=("bfloat16", "float16"))
+    add_field(run, "amp_dtype", str, "of --amp", choices=("bfloat16", "float16"))
     run.add_argument(
         "--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile"
     )
-    _add(run, "recovery_interval", int, "batches between checkpoints inside an epoch; 0: none")
-    _add(run, "log_interval", int, "batches between looks at the loss")
+    add_field(run, "recovery_interval", int, "batches between checkpoints inside an epoch; 0: none")
+    add_field(run, "log_interval", int, "batches between looks at the loss")
     run.add_argument(
         "--no-sync-bn",
         dest="sync_bn",
@@ -206,134 +228,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="each process's BatchNorm sees its own images (default: those of all)",
     )
-    run.add_argument("--tensorboard", action="store_true", default=None, help="log for TensorBoard")
-
-
-def _add_timm_rates(parser: argparse.ArgumentParser) -> None:
-    """Finer settings of timm's optimizers and schedules."""
-    finer = parser.add_argument_group("optimizers and schedules in detail, as timm has them")
-    finer.add_argument("--opt-eps", type=float, metavar="X", help="(default: the optimizer's own)")
-    finer.add_argument(
-        "--opt-betas", type=float, nargs="+", metavar="X", help="(default: the optimizer's own)"
+    run.add_argument(
+        "--stats", action="store_true", default=None, help="where the time of a step goes"
     )
-    finer.add_argument(
-        "--opt-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for the optimizer"
-    )
-    finer.add_argument("--lr-base", type=float, metavar="X", help="rate for --lr-base-size images")
-    _add(finer, "lr_base_size", int, "images a step, over all processes, that --lr-base is for")
-    finer.add_argument(
-        "--lr-base-scale",
-        choices=("linear", "sqrt"),
-        help="from --lr-base to the step's images (default: sqrt for adaptive optimizers)",
-    )
-    finer.add_argument("--layer-decay", type=float, metavar="X", help="of the rate, a layer")
-    _add(finer, "layer_decay_min_scale", float, "smallest factor of --layer-decay")
-    finer.add_argument(
-        "--layer-decay-no-opt-scale", type=float, metavar="X", help="freeze layers below it"
-    )
-    finer.add_argument(
-        "--sched-on-updates",
-        action=argparse.BooleanOptionalAction,
-        help="a rate for every step (default), or for every epoch",
-    )
-    finer.add_argument(
-        "--warmup-prefix", action="store_true", default=None, help="warm-up is extra"
-    )
-    _add(finer, "cooldown_epochs", int, "at --min-lr, after the schedule")
-    finer.add_argument("--decay-epochs", type=float, metavar="X", help="step, wsd, rsqrt")
-    finer.add_argument(
-        "--decay-milestones", type=int, nargs="+", metavar="N", help="multistep: epochs"
-    )
-    finer.add_argument(
-        "--decay-rate",
-        "--dr",
-        type=float,
-        metavar="X",
-        help=_with("decay_rate", "step; poly: power"),
-    )
-    _add(finer, "patience_epochs", int, "plateau")
-    finer.add_argument("--lr-noise", type=float, nargs="+", metavar="X", help="on, off: shares")
-    _add(finer, "lr_noise_pct", float, "largest noise")
-    _add(finer, "lr_noise_std", float, "of the noise")
-    _add(finer, "lr_cycle_mul", float, "length of a cycle to the one before")
-    _add(finer, "lr_cycle_decay", float, "height of a cycle to the one before")
-    _add(finer, "lr_cycle_limit", int, "cycles")
-    _add(finer, "lr_k_decay", float, "cosine, poly")
-
-
-def _add_timm_training(parser: argparse.ArgumentParser) -> None:
-    """Mixing, losses, averages and more, as timm has them."""
-    more = parser.add_argument_group("mixing, losses and averages, as timm has them")
-    _add(more, "mixup", float, "alpha; 0: none")
-    _add(more, "cutmix", float, "alpha; 0: none")
-    more.add_argument(
-        "--cutmix-minmax", type=float, nargs=2, metavar="X", help="sides, in the place of --cutmix"
-    )
-    _add(more, "mixup_prob", float, "of mixing a batch")
-    _add(more, "mixup_switch_prob", float, "of cutmix where both are on")
-    _add(more, "mixup_mode", str, "what is mixed alike", choices=("batch", "pair", "elem"))
-    _add(more, "mixup_off_epoch", int, "no mixing from this epoch on; 0: to the end")
-    for name, text in (
-        ("bce-loss", "binary cross entropy of each class"),
-        ("bce-sum", "its sum over classes, not its mean"),
-        ("model-ema", "score and save the moving average of what is trained"),
-        ("model-ema-warmup", "a shorter average at the beginning"),
-        ("grad-checkpointing", "recompute activations: less memory, more time"),
-        ("synchronize-step", "wait for the GPU after every step"),
-    ):
-        more.add_argument(f"--{name}", action="store_true", default=None, help=text)
-    for name, text in (
-        ("bce-target-thresh", "targets above it become 1, others 0"),
-        ("bce-pos-weight", "of positive targets"),
-        ("bn-momentum", "of the generator's BatchNorm"),
-        ("bn-eps", "of the generator's BatchNorm"),
-        ("head-init-scale", "multiplies the head's start"),
-        ("head-init-bias", "the head's biases"),
-    ):
-        more.add_argument(f"--{name}", type=float, metavar="X", help=text)
-    _add(more, "model_ema_decay", float, "of the moving average")
-    more.add_argument("--torchcompile-mode", metavar="NAME", help="of torch.compile")
-    _add(more, "val_interval", int, "epochs from one validation to the next")
-    _add(more, "eval_metric", str, "what chooses the best epoch", choices=EVAL_METRICS)
-    _add(more, "checkpoint_hist", int, "adapters of best epochs to keep in epochs/")
-    more.add_argument("--input-key", metavar="NAME", help="hfds/: column of the images")
-    more.add_argument("--target-key", metavar="NAME", help="hfds/: column of the labels")
-
-
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
-
-
-def _with(name: str, help_text: str) -> str:
-    default = _DEFAULTS[name]
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f"{help_text} (default: {shown})"
-
-
-def _add(
-    group: argparse._ArgumentGroup,
-    name: str,
-    kind: type,
-    help_text: str,
-    choices: tuple[str, ...] | None = None,
-) -> None:
-    """A flag of a field of TrainConfig; not given, it is None, and the method's default counts."""
-    group.add_argument(
-        f"--{name.replace('_', '-')}",
-        type=kind,
-        choices=choices,
-        metavar=None if choices else {int: "N", float: "X", str: "NAME"}[kind],
-        help=_with(name, help_text),
-    )
+    add_trackers(run)
 
 
 def run(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {
         name: getattr(args, name)
-        for name in _DEFAULTS
+        for name in DEFAULTS
         if name not in ("data", "data_dir") and getattr(args, name, None) is not None
     } | data_fields(args)
     if args.config:
-        given = read_settings(args.config, tuple(_DEFAULTS)) | given
+        given = read_settings(args.config, tuple(DEFAULTS)) | given
     if args.experiment:
         args.output = str(Path(args.output or "runs") / args.experiment)
     output, config = _output_and_config(args, given)
@@ -378,10 +286,12 @@ def _print_results(summary: dict[str, Any], output: Path) -> None:
     print(f"best epoch {summary['best_epoch']}, chosen by {summary['chosen_by']}")
     for name in ("train", "validation", "test"):
         if summary[name]:
-            top1, images, origin = (summary[name][key] for key in ("top1", "images", "split"))
-            each = summary[name].get("mean_class")
-            mean = "" if each is None else f"  mean class {each:6.2f} %"
-            print(f"{name:>10}: top-1 {top1:6.2f} %{mean}  {images} images: {origin}")
+            words = {"top1": "top-1", "mean_class": "mean class", "map": "mean average precision"}
+            words |= {"auc": "ROC-AUC"}
+            found = summary[name]
+            shown = [f"{w} {found[k]:6.2f} %" for k, w in words.items() if k in found]
+            shown = shown or [f"loss {found['loss']:.4f}"]
+            print(f"{name:>10}: {'  '.join(shown)}  {found['images']} images: {found['split']}")
     if summary["unreadable"]["count"]:
         print(f"unreadable: {summary['unreadable']['count']} images, named in summary.json")
     print(f"written to {output}")

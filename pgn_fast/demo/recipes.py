@@ -11,18 +11,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one method is trained. Schedule, head and batches are the same for all of them.
+    """How one method is trained; everything else is ``pgn-fast train``'s default.
 
     Attributes:
         label: the method's name in table and plots.
-        lr: peak learning rate of AdamW, behind a tenth of the steps of warm-up, cosine to zero.
-        weight_decay: AdamW's, on everything that is trained.
+        lr: peak learning rate of AdamW, after a tenth of the epochs of warm-up, cosine to zero.
+        weight_decay: AdamW's, on everything that is trained but biases.
         epochs: passes over the training images.
         options: for the model's constructor.
         batch_size: images a step.
-        cached_views: above 0, the frozen features of so many augmented copies of the training
-            images are computed once, and epochs take turns with them (the linear probe: what is
-            frozen need not be computed again).
+        head_init: see ``pgn-fast train --head-init``.
     """
 
     label: str
@@ -31,12 +29,12 @@ class Recipe:
     epochs: int
     options: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
-    cached_views: int = 0
+    head_init: str = "probe"
 
 
 # chosen on validation images, see docs/demo.md
 RECIPES = {
-    "linear": Recipe("Linear probe", lr=1e-2, weight_decay=1e-2, epochs=200, cached_views=10),
+    "linear": Recipe("Linear probe", lr=1e-2, weight_decay=1e-4, epochs=20),
     "vpt-shallow": Recipe(
         "VPT-Shallow", lr=1.5e-2, weight_decay=1e-4, epochs=20, options={"num_prompts": 8}
     ),
@@ -66,8 +64,7 @@ class Result:
         method, seed: a key of ``RECIPES``; what initial values, order and augmentation came from.
         correct, images: rightly named images, of how many (the split is the report's).
         trained_parameters: numbers that the optimizer changed.
-        seconds: wall-clock from before the first training step (or cached feature) to behind the
-            last.
+        seconds: wall-clock of ``fit``: the probe that starts the head, every step, the score.
         peak_bytes: growth of the process's resident memory from the loaded libraries to its peak,
             data and frozen backbone included; None where the system does not tell.
         threads: that torch computed with.

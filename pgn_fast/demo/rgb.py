@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import plots
 from .._files import write_files
@@ -81,10 +81,9 @@ def run(output: Path | None, seed: int = 0, *, recipe: Recipe | None = None) -> 
         NUM_CLASSES,
         **options,
         token_library=GamutLibrary(options["library_size"], patch_map),
-        head=nn.Linear(frozen.num_features, NUM_CLASSES),
     )
     data = load()
-    train(model.train(), model.trainable_parameters(), data, recipe, seed)
+    train(model, data, recipe, seed)
     model.eval()
 
     prompter = invert(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 HEADS = ("linear", "keep", "zero_shot")
 HEAD_INITS = ("torch", "zero", "official")
+# new layers as nn.Linear made them -> how often their weight and bias had been written by then
+_new: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
 
 
 class KeptHead(nn.Module):
@@ -133,7 +136,19 @@ def linear_head(backbone: Any, num_classes: int, init: str = "torch") -> nn.Modu
     dtype = trained_dtype(like.dtype)
     layer = nn.Linear(backbone.num_features, num_classes, device=like.device, dtype=dtype)
     initialize_head(layer, init)
+    if init == "torch":
+        _new[layer] = _writes(layer)
     return layer
+
+
+def is_new(head: nn.Module) -> bool:
+    """Whether a head is a linear layer as ``linear_head`` made it by default: nobody chose another
+    start, trained it or loaded it since. A copy of one is not."""
+    return head in _new and _new[head] == _writes(head)
+
+
+def _writes(layer: nn.Module) -> tuple[int, int]:
+    return layer.weight._version, layer.bias._version
 
 
 def initialize_head(layer: nn.Linear, init: str) -> None:

@@ -176,6 +176,11 @@ class ServedTasks:
             )
         # fine-tuning changed the backbone, so that its model brings another one
         shared = None if config.get("method") == "full" else self.backbone
+        if config.get("task") == "multilabel":
+            raise UserError(
+                f"{folder} gives several labels an image, and answers here are one class of all: "
+                "pgn-fast predict takes it."
+            )
         model = from_pretrained(folder, shared)
         try:
             pixels = dict(model.preprocessing or backbone_pixels(self.backbone))

@@ -19,7 +19,7 @@ from .._stored import MEGABYTE, read_archive, seal_archive
 from ..errors import UserError
 
 FILE = "checkpoint.pt"
-_FORMAT = 2
+_FORMAT = 3
 # beside tensors: an epoch's scores, and the names of images that could not be read
 _LARGEST_PICKLE = 32 * MEGABYTE
 

@@ -25,7 +25,9 @@ SCHEDULES = (
     "rsqrt",
     "none",
 )
-EVAL_METRICS = ("top1", "top5", "mean_class", "loss")
+TASKS = ("multiclass", "multilabel")
+EVAL_METRICS = ("top1", "top5", "mean_class", "map", "auc", "loss")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 HEAD_INITS = ("probe", "zero", "official")
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -41,6 +43,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
     "train_interpolation": (None, "random", *INTERPOLATIONS),
     "eval_metric": EVAL_METRICS,
+    "task": TASKS,
     "clip_mode": ("norm", "value", "agc"),
     "lr_base_scale": ("", "linear", "sqrt"),
 }
@@ -118,6 +121,9 @@ def check(config: TrainConfig) -> None:
     _check_numbers(config)
     _check_pixels(config)
     _check_deployment(config)
+    _check_task(config)
+    for name in config.tracker:
+        check_choice("tracker", name, TRACKERS)
     if config.seed >= 2**63:
         raise UserError(f"`seed` is {config.seed}; give less than 2**63.")
     if not 0 <= config.val_fraction < 1:
@@ -135,6 +141,24 @@ def check(config: TrainConfig) -> None:
             "`pretrained_path` and checkpoint_path in `model_kwargs` both name the backbone's "
             "weights: give one of them."
         )
+
+
+def _check_task(config: TrainConfig) -> None:
+    several = config.task == "multilabel"
+    of_task = ("map", "auc", "loss") if several else ("top1", "top5", "mean_class", "loss")
+    if config.eval_metric not in of_task:
+        raise UserError(
+            f"`eval_metric` {config.eval_metric} is no score of `task` {config.task}: give "
+            f"{', '.join(of_task)}."
+        )
+    if not several:
+        return
+    for name in ("mixup", "cutmix", "cutmix_minmax"):
+        if getattr(config, name):
+            raise UserError(
+                f"`{name}` mixes images of one class each, as timm does: leave it out with `task` "
+                "multilabel."
+            )
 
 
 def _check_numbers(config: TrainConfig) -> None:

@@ -62,7 +62,7 @@ def match_classes(split: Split, names: Sequence[str] | None, whose: str) -> Spli
             f"data: {whose} and {split.origin} differ in their classes, such as "
             f"{', '.join(odd[:3])}: {unknown[0]!r} is none of the {len(names)} of the former."
         )
-    images = Relabeled(split.images, [list(names).index(name) for name in own])
+    images = Relabeled(split.images, [list(names).index(name) for name in own], len(names))
     notes = split.notes
     if missing := [name for name in names if name not in own]:
         notes += (

@@ -14,7 +14,13 @@ from typing import Any
 from ..errors import UserError
 from ..methods import METHODS, Method, find_method
 from .checks import check, check_choice
-from .recipes import DATA_DEFAULTS, RECIPES, deploy_defaults, generator_defaults
+from .recipes import (
+    DATA_DEFAULTS,
+    RECIPES,
+    TASK_DEFAULTS,
+    deploy_defaults,
+    generator_defaults,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class TrainConfig:
     input_key: str | None = None  # column of a Hugging Face data set
     target_key: str | None = None
     num_classes: int | None = None  # None: as many as the data has
+    labels: str | None = None  # a CSV file of names and labels, of the images in data
+    task: str = "multiclass"  # or "multilabel": any number of classes an image
 
     # model
     model: str = "pgn_demo_vit"
@@ -156,14 +164,18 @@ class TrainConfig:
     val_interval: int = 1  # epochs from one validation to the next; the last is always one
     eval_metric: str = "top1"  # of validation, what the best epoch is chosen by
     checkpoint_hist: int = 0  # adapters of so many best epochs are kept beside best/
-    tensorboard: bool = False
+    stats: bool = False  # say where the time of a step goes
+    tracker: tuple[str, ...] = ()  # names of TRACKERS
+    wandb_project: str | None = None
+    wandb_tags: tuple[str, ...] = ()
+    wandb_resume_id: str = ""
 
     @classmethod
     def make(cls, recipe: str | None = None, **given: Any) -> TrainConfig:
         """The configuration for these choices; what is not given is the method's default.
 
-        Precedence, last wins: the field's default, the data set's, the generator's, the method's,
-        the recipe's, the deployment's, ``given``.
+        Precedence, last wins: the field's default, the data set's, the task's, the generator's, the
+        method's, the recipe's, the deployment's, ``given``.
 
         Args:
             recipe: "pgn-official" or "vpt-official"; None for this library's own defaults.
@@ -187,6 +199,7 @@ class TrainConfig:
         data = given.get("data", cls.data)
         values = {
             **DATA_DEFAULTS.get(data, {}),
+            **TASK_DEFAULTS.get(given.get("task", cls.task), {}),
             **generator_defaults(data, given.get("generator", cls.generator)),
             **row.training,
             **RECIPES.get(recipe or "", {}),

@@ -21,6 +21,7 @@ from .folders import (
     split_name,
     visible_folders,
 )
+from .label_file import has_split, labeled_split
 from .split import DigitImages, FolderImages, NamedImages, Split, Splits
 
 if TYPE_CHECKING:
@@ -72,6 +73,13 @@ def load_split(config: TrainConfig, name: str) -> Split:
     prefix = config.data.partition("/")[0].lower()
     if prefix in NAMED and not Path(config.data).exists():
         return _named(config, name, wanted)
+    if config.labels is not None:
+        return labeled_split(Path(config.data), config.labels, config.task, name, wanted)
+    if config.task == "multilabel":
+        raise UserError(
+            "`task` multilabel: a folder of class folders has one class an image. Give a CSV file "
+            "with the labels of each image as `labels`."
+        )
     if config.data_dir is not None:
         raise UserError(
             f"`data_dir` {config.data_dir}: it is the folder of a data set that is named by timm, "
@@ -86,14 +94,17 @@ def _optional(config: TrainConfig, name: str, wanted: str | None) -> Split | Non
     """A split that may be missing, unless the user named it."""
     if wanted is not None:
         return load_split(config, name)
+    if config.labels is not None:
+        there = has_split(Path(config.data), config.labels, config.task, name)
+        return load_split(config, name) if there else None
     if config.data == "digits":
         return load_split(config, name) if name == "test" else None
     root = Path(os.path.normpath(config.data))
     if root.is_dir():
         if config.train_split and os.path.normpath(root / config.train_split) == str(root):
             return None  # every folder is a class
-        there = _child(root, name, strict=config.train_split is None)
-        return _scan(there, name) if there else None
+        folder = _child(root, name, strict=config.train_split is None)
+        return _scan(folder, name) if folder else None
     # torchvision's small data sets have a training and a test part; of others timm does not say
     has_test = config.data.lower().startswith("torch/") and name == "test"
     return load_split(config, name) if has_test else None
@@ -111,7 +122,8 @@ def carve_validation(train: Split, fraction: float, seed: int) -> tuple[Split, S
         UserError: no image would be left on one of the two sides.
     """
     groups: dict[int, list[int]] = {}
-    labels = train.images.labels
+    # of images with several classes the rarest counts
+    labels = getattr(train.images, "strata", train.images.labels)
     for i in train.indices:
         groups.setdefault(0 if labels is None else labels[i], []).append(i)
     held_out: set[int] = set()
@@ -256,9 +268,13 @@ def split_to_score(config: TrainConfig, wanted: str | None = None) -> Split:
             return load_split(config, name)
         return load_split(replace(config, test_split=wanted), "test")
     root = Path(config.data)
-    if not root.is_dir():
+    if config.labels is not None:
+        names = ("train", "validation", "test")
+        there = [n for n in names if has_split(root, config.labels, config.task, n)]
+    elif root.is_dir():
+        there = list(split_folders(root))
+    else:
         return load_split(config, "test")
-    there = split_folders(root)
     if there and "test" not in there and "validation" in there:
         split = load_split(config, "validation")
         note = "there is no test split; these images may have chosen the best epoch"

@@ -1,43 +1,17 @@
-"""Scores of a model on a split."""
+"""What a model answers to the images of a split, over the processes of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..errors import UserError
 from .distributed import Processes
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model reaches on a split: percent of the images that could be read."""
-
-    top1: float
-    top5: float | None  # None with five classes or fewer
-    loss: float  # mean cross entropy, nats
-    images: int
-    unreadable: list[str]
-    mean_class: float  # mean over the classes that have images: VTAB's and FGVC's figure
-    per_class: list[float | None]  # top-1 of each class; None without images of it
-
-    def value(self, metric: str) -> float:
-        """What an epoch is chosen by, larger is better, by ``TrainConfig.eval_metric``."""
-        if metric == "loss":
-            return -self.loss
-        if metric == "mean_class":
-            return self.mean_class
-        # with five classes or fewer, every answer is among the first five
-        return self.top1 if metric == "top1" or self.top5 is None else self.top5
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+from .scores import Score, multiclass_score, multilabel_score
 
 
 class Autocast:
@@ -50,12 +24,26 @@ class Autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.enabled)
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Labels (B,) int64 are in 0 ... num_classes - 1.
+def check_labels(labels: Tensor, num_classes: int, task: str = "multiclass") -> None:
+    """Labels (B,) int64 are in 0 ... num_classes - 1; of multi-label images they are (B, C).
 
     Raises:
         UserError: one is not.
     """
+    if len(labels) == 0:
+        return
+    vectors = labels.ndim == 2
+    if vectors != (task == "multilabel"):
+        raise UserError(
+            "data: an image has a vector of labels: give `task` multilabel."
+            if vectors
+            else "data: `task` multilabel needs a vector of 0 and 1 for each image, one place a "
+            "class: a label file (`labels`), or a data set that gives them."
+        )
+    if vectors:
+        if labels.shape[1] != num_classes:
+            raise UserError(f"data: {labels.shape[1]} labels an image, {num_classes} classes.")
+        return
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         raise UserError(
@@ -67,53 +55,69 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Any,
     num_classes: int,
     autocast: Autocast,
     processes: Processes,
     between: Callable[[], None] = lambda: None,
+    *,
+    task: str = "multiclass",
+    details: bool = False,
+    prepare: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> Score:
-    """Top-1, top-5, mean loss and each class's top-1 over all images of a loader, added up over
-    the processes.
+    """The score over all images of a loader and of all processes.
 
     Args:
         between: is called between two batches; it may end the evaluation by an exception.
+        task: "multiclass" or "multilabel".
+        details: intervals, calibration and confusion too.
+        prepare: a batch's images, on the device, to the model's input.
 
     Raises:
         UserError: no image could be read, or a label is out of range.
     """
     model.eval()
-    top5, loss_sum, unreadable = 0, 0.0, []
-    # images and right answers of each class
-    seen, right = torch.zeros(2, num_classes, dtype=torch.int64, device=autocast.device)
-    for pixels, labels, _, names in loader:
+    unreadable: list[str] = []
+    columns: dict[str, list[Tensor]] = {}
+    for pixels, labels, indices, names in loader:
         between()
         unreadable += names
         if len(labels) == 0:
             continue
-        check_labels(labels, num_classes)
-        labels = labels.to(autocast.device)
+        check_labels(labels, num_classes, task)
+        target = labels.to(autocast.device, non_blocking=True)
+        images = prepare(pixels.to(autocast.device, non_blocking=True))
         with autocast():
-            logits = model(pixels.to(autocast.device))
-        logits = logits.float()
-        loss_sum += float(F.cross_entropy(logits, labels, reduction="sum"))
-        hits = logits.topk(min(5, num_classes), dim=1).indices == labels[:, None]
-        top5 += int(hits.sum())
-        seen += torch.bincount(labels, minlength=num_classes)
-        right += torch.bincount(labels[hits[:, 0]], minlength=num_classes)
-    loss_sum, total5, *counts = processes.sum(loss_sum, top5, *seen.tolist(), *right.tolist())
-    images, hit = counts[:num_classes], counts[num_classes:]
-    total = int(sum(images))
-    if total == 0:
+            logits = model(images)
+        # nothing is read here: that would wait for the device
+        answers = _answers(logits.float(), target, num_classes)
+        for name, column in {**answers, "index": indices}.items():
+            columns.setdefault(name, []).append(column)
+    own = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
+    parts = [part for part in processes.collect(own) if part]
+    if not parts:
         raise UserError(f"data: no image could be read, such as {(unreadable or ['none'])[0]}.")
-    per_class = [100 * h / n if n else None for h, n in zip(hit, images, strict=True)]
-    known = [share for share in per_class if share is not None]
-    return Score(
-        top1=100 * sum(hit) / total,
-        top5=100 * total5 / total if num_classes > 5 else None,
-        loss=loss_sum / total,
-        images=total,
-        unreadable=processes.gather(unreadable) if processes.world > 1 else unreadable,
-        mean_class=sum(known) / len(known),
-        per_class=per_class,
-    )
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    # in the order of the images, however many processes there are
+    order = rows.pop("index").argsort(stable=True)
+    rows = {name: column[order] for name, column in rows.items()}
+    unreadable = processes.gather(unreadable) if processes.world > 1 else unreadable
+    if task == "multilabel":
+        return multilabel_score(**rows, unreadable=unreadable, details=details)
+    return multiclass_score(**rows, num_classes=num_classes, unreadable=unreadable, details=details)
+
+
+def _answers(logits: Tensor, labels: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """What a score needs to know of a batch of logits (B, C), on the device."""
+    if labels.ndim == 2:
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+        return {"targets": labels.long(), "probabilities": logits.sigmoid(), "losses": losses}
+    best = logits.softmax(dim=1).max(dim=1)
+    nearest = logits.topk(min(5, num_classes), dim=1).indices
+    return {
+        "labels": labels,
+        "answers": nearest[:, 0],
+        "confidence": best.values,
+        "near": (nearest == labels[:, None]).any(dim=1),
+        "losses": F.cross_entropy(logits, labels, reduction="none"),
+    }

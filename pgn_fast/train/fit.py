@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..methods import method_of
+from ..models.heads import is_new
 from . import checkpoints
 from .config import TrainConfig
 from .given import given_split
@@ -26,7 +27,8 @@ from .state import resume_config
 # what the arguments model, train, val and test say already
 _NOT_HERE = (
     *("data", "data_dir", "train_split", "val_split", "test_split", "val_fraction", "num_classes"),
-    *("dataset_download", "input_key", "target_key", "model", "model_kwargs", "pretrained_path"),
+    *("dataset_download", "input_key", "target_key", "labels", "model", "model_kwargs"),
+    *("pretrained_path",),
     *("method", "method_kwargs", "num_prompts", "library_size", "generator", "generator_kwargs"),
     *("resolution", "activation", "prompt_dropout", "project_dim", "deploy", "layout", "fast"),
     *("image_grid", "canvas_grid", "allow_blank", "compensate", "server", "backend", "init_from"),
@@ -75,7 +77,8 @@ def fit(
     Args:
         model: a PGN, a VPT, another prompted model, or one of the baselines; trained in place.
         train, val, test: map-style data sets or loaders of (image, label) pairs or of dicts with
-            image or pixel_values and label or labels. PIL images and uint8 arrays (H, W, 3) are
+            image or pixel_values and label or labels, with ``task="multilabel"`` a vector of 0 and
+            1, one place a class. PIL images and uint8 arrays (H, W, 3) are
             augmented and normalized as by the command; tensors are the model's input as they are.
             Without ``val`` the last epoch is the best; ``test`` is read once, at the end.
         epochs: None: 30, or the recipe's.
@@ -87,7 +90,9 @@ def fit(
         show: print progress.
         recipe: "pgn-official" or "vpt-official".
         **options: of ``pgn-fast train``, by the same names with underscores: ``lr``,
-            ``batch_size``, ``mixup``, ... The head stays as it is unless ``head_init`` is given.
+            ``batch_size``, ``mixup``, ... A new head starts as the command's does, for prompts as
+            a linear probe; one that was trained, loaded or started otherwise stays as it is unless
+            ``head_init`` is given.
 
     Raises:
         UserError: (a ValueError) an option or data that cannot work; nothing was created.
@@ -123,7 +128,8 @@ def fit(
             split["train"], split["validation"], split["test"], facts.num_classes, classes
         )
         pixels = preprocessing(facts.backbone, config)
-        return Parts(splits, model, pixels, fresh="head_init" in options)
+        # a head that was trained, loaded or given by somebody stays as it is
+        return Parts(splits, model, pixels, fresh="head_init" in options or is_new(facts.head))
 
     where = torch.device(device) if device is not None else next(model.parameters()).device
     summary = run(config, folder, parts, where, resume, show)

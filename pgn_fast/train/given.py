@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from ..errors import UserError
 from ..images import check_size, upright_rgb
-from .loader import Batch, seeded
+from .loader import Batch
+from .seeding import seeded
 from .split import Split
 
 _IMAGES = ("image", "pixel_values", "img", "images")
@@ -90,7 +91,7 @@ class GivenImages:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def open(self, index: int) -> tuple[Any, int]:
+    def open(self, index: int) -> tuple[Any, Any]:
         """A PIL image in RGB, or the tensor that the data set made, and the label."""
         image, label = _pair(self.dataset[int(index)], self.name(index))
         if isinstance(image, np.ndarray) and image.dtype == np.uint8:
@@ -98,7 +99,7 @@ class GivenImages:
         if isinstance(image, Image.Image):
             check_size(*image.size)
             image = upright_rgb(image)
-        return image, int(label)
+        return image, _label(label)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
@@ -106,7 +107,23 @@ class GivenImages:
     @property
     def labels(self) -> Sequence[int] | None:
         targets = getattr(self.dataset, "targets", None)
-        return None if targets is None else [int(t) for t in targets]
+        if targets is None or (len(targets) and np.ndim(targets[0])):
+            return None
+        return [int(t) for t in targets]
+
+
+def _label(given: Any) -> int | Tensor:
+    """A class's number, or a vector (C,) of 0 and 1, float32.
+
+    Raises:
+        ValueError: a vector of anything else, such as the numbers of an image's classes.
+    """
+    if np.ndim(given) == 0:
+        return int(given)
+    vector = torch.as_tensor(np.asarray(given), dtype=torch.float32)
+    if vector.ndim != 1 or not bool(((vector == 0) | (vector == 1)).all()):
+        raise ValueError("a label with several classes is a vector of 0 and 1, one place a class")
+    return vector
 
 
 class GivenLoader:
@@ -169,6 +186,7 @@ class GivenLoader:
                 f"{tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__}; "
                 "a tensor (B, 3, H, W) is expected."
             )
-        labels = torch.as_tensor(labels, dtype=torch.int64)
+        labels = torch.as_tensor(labels)
+        labels = labels.to(torch.float32 if labels.ndim == 2 else torch.int64)
         begin = number * len(labels)
         return Batch(images, labels, torch.arange(begin, begin + len(labels)), [])

@@ -8,9 +8,11 @@ its residual divided by 1 - h_i, with h the diagonal of the hat matrix).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models import VPT
@@ -32,6 +34,7 @@ def start_head(
     num_classes: int,
     autocast: Autocast,
     processes: Processes,
+    prepare: Callable[[Tensor], Tensor],
 ) -> None:
     """Set the start of ``model.head`` in place, where it is a trained linear layer.
 
@@ -39,13 +42,14 @@ def start_head(
         model: of the package; in eval mode while its features are computed.
         config: says how, and timm's scale and bias on top.
         loader: training images, augmented as they are in training, for "probe".
+        prepare: a batch's images, on the device, to the model's input.
     """
     head = getattr(model, "head", None)
     if type(head) is not nn.Linear or not head.weight.requires_grad:
         return
     init, probe = config.head_init, None
     if init == "probe":
-        features, labels = _features(model, loader, autocast, processes)
+        features, labels = _features(model, loader, autocast, processes, prepare)
         probe = ridge_probe(features, labels, num_classes) if len(labels) > 1 else None
     with torch.no_grad():
         if probe is not None:
@@ -65,9 +69,13 @@ def start_head(
 
 @torch.no_grad()
 def _features(
-    model: Any, loader: Any, autocast: Autocast, processes: Processes
+    model: Any,
+    loader: Any,
+    autocast: Autocast,
+    processes: Processes,
+    prepare: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features (n, D) and labels (n,) on the CPU, of the images of all processes."""
+    """Pooled features (n, D) and labels on the CPU, of the images of all processes."""
     head, training = model.head, model.training
     features, labels, order = [], [], []
     model.head = nn.Identity()
@@ -76,8 +84,9 @@ def _features(
         count = 0
         for batch in loader:
             if len(batch.labels):
+                images = prepare(batch.images.to(autocast.device, non_blocking=True))
                 with autocast():
-                    features.append(model(batch.images.to(autocast.device)).float().cpu())
+                    features.append(model(images).float().cpu())
                 labels.append(batch.labels)
                 order.append(batch.indices)
             count += len(batch.labels) * processes.world
@@ -103,10 +112,16 @@ def ridge_probe(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
 
         W = argmin |X W - Y|² + ridge · n · s |W|²,  logits = temperature · (X W + b)
 
-    with X and the one-hot Y centered, and s the mean square of X; all in float64.
+    with X and the one-hot Y centered, and s the mean square of X; all in float64. Multi-label, with
+    labels (n, C) of 0 and 1: Y is the labels, and a logit of 0 stands for a half.
     """
+    several = labels.ndim == 2
     x, y = features.double(), torch.zeros(len(labels), num_classes, dtype=torch.float64)
-    y[torch.arange(len(labels)), labels] = 1
+    if several:
+        y, middle, loss_of = labels.double(), 0.5, F.binary_cross_entropy_with_logits
+    else:
+        y[torch.arange(len(labels)), labels] = 1
+        middle, loss_of = 0.0, F.cross_entropy
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, targets = x - x_mean, y - y_mean
     count, width = x.shape
@@ -122,13 +137,13 @@ def ridge_probe(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
         leverage = (left.square() @ shrink + 1 / count).clamp(max=1 - 1e-6)
         left_out = targets - (targets - fitted) / (1 - leverage)[:, None] + y_mean
         for scale in _SCALES:
-            loss = float(nn.functional.cross_entropy(scale * left_out, labels))
+            loss = float(loss_of(scale * (left_out - middle), y if several else labels))
             best = min(best, (loss, ridge, scale))
     _, ridge, scale = best
     keep = power > 1e-24 * power.sum()
     factor = torch.where(keep, singular / (power + ridge * power.sum().clamp(min=1e-30)), 0.0)
     weight = (right.T @ (factor[:, None] * projected)).T * scale  # (C, D)
-    bias = scale * y_mean - weight @ x_mean
+    bias = scale * (y_mean - middle) - weight @ x_mean
     return weight.float(), bias.float()
 
 

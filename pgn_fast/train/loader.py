@@ -7,12 +7,9 @@ not on where a run was interrupted.
 from __future__ import annotations
 
 import math
-import os
-import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,12 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, Sampler
 
 from ..adapters import backbone_pixels
 from ..errors import UserError
-from ..images import bounded, upright_rgb
-from .split import DigitImages, FolderImages, Split
+from ..images import bounded
+from .seeding import seeded
+from .split import Split
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -36,8 +34,8 @@ Transform = Callable[[Image.Image], Tensor]
 class Batch(NamedTuple):
     """B images that could be read, and the names of those that could not."""
 
-    images: Tensor  # (B, 3, H, W) float32, normalized
-    labels: Tensor  # (B,) int64; -1 where unknown
+    images: Tensor  # (B, 3, H, W): uint8 pixels, or normalized float32
+    labels: Tensor  # (B,) int64; -1 where unknown; multi-label: (B, C) of 0 and 1, float32
     indices: Tensor  # (B,) int64, into the split's images
     unreadable: list[str]  # "name: reason"
 
@@ -54,11 +52,15 @@ def preprocessing(backbone: torch.nn.Module, config: TrainConfig) -> dict[str, A
     return backbone_pixels(backbone, **{name: getattr(config, name) for name in names})
 
 
-def train_transform(config: TrainConfig, pixels: dict[str, Any]) -> Transform:
+def train_transform(
+    config: TrainConfig, pixels: dict[str, Any], *, normalize: bool = True
+) -> Transform:
     """timm's training transform with the configuration's augmentation.
 
     Args:
         pixels: what ``preprocessing`` returned.
+        normalize: to float32; otherwise pixels stay uint8, a quarter of the bytes, for whoever
+            normalizes them on the device. Random erasing needs normalized ones.
 
     Raises:
         UserError: timm knows no such auto-augment policy.
@@ -86,6 +88,7 @@ def train_transform(config: TrainConfig, pixels: dict[str, Any]) -> Transform:
             interpolation=config.train_interpolation or pixels["interpolation"],
             mean=pixels["mean"],
             std=pixels["std"],
+            normalize=normalize,
         )
     return bounded(transform)
 
@@ -114,29 +117,31 @@ def _named_policy(aa: str | None) -> Iterator[None]:
         ) from error
 
 
-def eval_transform(pixels: dict[str, Any]) -> Transform:
-    """timm's evaluation transform: resize, center crop, normalize."""
+def eval_transform(pixels: dict[str, Any], *, normalize: bool = True) -> Transform:
+    """timm's evaluation transform: resize, center crop, normalize as ``train_transform`` does."""
     from timm.data import create_transform
 
-    return bounded(create_transform(**pixels))
+    return bounded(create_transform(**pixels, normalize=normalize))
 
 
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Inside, Python's, NumPy's and torch's CPU generators follow from ``key``; afterwards they
-    stand where they stood."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        random.seed(seed)
-        np.random.seed(seed)
-        # default_generator alone: torch.manual_seed would touch the accelerators' too
-        torch.default_generator.manual_seed(seed)
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+class Normalize:
+    """uint8 pixels (B, 3, H, W) to the model's input, to the bit as torchvision's transforms do it;
+    floating-point images are that already.
+
+    Args:
+        pixels: what ``preprocessing`` returned.
+        device: of the images.
+    """
+
+    def __init__(self, pixels: dict[str, Any], device: torch.device) -> None:
+        self._mean, self._std = (
+            torch.tensor(pixels[name], device=device).view(-1, 1, 1) for name in ("mean", "std")
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.is_floating_point():
+            return images
+        return images.float().div_(255).sub_(self._mean).div_(self._std)
 
 
 class Samples(Dataset):
@@ -149,9 +154,16 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | Unreadable:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any, int] | Unreadable:
         epoch, position = key
         index = self.split.indices[position]
+        if self.seed is None:
+            return self._sample(index)
+        # around the opening too: other people's data sets may augment there
+        with seeded(self.seed, epoch, index):
+            return self._sample(index)
+
+    def _sample(self, index: int) -> tuple[Tensor, Any, int] | Unreadable:
         try:
             image, label = self.split.images.open(index)
         # other people's data sets answer damaged images with nearly every kind of exception
@@ -161,38 +173,10 @@ class Samples(Dataset):
         if isinstance(image, Tensor):
             return image, label, index
         try:
-            if self.seed is None:
-                return self.transform(image), label, index
-            with seeded(self.seed, epoch, index):
-                return self.transform(image), label, index
+            return self.transform(image), label, index
         except MemoryError:
             reason = f"no memory left to resize {image.width} × {image.height} pixels"
             return Unreadable(f"{self.split.images.name(index)}: {reason}")
-
-
-class Stream(IterableDataset):
-    """A streamed timm data set as (image, label, running number)."""
-
-    def __init__(self, dataset: Any, transform: Transform, seed: int | None = None) -> None:
-        self.dataset, self.transform, self.seed, self.epoch = dataset, transform, seed, 0
-
-    def set_position(self, epoch: int, batch: int = 0) -> None:
-        """The next pass is that of ``epoch``; a stream has no random access to its batches."""
-        if batch:
-            raise UserError(
-                "`recovery_interval`: streamed data resume where an epoch begins; leave it 0."
-            )
-        self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
-        worker = get_worker_info()
-        worker_id = worker.id if worker else 0
-        for number, (image, label) in enumerate(self.dataset):
-            with seeded(self.seed or 0, self.epoch, worker_id, number):
-                pixels = self.transform(upright_rgb(image))
-            yield pixels, int(label), number
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -242,106 +226,3 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         step = bisect_right(self.starts, batch)
         end = self.starts[step] if step < len(self.starts) else len(self)
         return end - batch
-
-    def set_position(self, epoch: int, batch: int = 0) -> None:
-        """The next pass yields the batches of ``epoch`` from number ``batch`` on."""
-        self.epoch, self.start = epoch, batch
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).numpy()
-        for batch in self._batches[self.start :]:
-            own = np.array_split(order[batch], self.world)[self.rank]
-            yield [(self.epoch, i) for i in own.tolist()]
-
-
-class OrderedBatches(Sampler[list[tuple[int, int]]]):
-    """Every image once, in order; with several processes each takes every ``world``-th."""
-
-    def __init__(self, size: int, batch_size: int, rank: int = 0, world: int = 1):
-        self.positions, self.batch_size = range(rank, size, world), batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.positions) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for begin in range(0, len(self.positions), self.batch_size):
-            yield [(0, i) for i in self.positions[begin : begin + self.batch_size]]
-
-
-def collate(samples: list[tuple[Tensor, int, int] | Unreadable]) -> Batch:
-    """One batch; unreadable images leave it, by name."""
-    good = [s for s in samples if not isinstance(s, Unreadable)]
-    images = torch.stack([s[0] for s in good]) if good else torch.empty(0)
-    return Batch(
-        images,
-        torch.tensor([s[1] for s in good], dtype=torch.int64),
-        torch.tensor([s[2] for s in good], dtype=torch.int64),
-        [s.message for s in samples if isinstance(s, Unreadable)],
-    )
-
-
-def default_workers(split: Split, batch_size: int) -> int:
-    """Processes that read images: the cores that this process may use, up to 8, and no more than
-    there are batches; none where one batch is all, images are no files, or data are streamed."""
-    batches = -(-len(split) // batch_size)
-    if batches < 2 or split.streamed or isinstance(split.images, DigitImages):
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, cores or 1, batches)
-
-
-def make_loader(
-    split: Split,
-    transform: Transform,
-    batch_size: int,
-    *,
-    seed: int | None = None,
-    workers: int | None = None,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world: int = 1,
-    at_least: int | None = None,
-    accumulate: int = 1,
-) -> DataLoader:
-    """Batches of a split, every image once: shuffled by ``seed`` for training, else in order.
-
-    Args:
-        workers: processes that read images; None: ``default_workers``.
-        accumulate: batches of an optimizer step, in training.
-        at_least: what ``pixels_to_keep`` says, for files; None: every JPEG is decoded whole.
-    """
-    if workers is None:
-        workers = default_workers(split, batch_size)
-    if at_least is not None and isinstance(split.images, FolderImages):
-        split = replace(split, images=replace(split.images, at_least=at_least))
-    options: dict[str, Any] = {
-        "num_workers": workers,
-        "collate_fn": collate,
-        "pin_memory": pin_memory,
-        "persistent_workers": workers > 0,
-        # a generator of its own: making an iterator must not advance the model's randomness
-        "generator": torch.Generator().manual_seed(0),
-    }
-    if split.streamed:
-        # a worker's copy of the stream must hear of the next epoch
-        options["persistent_workers"] = False
-        stream = Stream(split.images, transform, seed)
-        return DataLoader(stream, batch_size, drop_last=seed is not None, **options)
-    if seed is None:
-        ordered = OrderedBatches(len(split), batch_size, rank, world)
-        return DataLoader(Samples(split, transform), batch_sampler=ordered, **options)
-    shuffled = EpochBatches(len(split), batch_size, seed, rank, world, accumulate)
-    return DataLoader(Samples(split, transform, seed), batch_sampler=shuffled, **options)
-
-
-def set_position(loader: DataLoader, epoch: int, batch: int = 0) -> None:
-    """A training loader's next pass yields ``epoch``, from its batch number ``batch`` on."""
-    if hasattr(loader, "set_position"):
-        loader.set_position(epoch, batch)
-        return
-    target = loader.dataset if isinstance(loader.dataset, Stream) else loader.batch_sampler
-    target.set_position(epoch, batch)  # type: ignore[union-attr]

@@ -66,8 +66,11 @@ def run(
             state = checkpoints.load(output) if resume else None
             whole = Run(config, folder, processes, make_parts(), state, stop, show)
             folder.create(whole.config.as_dict())
-            whole.fit()
-            return whole.finish()
+            try:
+                whole.fit()
+                return whole.finish()
+            finally:
+                whole.trackers.close()
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory(config, output, error)) from error
         except RuntimeError as error:

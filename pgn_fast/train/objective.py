@@ -10,6 +10,7 @@ from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 
 from .config import TrainConfig
+from .evaluation import check_labels
 
 
 class Objective:
@@ -36,12 +37,23 @@ class Objective:
             else None
         )
         self._soft = SoftTargetCrossEntropy()
+        self._multilabel = config.task == "multilabel"
         self._binary = BinaryCrossEntropy(
             smoothing=0.0 if mixes else config.smoothing,
             target_threshold=config.bce_target_thresh,
             sum_classes=config.bce_sum,
             pos_weight=config.bce_pos_weight,
         ).to(device)
+
+    def check(self, labels: Tensor) -> None:
+        """Raises UserError: labels, on the CPU, that are not of the task or out of range."""
+        check_labels(labels, self.num_classes, self.config.task)
+
+    def right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How many images are answered rightly; 0 where an answer is no single class."""
+        if labels.ndim == 2:
+            return torch.zeros((), dtype=torch.int64, device=logits.device)
+        return (logits.argmax(dim=1) == labels).sum()
 
     def mix(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) and labels (B,) to images and targets: labels, or (B, C) where mixed.
@@ -63,7 +75,10 @@ class Objective:
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The sum of the losses of a batch: logits (B, C) and what ``mix`` gave."""
-        if self.config.bce_loss:
+        if self._multilabel:
+            # each label towards a half; older versions of timm only smooth single classes
+            targets = targets.lerp(torch.full_like(targets, 0.5), self.config.smoothing)
+        if self.config.bce_loss or self._multilabel:
             return self._binary(logits, targets) * len(logits)
         if targets.ndim == 2:
             return self._soft(logits, targets) * len(logits)

@@ -14,6 +14,8 @@ DATA_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {"multilabel": {"eval_metric": "map"}}
+
 # The published recipes, as far as they are known. The official PGN run also solarizes a fifth of
 # its images, at an unknown threshold, and picks the model by test images: neither is done here.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

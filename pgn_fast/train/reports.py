@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: progress, CSV, TensorBoard, learning curve, summary."""
+"""What a run leaves for people to read: progress, CSV, learning curve, summary."""
 
 from __future__ import annotations
 
@@ -16,27 +16,24 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from .. import plots
 from .._files import write_files
-from ..errors import UserError
 
 # off a terminal, within an epoch
 SECONDS_BETWEEN_LINES = 30.0
-# one row an epoch; losses in nats, top-1 in percent, time in seconds
-COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_top1",
-    "validation_loss",
-    "validation_top1",
-    "images_per_second",
-    "seconds",
-)
+# one row an epoch; losses in nats, scores in percent, time in seconds
+_SPEED = ("images_per_second", "seconds")
+COLUMNS = {
+    "multiclass": (
+        *("epoch", "lr", "train_loss", "train_top1", "validation_loss", "validation_top1"),
+        *_SPEED,
+    ),
+    "multilabel": ("epoch", "lr", "train_loss", "validation_loss", "validation_map", *_SPEED),
+}
 
 
-def write_csv(output: Path, history: Sequence[dict[str, Any]]) -> None:
+def write_csv(output: Path, history: Sequence[dict[str, Any]], task: str) -> None:
     """``history.csv``: one row an epoch, rewritten whole."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS[task], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     write_files({output / "history.csv": text.getvalue().encode()})
@@ -48,7 +45,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def plot_learning_curve(output: Path, history: Sequence[dict[str, Any]], title: str) -> None:
-    """``learning_curve.png``: loss and top-1 of training and validation over the epochs.
+    """``learning_curve.png``: loss and score of training and validation over the epochs.
 
     Without matplotlib one line on standard error says so instead.
     """
@@ -58,7 +55,13 @@ def plot_learning_curve(output: Path, history: Sequence[dict[str, Any]], title: 
     epochs = [row["epoch"] for row in history]
 
     def draw(figure: Any) -> None:
+        several = any("validation_map" in row for row in history)
         quantities = {"loss": "cross entropy (nats)", "top1": "top-1 (%)"}
+        if several:
+            quantities = {
+                "loss": "binary cross entropy (nats)",
+                "map": "mean average precision (%)",
+            }
         for axes, (quantity, label) in zip(figure.subplots(1, 2), quantities.items(), strict=True):
             for split in ("train", "validation"):
                 values = [row.get(f"{split}_{quantity}") for row in history]
@@ -67,38 +70,11 @@ def plot_learning_curve(output: Path, history: Sequence[dict[str, Any]], title: 
             axes.set(xlabel="epoch", ylabel=label)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
-            axes.legend()
+            if axes.lines:
+                axes.legend()
         figure.suptitle(title)
 
     write_files({output / "learning_curve.png": plots.draw_png(9, 3.6, draw)})
-
-
-class TensorBoard:
-    """Scalars of every epoch for TensorBoard; without ``enabled`` nothing happens."""
-
-    def __init__(self, output: Path, enabled: bool, next_epoch: int) -> None:
-        self._writer = None
-        if enabled:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise UserError(
-                    "`tensorboard` needs the package tensorboard: "
-                    "pip install 'pgn_fast[tensorboard]'."
-                ) from error
-            # epochs that a killed run logged behind its checkpoint are hidden
-            self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=next_epoch)
-
-    def log(self, row: dict[str, Any]) -> None:
-        if self._writer is not None:
-            for name in COLUMNS[1:]:
-                if row.get(name) is not None:
-                    self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
-            self._writer.flush()
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 class ProgressReport:
@@ -169,17 +145,24 @@ class ProgressReport:
     def epoch(self, row: dict[str, Any], epochs: int) -> None:
         """The line of a finished epoch."""
         self._last_line = time.perf_counter()
-        validation = (
-            f"validation loss {row['validation_loss']:.4f} top-1 {row['validation_top1']:6.2f} %  "
-            if row.get("validation_top1") is not None
+        train, validation = (
+            f"{split} loss {row[f'{split}_loss']:.4f} {_score(row, split)}"
+            if row.get(f"{split}_loss") is not None
             else ""
+            for split in ("train", "validation")
         )
         self.console.print(
-            f"epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.2e}  "
-            f"train loss {row['train_loss']:.4f} top-1 {row['train_top1']:6.2f} %  {validation}"
+            f"epoch {row['epoch']:>3}/{epochs}  lr {row['lr']:.2e}  {train}{validation}"
             f"{row['images_per_second']:,.0f} images/s  left {self._left()}"
         )
 
     def say(self, text: str) -> None:
         """A line between the others."""
         self.console.print(text)
+
+
+def _score(row: dict[str, Any], split: str) -> str:
+    for name, word in (("top1", "top-1"), ("map", "mean average precision")):
+        if row.get(f"{split}_{name}") is not None:
+            return f"{word} {row[f'{split}_{name}']:6.2f} %  "
+    return " "

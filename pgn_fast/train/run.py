@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -15,26 +16,28 @@ from torch import Tensor
 from ..errors import TrainingStopped, UserError, as_user_error
 from .config import TrainConfig
 from .distributed import Processes
-from .evaluation import Autocast, Score, evaluate
+from .evaluation import Autocast, evaluate
 from .failures import out_of_memory, what_is_kept
 from .head_init import start_head
 from .parts import Parts, seed_everything
 from .recipe import Schedule, learning_rate, make_optimizer
 from .reports import (
     ProgressReport,
-    TensorBoard,
     plot_learning_curve,
     write_csv,
     write_json,
 )
 from .run_folder import RunFolder
 from .saving import keep_adapter, load_best, restore_state, save_adapter, save_state
+from .score_files import write_details
+from .scores import Score, check_torchmetrics
 from .signals import Asked, Interrupted, StopRequest
 from .source import Source
 from .split import Split
 from .state import Position, Record
 from .step import Stepper, too_few_for_batchnorm
 from .summary import announcement, summarize
+from .trackers import Trackers, check_trackers
 
 
 class Run:
@@ -54,9 +57,12 @@ class Run:
         self.config, self.folder, self.output = config, folder, folder.path
         self.processes, self.device, self.stop = processes, processes.device, stop
         self.show = show and processes.first
+        check_trackers(config.tracker)
+        check_torchmetrics(config.task)
         self.splits, self.pixels, self.model = parts.splits, parts.pixels, parts.model
         self.model.preprocessing = self.pixels
         self.model.class_names = self.splits.class_names
+        self.model.task = config.task
         self.model.to(self.device).train()
         if config.grad_checkpointing:
             self.model.backbone.set_grad_checkpointing(True)
@@ -64,12 +70,14 @@ class Run:
         self._try_out()
         if parts.fresh and state is None:
             self._start_head()
-        self.stepper = Stepper(config, self.model, self.splits.num_classes, processes)
+        self.stepper = Stepper(
+            config, self.model, self.splits.num_classes, processes, self.source.prepare
+        )
         if self.stepper.needs_two and self.source.smallest_batch * processes.world < 2:
             raise UserError(too_few_for_batchnorm(config))
         self.stepper.optimizer = self.optimizer = make_optimizer(self.model, config)
         self.schedule = Schedule(config, self.optimizer, self.source.updates_per_epoch)
-        self.position, self.record = Position(), Record()
+        self.position, self.record, self.trackers = Position(), Record(), Trackers()
         # losses that were not looked at yet, as (update, loss * images, correct, images)
         self._pending: list[tuple[int, Tensor, Tensor, int]] = []
         # the same weights on all processes, but dropout of their own
@@ -100,7 +108,9 @@ class Run:
         images = self.source.first_epoch()
         classes = self.splits.num_classes
         autocast = Autocast(self.device, self.config.amp, self.config.amp_dtype)
-        start_head(self.model, self.config, images, classes, autocast, self.processes)
+        start_head(
+            self.model, self.config, images, classes, autocast, self.processes, self.source.prepare
+        )
         seed_everything(self.config.seed)
 
     @property
@@ -110,12 +120,12 @@ class Run:
 
     def fit(self) -> None:
         """Train from where the run stands to its last epoch."""
-        config, begin = self.config, self.position
+        begin = self.position
+        # after the folder is there, which nothing that was refused before has made
+        if self.processes.first:
+            self.trackers.start(self.config, self.output, self.device, begin.updates + 1)
         total = self.epochs * self.source.batches_per_epoch
         done = begin.epoch * self.source.batches_per_epoch + begin.batch
-        board = TensorBoard(
-            self.output, config.tensorboard and self.processes.first, begin.epoch + 1
-        )
         with ProgressReport(total, done, self.show) as report:
             for line in announcement(self):
                 report.say(line)
@@ -123,14 +133,22 @@ class Run:
                 self._train_epoch(report)
                 row = self._close_epoch(report)
                 report.epoch(row, self.epochs)
-                board.log(row)
-        board.close()
+                self.trackers.log(row, self.position.updates)
+                if times := self.stepper.times.line():
+                    report.say(times)
 
     def _train_epoch(self, report: ProgressReport) -> None:
         config, position = self.config, self.position
         self.model.train()
         start = time.perf_counter()
-        for group in self.source.steps(position.epoch, position.batch):
+        times = self.stepper.times
+        times.begin()
+        steps = self.source.steps(position.epoch, position.batch)
+        while True:
+            with times.phase("loader"):
+                group = next(steps, None)
+            if group is None:
+                break
             self._note_unreadable([name for batch in group for name in batch.unreadable], report)
             self._update([(b.images, b.labels) for b in group], report)
             position.batch += len(group)
@@ -141,6 +159,8 @@ class Run:
             if looks:
                 loss = self._check_losses()
                 report.step(position.epoch + 1, position.batch, self.source.batches_per_epoch, loss)
+                self.trackers.log({"step_loss": loss, "lr": self.schedule.rate}, position.updates)
+            times.end_step()
             now = time.perf_counter()
             position.seconds += now - start
             start = now
@@ -221,7 +241,7 @@ class Run:
     def _stop(self, number: int) -> NoReturn:
         if self.position.epoch == self.epochs:
             kept = "with the test images still to be read"
-        elif self.splits.train.streamed and self.position.batch:
+        elif self.position.batch and not self.source.resumes_within:
             kept = f"{what_is_kept(self.output)} (streamed data resume where an epoch begins)"
         else:
             self._save_checkpoint()
@@ -242,8 +262,9 @@ class Run:
             "epoch": position.epoch + 1,
             "lr": self.schedule.rate,
             "train_loss": loss_sum / seen,
-            "train_top1": 100 * correct / seen,
         }
+        if self.config.task == "multiclass":
+            row["train_top1"] = 100 * correct / seen
         value: float | None = None  # larger is better
         last = position.epoch + 1 == self.epochs
         if self.splits.validation is None:
@@ -252,7 +273,8 @@ class Run:
         elif last or (position.epoch + 1) % self.config.val_interval == 0:
             score = self._evaluate(self.splits.validation)
             self._note_unreadable(score.unreadable, report)
-            row |= {"validation_loss": score.loss, "validation_top1": score.top1}
+            name, found = ("map", score.map) if score.top1 is None else ("top1", score.top1)
+            row |= {"validation_loss": score.loss, f"validation_{name}": found}
             value = score.value(self.config.eval_metric)
         row |= {
             "images_per_second": round(seen / max(position.seconds, 1e-9), 1),
@@ -273,11 +295,11 @@ class Run:
                     record.best_digest = save_adapter(self, "best")
                 if value is not None:
                     keep_adapter(self, value, row["epoch"])
-            write_csv(self.output, record.history)
+            write_csv(self.output, record.history, self.config.task)
         self._save_checkpoint()
         return row
 
-    def _evaluate(self, split: Split) -> Score:
+    def _evaluate(self, split: Split, details: bool = False) -> Score:
         """The score of the model, or of its average, on a split; a single process stops within."""
         try:
             with self.stepper.average.applied():
@@ -288,6 +310,9 @@ class Run:
                     self.stepper.autocast,
                     self.processes,
                     self._between_batches,
+                    task=self.config.task,
+                    details=details,
+                    prepare=self.source.prepare,
                 )
         except Asked as request:
             self._stop(request.number)
@@ -316,11 +341,17 @@ class Run:
         load_best(self)
         test = None
         if splits.test is not None:
-            test = self._evaluate(splits.test)
+            test = self._evaluate(splits.test, details=True)
             record.unreadable = self.processes.gather(record.unreadable + test.unreadable)
         summary = summarize(self, test)
         if self.processes.first:
             write_json(self.output / "summary.json", summary)
+            if test is not None:
+                for line in write_details(self.output, test, self.splits.class_names):
+                    if self.show:
+                        print(line, file=sys.stderr)
+                scores = {f"test_{k}": v for k, v in test.as_dict().items()}
+                self.trackers.log(scores, self.position.updates)
             plot_learning_curve(
                 self.output, record.history, f"{self.config.method} on {self.config.model}"
             )

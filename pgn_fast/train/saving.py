@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def save_state(run: Run) -> None:
     """Replace the run's checkpoint; the first process writes what all of them know."""
     # position and generators are each process's own, the rest is the same everywhere
-    own = {"position": vars(run.position), "random": checkpoints.random_state(run.device)}
+    own = {
+        "position": vars(run.position),
+        "random": checkpoints.random_state(run.device),
+        "source": run.source.state() if run.position.batch else None,
+    }
     processes = run.processes.collect(own)
     if not run.processes.first:
         return
@@ -63,6 +67,7 @@ def restore_state(run: Run, state: dict[str, Any]) -> None:
     run.schedule.load_state_dict(state["schedule"])
     own = state["processes"][run.processes.rank]
     run.position, run.record = Position(**own["position"]), Record(**state["record"])
+    run.source.load_state(own["source"])
     checkpoints.set_random_state(own["random"], run.device)
 
 

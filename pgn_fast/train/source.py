@@ -7,19 +7,21 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from ..errors import UserError
 from .config import TrainConfig
 from .distributed import Processes
 from .given import GivenLoader
 from .loader import (
     Batch,
     EpochBatches,
+    Normalize,
     eval_transform,
     make_loader,
     pixels_to_keep,
-    set_position,
     train_transform,
 )
 from .split import Split, Splits
+from .stream import HOW, StreamPosition, resumes_within
 
 
 class Source:
@@ -33,6 +35,10 @@ class Source:
 
     Attributes:
         loader: the training images; ``set_position`` says which epoch comes next.
+        prepare: makes the model's input of a batch's images on the device.
+
+    Raises:
+        UserError: checkpoints within an epoch are asked for where the data cannot go on from one.
     """
 
     def __init__(
@@ -40,6 +46,13 @@ class Source:
     ) -> None:
         self.config, self.splits, self.pixels, self.processes = config, splits, pixels, processes
         self.loader = self._training_loader()
+        self.prepare = Normalize(pixels, processes.device)
+        self._stream = StreamPosition(self.loader, config.seed) if splits.train.streamed else None
+        if config.recovery_interval and not self.resumes_within:
+            raise UserError(
+                "`recovery_interval`: streamed data resume within an epoch by torchdata; leave it "
+                f"0, or {HOW}"
+            )
         self._in_order: dict[str, Any] = {}
 
     def _training_loader(self) -> Any:
@@ -48,7 +61,8 @@ class Source:
             return self.splits.train.images.batches(config.seed, processes.world)
         return make_loader(
             self.splits.train,
-            train_transform(config, self.pixels),
+            # timm erases in normalized pixels; all others are normalized on the device
+            train_transform(config, self.pixels, normalize=config.reprob > 0),
             config.batch_size,
             seed=config.seed,
             workers=config.workers,
@@ -92,11 +106,31 @@ class Source:
 
     def steps(self, epoch: int, batch: int = 0) -> Iterator[list[Batch]]:
         """The batches of each optimizer step of ``epoch``, from batch number ``batch`` on."""
-        set_position(self.loader, epoch, batch)
+        self._set_position(epoch, batch)
         batches = iter(self.loader)
         while group := list(islice(batches, self._batches_of_step(batch))):
             yield group
             batch += len(group)
+
+    def _set_position(self, epoch: int, batch: int) -> None:
+        """The loader's next pass yields ``epoch``, from its batch number ``batch`` on."""
+        if self._stream is not None:
+            self._stream.set(epoch, batch)
+        else:
+            (self._sampler or self.loader).set_position(epoch, batch)
+
+    @property
+    def resumes_within(self) -> bool:
+        """Whether a run can go on within an epoch."""
+        return self._stream is None or resumes_within()
+
+    def state(self) -> Any:
+        """What ``load_state`` takes in a run that goes on within an epoch; of streamed data."""
+        return None if self._stream is None else self._stream.state()
+
+    def load_state(self, state: Any) -> None:
+        if self._stream is not None:
+            self._stream.load(state)
 
     def _batches_of_step(self, batch: int) -> int:
         if self._sampler is not None:
@@ -105,7 +139,7 @@ class Source:
 
     def first_epoch(self) -> Any:
         """The training batches as the first epoch augments them, in any order."""
-        set_position(self.loader, 0)
+        self._set_position(0, 0)
         return self.loader
 
     def in_order(self, split: Split) -> Any:
@@ -120,7 +154,7 @@ class Source:
             return split.images.batches(config.seed, processes.world)
         return make_loader(
             split,
-            eval_transform(self.pixels),
+            eval_transform(self.pixels, normalize=False),
             config.validation_batch_size or config.batch_size,
             workers=config.workers,
             pin_memory=processes.device.type == "cuda",

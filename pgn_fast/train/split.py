@@ -5,11 +5,13 @@ Every figure that a run reports names the split it comes from, so a split carrie
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 
 from ..images import check_size, read_image, upright_rgb
@@ -20,8 +22,11 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
-        """The upright image in RGB and its label. Raises an Exception where it is unreadable."""
+    def open(self, index: int) -> tuple[Image.Image, Any]:
+        """The upright image in RGB and its label: a number, or a vector (C,) of 0 and 1.
+
+        Raises an Exception where it is unreadable.
+        """
 
     def name(self, index: int) -> str:
         """What a message calls this image."""
@@ -85,7 +90,7 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
+    def open(self, index: int) -> tuple[Image.Image, Any]:
         image = read_image(self.paths[index], at_least=self.at_least)
         return image, -1 if self.labels is None else self.labels[index]
 
@@ -94,17 +99,48 @@ class FolderImages:
 
 
 @dataclass(frozen=True)
+class ManyLabelImages(FolderImages):
+    """Image files with any number of classes each; a label is a vector of 0 and 1.
+
+    Attributes:
+        classes: the numbers of each image's classes.
+        count: C, the length of a label.
+    """
+
+    classes: Sequence[Sequence[int]] = ()
+    count: int = 0
+
+    def open(self, index: int) -> tuple[Image.Image, Any]:
+        image, _ = super().open(index)
+        label = torch.zeros(self.count)
+        label[list(self.classes[index])] = 1
+        return image, label
+
+    @property
+    def strata(self) -> Sequence[int]:
+        """The rarest class of each image, C where it has none: what a fair part is drawn from."""
+        frequency = Counter(number for several in self.classes for number in several)
+        return [
+            min(several, key=lambda c: (frequency[c], c), default=self.count)
+            for several in self.classes
+        ]
+
+
+@dataclass(frozen=True)
 class Relabeled:
-    """Images whose label ``i`` has become ``numbers[i]``."""
+    """Images whose label ``i`` of ``numbers`` has become ``numbers[i]``, of ``count`` classes."""
 
     images: Images
     numbers: Sequence[int]
+    count: int
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def open(self, index: int) -> tuple[Image.Image, int]:
+    def open(self, index: int) -> tuple[Image.Image, Any]:
         image, label = self.images.open(index)
+        if isinstance(label, torch.Tensor):
+            return image, label.new_zeros(self.count).scatter_(0, torch.tensor(self.numbers), label)
         return image, self.numbers[label]
 
     def name(self, index: int) -> str:

@@ -17,7 +17,11 @@ FREE = {
     "workers",
     "log_interval",
     "recovery_interval",
-    "tensorboard",
+    "stats",
+    "tracker",
+    "wandb_project",
+    "wandb_tags",
+    "wandb_resume_id",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,8 +17,9 @@ from ..errors import UserError
 from .average import Average
 from .config import TrainConfig
 from .distributed import Processes
-from .evaluation import Autocast, check_labels
+from .evaluation import Autocast
 from .objective import Objective
+from .stats import StepTimes
 from .sync_batchnorm import synchronize
 
 
@@ -30,13 +32,21 @@ class Stepper:
     Attributes:
         optimizer: set by the owner; its rates are the schedule's business.
         scaler: float16's loss scaling.
+        times: of the phases of its steps.
     """
 
     def __init__(
-        self, config: TrainConfig, model: Any, num_classes: int, processes: Processes
+        self,
+        config: TrainConfig,
+        model: Any,
+        num_classes: int,
+        processes: Processes,
+        prepare: Callable[[Tensor], Tensor] = lambda images: images,
     ) -> None:
+        """``prepare`` makes the model's input of a batch's images on the device."""
         self.config, self.model, self.processes = config, model, processes
-        self.num_classes, self.device = num_classes, processes.device
+        self.device, self.prepare = processes.device, prepare
+        self.times = StepTimes(self.device, config.stats)
         self.autocast = Autocast(self.device, config.amp, config.amp_dtype)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.amp and config.amp_dtype == "float16"
@@ -82,28 +92,32 @@ class Stepper:
         loss_sum = torch.zeros((), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for i, (images, labels) in enumerate(group):
-            check_labels(labels, self.num_classes)
+            self.objective.check(labels)
             present = len(labels) > 0
             for layer in self._shared:
                 layer.absent = not present
-            images = images.to(self.device, non_blocking=True) if present else self._blank()
-            labels = targets = labels.to(self.device, non_blocking=True)
+            with self.times.phase("to device"):
+                images = images.to(self.device, non_blocking=True) if present else self._blank()
+                labels = targets = labels.to(self.device, non_blocking=True)
+                images = self.prepare(images)
             if present:
                 images, targets = self.objective.mix(images, labels, epoch)
             with self._sync(last=i == len(group) - 1):
-                with self.autocast():
+                with self.times.phase("forward"), self.autocast():
                     logits = self._call(images)
                 # without an image this process only takes part in what all do together
                 loss = self.objective(logits.float(), targets) if present else logits.sum() * 0
-                self.scaler.scale(loss * self.processes.world / total).backward()
+                with self.times.phase("backward"):
+                    self.scaler.scale(loss * self.processes.world / total).backward()
             if present:
                 loss_sum += loss.detach()
-                correct += (logits.argmax(dim=1) == labels).sum()
-        self._clip()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(update)
+                correct += self.objective.right(logits, labels)
+        with self.times.phase("optimizer"):
+            self._clip()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.average.update(update)
         if self.config.synchronize_step and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return loss_sum, correct, seen

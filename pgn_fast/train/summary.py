@@ -6,11 +6,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .evaluation import Score
     from .run import Run
+    from .scores import Score
 
 
-_METRICS = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class accuracy", "loss": "loss"}
+_METRICS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_class": "mean class accuracy",
+    "map": "mean average precision",
+    "auc": "ROC-AUC",
+    "loss": "loss",
+}
 
 
 def announcement(run: Run) -> Iterator[str]:
@@ -57,17 +64,16 @@ def summarize(run: Run, test: Score | None) -> dict[str, Any]:
         "train": {
             "split": splits.train.origin,
             "images": len(splits.train),
-            "top1": best["train_top1"],
-            "loss": best["train_loss"],
+            **_of_epoch(best, "train"),
         },
         "validation": splits.validation
         and {
             "split": splits.validation.origin,
             "images": len(splits.validation),
-            "top1": best["validation_top1"],
-            "loss": best["validation_loss"],
+            **_of_epoch(best, "validation"),
         },
         "test": test and splits.test and {"split": splits.test.origin, **test.as_dict()},
+        "stats": run.stepper.times.as_dict(),
         "seconds": round(sum(row["seconds"] for row in record.history), 1),
         "unreadable": {"count": len(record.unreadable), "images": record.unreadable},
         "notes": {
@@ -77,3 +83,8 @@ def summarize(run: Run, test: Score | None) -> dict[str, Any]:
         },
         "config": config.as_dict(),
     }
+
+
+def _of_epoch(row: dict[str, Any], split: str) -> dict[str, Any]:
+    names = [name for name in ("top1", "map", "loss") if row.get(f"{split}_{name}") is not None]
+    return {name: row[f"{split}_{name}"] for name in names}
