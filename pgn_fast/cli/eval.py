@@ -30,7 +30,7 @@ examples:
   pgn-fast eval runs/pgn/best                              the 797 test digits
   pgn-fast eval runs/photos photos --split val             of a run, best/ is taken
   pgn-fast eval runs/photos/best more_photos --results-file score.json --report report
-  torchrun --nproc-per-node 8 -m pgn_fast.cli eval runs/photos photos    each image once
+  torchrun --nproc-per-node 8 -m pgn_fast eval runs/photos photos    each image once
 """
 
 

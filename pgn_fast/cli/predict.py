@@ -37,7 +37,7 @@ examples:
   pgn-fast predict runs/photos/best cat.jpg dog.png
   pgn-fast predict runs/photos new_photos --output predictions.csv
   pgn-fast predict runs/photos new_photos --format jsonl --topk 3 | head
-  torchrun --nproc-per-node 8 -m pgn_fast.cli predict runs/photos archive --output archive.csv
+  torchrun --nproc-per-node 8 -m pgn_fast predict runs/photos archive --output archive.csv
 """
 # seconds between two lines of progress: on a terminal, and elsewhere
 _TERMINAL_S, _LOG_S = 0.5, 60.0

@@ -40,7 +40,7 @@ examples:
   pgn-fast train --deploy rgb --output runs/rgb           prompts as pixels: pgn-fast invert
   pgn-fast train photos --model vit_base_patch32_clip_224 --deploy rgb --layout enlarged
   pgn-fast train --resume runs/photos                     continue after a kill, to the bit
-  torchrun --nproc-per-node 8 -m pgn_fast.cli train photos --amp
+  torchrun --nproc-per-node 8 -m pgn_fast train photos --amp
 
 what comes out, in --output: best/ and last/ (adapters: eval, predict and from_pretrained take
 them), checkpoint.pt (for --resume), history.csv, learning_curve.png, summary.json (which says

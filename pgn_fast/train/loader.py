@@ -7,9 +7,11 @@ not on where a run was interrupted.
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,13 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..adapters import backbone_pixels
 from ..errors import UserError
 from ..images import bounded
 from .seeding import seeded
-from .split import Split
+from .split import DigitImages, FolderImages, Split
+from .stream import Stream, stream_loader
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -226,3 +229,97 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         step = bisect_right(self.starts, batch)
         end = self.starts[step] if step < len(self.starts) else len(self)
         return end - batch
+
+    def set_position(self, epoch: int, batch: int = 0) -> None:
+        """The next pass yields the batches of ``epoch`` from number ``batch`` on."""
+        self.epoch, self.start = epoch, batch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).numpy()
+        for batch in self._batches[self.start :]:
+            own = np.array_split(order[batch], self.world)[self.rank]
+            yield [(self.epoch, i) for i in own.tolist()]
+
+
+class OrderedBatches(Sampler[list[tuple[int, int]]]):
+    """Every image once, in order; with several processes each takes every ``world``-th."""
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world: int = 1):
+        self.positions, self.batch_size = range(rank, size, world), batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.positions) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for begin in range(0, len(self.positions), self.batch_size):
+            yield [(0, i) for i in self.positions[begin : begin + self.batch_size]]
+
+
+def collate(samples: list[tuple[Tensor, Any, int] | Unreadable]) -> Batch:
+    """One batch; unreadable images leave it, by name."""
+    good = [s for s in samples if not isinstance(s, Unreadable)]
+    images = torch.stack([s[0] for s in good]) if good else torch.empty(0)
+    vectors = bool(good) and isinstance(good[0][1], Tensor)
+    return Batch(
+        images,
+        torch.stack([s[1] for s in good])
+        if vectors
+        else torch.tensor([s[1] for s in good], dtype=torch.int64),
+        torch.tensor([s[2] for s in good], dtype=torch.int64),
+        [s.message for s in samples if isinstance(s, Unreadable)],
+    )
+
+
+def default_workers(split: Split, batch_size: int) -> int:
+    """Processes that read images: the cores that this process may use, up to 8, and no more than
+    there are batches; none where one batch is all, images are no files, or data are streamed."""
+    batches = -(-len(split) // batch_size)
+    if batches < 2 or split.streamed or isinstance(split.images, DigitImages):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, cores or 1, batches)
+
+
+def make_loader(
+    split: Split,
+    transform: Transform,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    workers: int | None = None,
+    pin_memory: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    at_least: int | None = None,
+    accumulate: int = 1,
+) -> DataLoader:
+    """Batches of a split, every image once: shuffled by ``seed`` for training, else in order.
+
+    Args:
+        workers: processes that read images; None: ``default_workers``.
+        accumulate: batches of an optimizer step, in training.
+        at_least: what ``pixels_to_keep`` says, for files; None: every JPEG is decoded whole.
+    """
+    if workers is None:
+        workers = default_workers(split, batch_size)
+    if at_least is not None and isinstance(split.images, FolderImages):
+        split = replace(split, images=replace(split.images, at_least=at_least))
+    options: dict[str, Any] = {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "pin_memory": pin_memory,
+        "persistent_workers": workers > 0,
+        # a generator of its own: making an iterator must not advance the model's randomness
+        "generator": torch.Generator().manual_seed(0),
+    }
+    if split.streamed:
+        return stream_loader(Stream(split.images, transform, seed), batch_size, options)
+    if seed is None:
+        ordered = OrderedBatches(len(split), batch_size, rank, world)
+        return DataLoader(Samples(split, transform), batch_sampler=ordered, **options)
+    shuffled = EpochBatches(len(split), batch_size, seed, rank, world, accumulate)
+    return DataLoader(Samples(split, transform, seed), batch_sampler=shuffled, **options)

@@ -93,10 +93,18 @@ class StreamPosition:
         """What ``load`` takes, after the batch that was asked for last; None where an epoch begins,
         or without torchdata."""
         loader: Any = self._loader
-        return loader.state_dict() if hasattr(loader, "state_dict") else None
+        if not hasattr(loader, "state_dict"):
+            return None
+        return {"workers": loader.num_workers, "loader": loader.state_dict()}
 
     def load(self, state: Any) -> None:
-        self._saved = state
+        """Raises UserError: as many ``workers`` as there were, each with shards of its own."""
+        if state is not None and state["workers"] != self._loader.num_workers:
+            raise UserError(
+                f"`resume`: {state['workers']} `workers` were reading the shards, now "
+                f"{self._loader.num_workers} would: the run goes on with as many as before."
+            )
+        self._saved = None if state is None else state["loader"]
 
 
 HOW = "pip install 'pgn_fast[wds]'"
