@@ -16,6 +16,7 @@ from pgn_fast.demo import WEIGHTS, backbone, build, experiment, pretrain, pretra
 from pgn_fast.demo.procedural import FAMILIES, NUM_CLASSES, ProceduralImages
 from pgn_fast.demo.recipes import RECIPES, Recipe, Result
 from pgn_fast.demo.report import Report, differences
+from pgn_fast.errors import UserError
 
 
 def test_images_are_a_function_of_seed_and_step():
@@ -69,30 +70,52 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
 def test_a_killed_pretraining_continues_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "HELD_OUT", range(1 << 40, (1 << 40) + 1))
     settings = pretrain.Settings(steps=4, batch_size=16, warmup_steps=2)
-    whole = pretrain.Pretraining(settings, tmp_path / "whole")
-    whole.run(log_every=2, show=False)
-    whole.export()
+    pretrain.pretrain(settings, tmp_path / "whole", log_every=2, show=False)
+    pretrain.export(settings, tmp_path / "whole", log_every=2)
 
-    killed = pretrain.Pretraining(settings, tmp_path / "killed")
-    killed.model.train()
-    killed.train_step(), killed.train_step()
-    killed.checkpoint()
-    # a step behind the checkpoint, lost in the kill
-    killed.train_step()
-    resumed = pretrain.Pretraining(settings, tmp_path / "killed")
-    assert resumed.step == 2
-    resumed.run(log_every=2, show=False)
-    resumed.export()
+    real, seen = pretrain.NameAndDraw.__call__, []
+
+    def loss(self, logits, targets):
+        seen.append(targets)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return real(self, logits, targets)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pretrain.NameAndDraw, "__call__", loss)
+        pretrain.pretrain(settings, tmp_path / "killed", log_every=2, show=False)
+    pretrain.pretrain(settings, tmp_path / "killed", log_every=2, show=False)
+    pretrain.export(settings, tmp_path / "killed", log_every=2)
 
     once, twice = (load_file(tmp_path / name / WEIGHTS.name) for name in ("whole", "killed"))
     assert once.keys() == build().state_dict().keys()
     for name, tensor in once.items():
         assert torch.equal(tensor, twice[name]), name
-    log = (tmp_path / "whole/log.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in log] == ["step", "2", "4"]
+    log = json.loads((tmp_path / "whole" / "demo_vit.json").read_text())["log"]
+    assert [row["step"] for row in log] == [2, 4] and log[0]["images"] == 32
+    assert log[-1]["lr"] == pytest.approx(settings.rate(3))
+    # every step has images of its own, and a seed has its own
+    assert not any(torch.equal(seen[0], other) for other in seen[1:])
 
-    with pytest.raises(ValueError, match="holds a run with"):
-        pretrain.Pretraining(pretrain.Settings(seed=1), tmp_path / "killed")
+    with pytest.raises(UserError, match="has `seed` = 0, now 1 is asked for"):
+        pretrain.pretrain(
+            pretrain.Settings(steps=4, batch_size=16, seed=1), tmp_path / "killed", log_every=2
+        )
+
+
+def test_the_pretrainings_loss_is_its_definition():
+    settings = pretrain.Settings()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, NUM_CLASSES + 1024, generator=generator)
+    rules = torch.tensor([4, 200, 9])
+    masks = torch.rand(3, 1024, generator=generator)
+    targets = torch.cat([rules[:, None], masks], dim=1)
+    naming = torch.nn.functional.cross_entropy(
+        logits[:, :NUM_CLASSES], rules, label_smoothing=settings.label_smoothing
+    )
+    drawing = torch.nn.functional.binary_cross_entropy_with_logits(logits[:, NUM_CLASSES:], masks)
+    expected = 3 * (naming + settings.mask_weight * drawing)
+    torch.testing.assert_close(pretrain.NameAndDraw(settings)(logits, targets), expected)
 
 
 def test_packaged_backbone_fits_its_record():

@@ -3,22 +3,21 @@
 Two objectives, each read by a linear layer that is thrown away afterwards: the class token names
 the drawing rule (256 classes) behind a procedural image, and every patch token tells which of its
 64 pixels the object covers. The second one gets learning going: without it the loss stands still
-for twice as long. AdamW, float32. A killed run continues to the bit from its last
-checkpoint, since images and learning rate depend on the step alone. The output folder gets
-``demo_vit.safetensors`` (the backbone), ``demo_vit.json`` (settings, versions, seconds, learning
-curve) and ``log.csv``.
+for twice as long. AdamW, float32.
+
+The steps are those of ``pgn-fast train``: this file has the images, the loss and the rate of each
+step. A killed run continues to the bit from its last checkpoint, since images and learning rate
+depend on the step alone. The output folder is a run's, and gets ``demo_vit.safetensors`` (the
+backbone) and ``demo_vit.json`` (settings, versions, seconds, learning curve).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-import os
 import platform
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +27,21 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from .._files import write_files
-from . import PRETRAINED_CFG, RECORD, WEIGHTS, build
+from ..adapters import read_adapter
+from ..errors import UserError
+from ..models.baselines import FineTuned
+from ..train import checkpoints
+from ..train.config import TrainConfig
+from ..train.given import given_split
+from ..train.loader import preprocessing
+from ..train.loop import run
+from ..train.parts import Parts, seed_everything
+from ..train.split import Splits
+from ..train.state import resume_config
+from . import NAME, PRETRAINED_CFG, RECORD, WEIGHTS, build
 from .procedural import FAMILIES, NUM_CLASSES, ProceduralImages
 
 # far past any training step: these batches are never trained on
@@ -71,22 +82,26 @@ def normalize(images: Tensor) -> Tensor:
     return (images - mean) / std
 
 
-class Pretrained(nn.Module):
-    """The backbone with its two throw-away heads: normalized images → rule and mask logits."""
+class Pretrained(FineTuned):
+    """The backbone with two throw-away layers: the head names the rule, the other draws the mask.
+
+    Normalized images (B, 3, 32, 32) to rule logits (B, 256); in training with the mask's logits
+    behind them, (B, 256 + N * 64).
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.backbone = build()
+        super().__init__(build(), NUM_CLASSES)
         width, patch = self.backbone.embed_dim, self.backbone.patch_embed.patch_size[0]
-        self.name_rule = nn.Linear(width, NUM_CLASSES)
         self.draw_mask = nn.Linear(width, patch * patch)
         # logits near zero at the start
-        nn.init.trunc_normal_(self.name_rule.weight, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, 32, 32) → rule logits (B, 256) and mask logits (B, N, 64)."""
+    def forward(self, images: Tensor) -> Tensor:
         tokens = self.backbone.forward_features(images)  # (B, 1 + N, D)
-        return self.name_rule(tokens[:, 0]), self.draw_mask(tokens[:, 1:])
+        rules = self.head(tokens[:, 0])
+        if not self.training:
+            return rules
+        return torch.cat([rules, self.draw_mask(tokens[:, 1:]).flatten(1)], dim=1)
 
 
 def patches(masks: Tensor, size: int = 8) -> Tensor:
@@ -95,167 +110,150 @@ def patches(masks: Tensor, size: int = 8) -> Tensor:
     return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-class Pretraining:
-    """A run: model, optimizer, step and log, all of which ``checkpoint`` keeps.
+class Batches:
+    """The training batches of a run, ``log_every`` an epoch.
+
+    A target (B, 1 + N * 64) is the rule's number, and the mask by patches.
+    """
+
+    def __init__(self, settings: Settings, log_every: int) -> None:
+        self._images, self._settings = ProceduralImages(settings.seed), settings
+        self._epoch, self._length = 0, log_every
+        # as torch's loaders: whoever is told the epoch, and how many images there are
+        self.sampler, self.dataset = self, range(log_every * settings.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for step in range(self._epoch * self._length, (self._epoch + 1) * self._length):
+            batch = self._images.batch(step, self._settings.batch_size)
+            drawn = patches(batch.masks).flatten(1)
+            yield normalize(batch.images), torch.cat([batch.labels[:, None], drawn], dim=1)
+
+
+class NameAndDraw:
+    """The loss: cross entropy of the rule, and binary cross entropy of the mask."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def check(self, labels: Tensor) -> None:
+        """All targets are this file's own."""
+
+    def mix(self, images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        return images, labels
+
+    def right(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits[:, :NUM_CLASSES].argmax(dim=1) == labels[:, 0]).sum()
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        naming = functional.cross_entropy(
+            logits[:, :NUM_CLASSES],
+            targets[:, 0].long(),
+            reduction="sum",
+            label_smoothing=self._settings.label_smoothing,
+        )
+        drawing = functional.binary_cross_entropy_with_logits(
+            logits[:, NUM_CLASSES:], targets[:, 1:], reduction="none"
+        )
+        return naming + self._settings.mask_weight * drawing.mean(dim=1).sum()
+
+
+def pretrain(
+    settings: Settings, output: Path, *, log_every: int = 100, show: bool = True
+) -> dict[str, Any]:
+    """Train to the end, from the beginning or from where a run in ``output`` stands; its summary.
 
     Args:
         settings: the recipe.
-        output: a folder, made where missing; an unfinished run in it is continued.
+        output: the run's folder.
+        log_every: steps from one score, and checkpoint, to the next.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        UserError: the folder holds a run with other settings, or ``log_every`` does not divide the
+            steps.
     """
+    if settings.steps % log_every:
+        raise UserError(f"`log_every` {log_every} does not divide `steps` {settings.steps}.")
+    given: dict[str, Any] = {
+        "data": "images from formulas",
+        "model": NAME,
+        "method": "full",
+        "seed": settings.seed,
+        "epochs": settings.steps // log_every,
+        "batch_size": settings.batch_size,
+        "lr": settings.lr,
+        "weight_decay": settings.weight_decay,
+        "opt_betas": (0.9, 0.95),
+        "clip_grad": settings.clip_grad,
+        "smoothing": settings.label_smoothing,
+    }
+    config = resume_config(output, given) or TrainConfig.make(**given)
 
-    def __init__(self, settings: Settings, output: Path) -> None:
-        self.settings, self.output = settings, output
-        output.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(settings.seed)
-        self.model = Pretrained()
-        decay = [p for p in self.model.parameters() if p.ndim > 1]
-        plain = [p for p in self.model.parameters() if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decay, "weight_decay": settings.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
-            lr=settings.lr,
-            betas=(0.9, 0.95),
+    def parts() -> Parts:
+        seed_everything(settings.seed)
+        model = Pretrained()
+        images = ProceduralImages(settings.seed)
+        held_out = [images.batch(step, 256) for step in HELD_OUT]
+        scored = TensorDataset(
+            torch.cat([normalize(batch.images) for batch in held_out]),
+            torch.cat([batch.labels for batch in held_out]),
         )
-        self.data = ProceduralImages(settings.seed)
-        self.step, self.wall_seconds, self.cpu_seconds = 0, 0.0, 0.0
-        self.log: list[dict[str, float]] = []
-        if self._checkpoint.exists():
-            self._restore()
+        splits = Splits(
+            given_split("train", Batches(settings, log_every)),
+            given_split("validation", scored),
+            None,
+            NUM_CLASSES,
+        )
+        pixels = preprocessing(model.backbone, config)
+        return Parts(splits, model, pixels, False, NameAndDraw(settings), settings.rate)
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.output / "checkpoint.pt"
+    return run(config, output, parts, torch.device("cpu"), resume=True, show=show)
 
-    def _restore(self) -> None:
-        state = torch.load(self._checkpoint, weights_only=True)
-        if state["settings"] != asdict(self.settings):
-            raise ValueError(
-                f"{self.output} holds a run with {state['settings']}, asked for "
-                f"{asdict(self.settings)}. Repeat its settings to continue it, or name another "
-                "output folder."
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.log = state["step"], state["log"]
-        self.wall_seconds, self.cpu_seconds = state["wall_seconds"], state["cpu_seconds"]
 
-    def checkpoint(self) -> None:
-        """Write the whole state aside, then put it in place: a kill leaves the old one whole."""
-        aside = self._checkpoint.with_suffix(".part")
-        torch.save(
+def export(settings: Settings, output: Path, *, log_every: int = 100) -> None:
+    """Write the backbone and the record beside the run; the throw-away layers stay behind."""
+    _, tensors = read_adapter(output / "last")
+    weights = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("backbone.")
+    }
+    state = checkpoints.load(output)
+    assert state is not None
+    seconds, log = 0.0, []
+    for row in state["record"]["history"]:
+        seconds += row["seconds"]
+        step = row["epoch"] * log_every
+        log.append(
             {
-                "settings": asdict(self.settings),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "log": self.log,
-                "wall_seconds": self.wall_seconds,
-                "cpu_seconds": self.cpu_seconds,
-            },
-            aside,
-        )
-        os.replace(aside, self._checkpoint)
-
-    def train_step(self) -> tuple[float, float]:
-        """One step of AdamW; returns the losses of naming and of drawing."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate(self.step)
-        batch = self.data.batch(self.step, self.settings.batch_size)
-        rule, mask = self.model(normalize(batch.images))
-        naming = functional.cross_entropy(
-            rule, batch.labels, label_smoothing=self.settings.label_smoothing
-        )
-        drawing = functional.binary_cross_entropy_with_logits(mask, patches(batch.masks))
-        loss = naming + self.settings.mask_weight * drawing
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss.item()} at step {self.step}; lower --lr")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
-        self.optimizer.step()
-        self.step += 1
-        return naming.item(), drawing.item()
-
-    @torch.no_grad()
-    def held_out_accuracy(self) -> float:
-        """Top-1 on 2,048 images that no training step draws."""
-        self.model.eval()
-        right = total = 0
-        for step in HELD_OUT:
-            batch = self.data.batch(step, 256)
-            rule, _ = self.model(normalize(batch.images))
-            right += int((rule.argmax(1) == batch.labels).sum())
-            total += len(batch.labels)
-        self.model.train()
-        return right / total
-
-    def run(self, *, log_every: int, show: bool = True) -> None:
-        """Train to the end, logging and checkpointing every ``log_every`` steps."""
-        self.model.train()
-        wall, cpu = time.perf_counter(), time.process_time()
-        losses: list[tuple[float, float]] = []
-        while self.step < self.settings.steps:
-            losses.append(self.train_step())
-            if self.step % log_every and self.step < self.settings.steps:
-                continue
-            held_out = self.held_out_accuracy()
-            now_wall, now_cpu = time.perf_counter(), time.process_time()
-            self.wall_seconds += now_wall - wall
-            self.cpu_seconds += now_cpu - cpu
-            wall, cpu = now_wall, now_cpu
-            naming, drawing = (sum(column) / len(losses) for column in zip(*losses, strict=True))
-            row = {
-                "step": self.step,
-                "images": self.step * self.settings.batch_size,
-                "naming_loss": round(naming, 5),
-                "drawing_loss": round(drawing, 5),
-                "held_out_top1": round(held_out, 5),
-                "lr": round(self.settings.rate(self.step - 1), 8),
-                "wall_seconds": round(self.wall_seconds, 1),
-                "cpu_seconds": round(self.cpu_seconds, 1),
+                "step": step,
+                "images": step * settings.batch_size,
+                "loss": round(row["train_loss"], 5),
+                "held_out_top1": round(row["validation_top1"] / 100, 5),
+                "lr": round(row["lr"], 8),
+                "wall_seconds": round(seconds, 1),
             }
-            losses.clear()
-            self.log.append(row)
-            self.checkpoint()
-            if show:
-                left = self.wall_seconds / self.step * (self.settings.steps - self.step)
-                print(
-                    f"step {self.step}/{self.settings.steps}  loss {naming:.3f} + {drawing:.3f}  "
-                    f"held-out top-1 {held_out:.1%}  {self.wall_seconds:.0f} s, {left:.0f} s to go",
-                    flush=True,
-                )
-
-    def export(self) -> None:
-        """Write the backbone, the record and the log; the throw-away classifier stays behind."""
-        weights = self.output / WEIGHTS.name
-        state = {
-            name: tensor.contiguous() for name, tensor in self.model.backbone.state_dict().items()
-        }
-        write_files({weights: save(state)})
-        record: dict[str, Any] = {
-            "settings": asdict(self.settings),
-            "classes": FAMILIES,
-            "images_seen": self.step * self.settings.batch_size,
-            "parameters": sum(tensor.numel() for tensor in state.values()),
-            "wall_seconds": round(self.wall_seconds, 1),
-            "cpu_seconds": round(self.cpu_seconds, 1),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "timm": version("timm"),
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "log": self.log,
-        }
-        (self.output / RECORD.name).write_text(json.dumps(record, indent=1) + "\n")
-        with open(self.output / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.log[0]))
-            writer.writeheader()
-            writer.writerows(self.log)
+        )
+    record: dict[str, Any] = {
+        "settings": asdict(settings),
+        "classes": FAMILIES,
+        "images_seen": log[-1]["images"],
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "wall_seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": version("timm"),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "log": log,
+    }
+    text = json.dumps(record, indent=1) + "\n"
+    write_files({output / WEIGHTS.name: save(weights), output / RECORD.name: text.encode()})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -276,9 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(
         seed=options.seed, steps=options.steps, batch_size=options.batch_size, lr=options.lr
     )
-    pretraining = Pretraining(settings, options.output)
-    pretraining.run(log_every=options.log_every)
-    pretraining.export()
+    pretrain(settings, options.output, log_every=options.log_every)
+    export(settings, options.output, log_every=options.log_every)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,16 @@ class Parts:
         model: on the CPU, in training mode.
         pixels: the preprocessing of images, by timm's names.
         fresh: whether the head is new, so that ``TrainConfig.head_init`` is its start.
+        objective: in the place of the ``Objective`` that the configuration describes.
+        rates: number of the update, from 0 -> learning rate, in the place of the schedule.
     """
 
     splits: Splits
     model: Any
     pixels: dict[str, Any]
     fresh: bool = True
+    objective: Any = None
+    rates: Callable[[int], float] | None = None
 
 
 def seed_everything(seed: int) -> None:

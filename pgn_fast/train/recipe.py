@@ -79,6 +79,7 @@ class Schedule:
         config: names the schedule and its lengths in epochs.
         optimizer: not yet stepped.
         updates_per_epoch: optimizer steps an epoch.
+        rates: number of the update, from 0 -> learning rate, in the place of the schedule.
 
     Attributes:
         epochs: of the whole run; timm's cycles, cooldown and warm-up prefix make it longer than
@@ -88,12 +89,19 @@ class Schedule:
         UserError: timm refuses the values.
     """
 
-    def __init__(self, config: TrainConfig, optimizer: Optimizer, updates_per_epoch: int) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        optimizer: Optimizer,
+        updates_per_epoch: int,
+        rates: Callable[[int], float] | None = None,
+    ) -> None:
+        self._rates = rates
         self._official = official_rates(config)
         self._optimizer, self.epochs = optimizer, config.epochs
         self._timm: Any = None
         self._updates_per_epoch, self._follows_score = updates_per_epoch, False
-        if self._official is not None:
+        if rates is not None or self._official is not None:
             return
         from timm.scheduler import create_scheduler_v2
 
@@ -120,7 +128,10 @@ class Schedule:
 
     def set(self, epoch: int, update: int) -> None:
         """Set the rate of update number ``update`` (from 0) of ``epoch`` (from 0)."""
-        if self._official is not None:
+        if self._rates is not None:
+            number = epoch * self._updates_per_epoch + update
+            set_learning_rate(self._optimizer, self._rates(number))
+        elif self._official is not None:
             set_learning_rate(self._optimizer, self._official(epoch))
         elif self._timm is not None and not self._follows_score:
             self._timm.step(epoch)

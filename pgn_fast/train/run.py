@@ -19,6 +19,7 @@ from .distributed import Processes
 from .evaluation import Autocast, evaluate
 from .failures import out_of_memory, what_is_kept
 from .head_init import start_head
+from .objective import Objective
 from .parts import Parts, seed_everything
 from .recipe import Schedule, learning_rate, make_optimizer
 from .reports import (
@@ -70,13 +71,12 @@ class Run:
         self._try_out()
         if parts.fresh and state is None:
             self._start_head()
-        self.stepper = Stepper(
-            config, self.model, self.splits.num_classes, processes, self.source.prepare
-        )
+        objective = parts.objective or Objective(config, self.splits.num_classes, self.device)
+        self.stepper = Stepper(config, self.model, objective, processes, self.source.prepare)
         if self.stepper.needs_two and self.source.smallest_batch * processes.world < 2:
             raise UserError(too_few_for_batchnorm(config))
         self.stepper.optimizer = self.optimizer = make_optimizer(self.model, config)
-        self.schedule = Schedule(config, self.optimizer, self.source.updates_per_epoch)
+        self.schedule = Schedule(config, self.optimizer, self.source.updates_per_epoch, parts.rates)
         self.position, self.record, self.trackers = Position(), Record(), Trackers()
         # losses that were not looked at yet, as (update, loss * images, correct, images)
         self._pending: list[tuple[int, Tensor, Tensor, int]] = []

@@ -18,7 +18,6 @@ from .average import Average
 from .config import TrainConfig
 from .distributed import Processes
 from .evaluation import Autocast
-from .objective import Objective
 from .stats import StepTimes
 from .sync_batchnorm import synchronize
 
@@ -39,20 +38,23 @@ class Stepper:
         self,
         config: TrainConfig,
         model: Any,
-        num_classes: int,
+        objective: Any,
         processes: Processes,
-        prepare: Callable[[Tensor], Tensor] = lambda images: images,
+        prepare: Callable[[Tensor], Tensor],
     ) -> None:
-        """``prepare`` makes the model's input of a batch's images on the device."""
+        """
+        Args:
+            objective: an ``Objective``, or what has its methods.
+            prepare: makes the model's input of a batch's images on the device.
+        """
         self.config, self.model, self.processes = config, model, processes
-        self.device, self.prepare = processes.device, prepare
+        self.device, self.prepare, self.objective = processes.device, prepare, objective
         self.times = StepTimes(self.device, config.stats)
         self.autocast = Autocast(self.device, config.amp, config.amp_dtype)
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=config.amp and config.amp_dtype == "float16"
         )
         self.optimizer: Any = None
-        self.objective = Objective(config, num_classes, self.device)
         self.average = Average(model, config)
         set_batchnorm(model, config)
         self.needs_two = config.batch_size > 0 and _needs_two_images(model, self._blank())
