@@ -19,7 +19,12 @@ CPU = torch.device("cpu")
 
 def score(logits, labels, classes, batch=4, **options):
     batches = [
-        Batch(logits[i : i + batch], labels[i : i + batch], torch.arange(i, i + batch), [])
+        Batch(
+            logits[i : i + batch],
+            labels[i : i + batch],
+            torch.arange(len(labels))[i : i + batch],
+            [],
+        )
         for i in range(0, len(labels), batch)
     ]
     return evaluate(nn.Identity(), batches, classes, Autocast(CPU), Processes(CPU), **options)

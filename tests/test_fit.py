@@ -66,8 +66,9 @@ def test_a_data_set_trains_and_its_run_is_written(tmp_path):
     one = model()
     frozen = {k: v.clone() for k, v in one.backbone.state_dict().items()}
     data = Columns(pictures())
+    options = {**OPTIONS, "no_aug": True, "head_init": "zero"}
     result = pgn_fast.fit(
-        one, data, val=data, test=data, epochs=6, output=tmp_path / "run", no_aug=True, **OPTIONS
+        one, data, val=data, test=data, epochs=6, output=tmp_path / "run", **options
     )
     assert isinstance(result, pgn_fast.RunResult) and len(result.history) == 6
     assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]

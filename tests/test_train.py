@@ -120,6 +120,9 @@ def test_every_method_trains(world, tmp_path, method):
         "history.csv",
         "learning_curve.png",
         "summary.json",
+        "per_class.csv",
+        "confusion_matrix.csv",
+        "confusion_matrix.png",
     }
     if method != "full":
         # the frozen backbone is the file's, to the bit: the same logits around a fresh copy

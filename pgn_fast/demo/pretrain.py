@@ -94,7 +94,8 @@ class Pretrained(FineTuned):
         width, patch = self.backbone.embed_dim, self.backbone.patch_embed.patch_size[0]
         self.draw_mask = nn.Linear(width, patch * patch)
         # logits near zero at the start
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        head: Any = self.head
+        nn.init.trunc_normal_(head.weight, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.backbone.forward_features(images)  # (B, 1 + N, D)

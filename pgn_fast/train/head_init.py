@@ -116,12 +116,13 @@ def ridge_probe(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Ten
     labels (n, C) of 0 and 1: Y is the labels, and a logit of 0 stands for a half.
     """
     several = labels.ndim == 2
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     x, y = features.double(), torch.zeros(len(labels), num_classes, dtype=torch.float64)
     if several:
         y, middle, loss_of = labels.double(), 0.5, F.binary_cross_entropy_with_logits
     else:
         y[torch.arange(len(labels)), labels] = 1
-        middle, loss_of = 0.0, F.cross_entropy
+        middle = 0.0
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, targets = x - x_mean, y - y_mean
     count, width = x.shape

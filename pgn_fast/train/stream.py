@@ -37,7 +37,7 @@ class Stream(IterableDataset):
         self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        reader = getattr(self.dataset, "reader", None)
+        reader: Any = getattr(self.dataset, "reader", None)
         if self.seed is not None and getattr(reader, "ds", None) is not None:
             # timm's reader goes on with its random numbers from pass to pass, and begins anew
             # without this
