@@ -86,7 +86,8 @@ def test_details_are_their_definitions():
     width = 1.96 * 100 * float((right.mean() * (1 - right.mean()) / 200).sqrt())
     assert low < found.top1 < high and high - low == pytest.approx(2 * width, rel=0.15)
     assert found.intervals == score(logits, labels, 7, details=True).intervals
-    assert "calibration error" in found.details() and "confusion" not in found.as_dict()
+    assert f"({low:.2f} ... {high:.2f})" in found.line() and "calibration error" in found.line()
+    assert "confusion" not in found.as_dict()
 
 
 def test_a_bootstrap_counts_classes_that_it_drew():

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from ..train.scores import check_torchmetrics
 
     # the data first: they are sooner wrong, and sooner found to be
-    task = task_of(args)
+    task = task_of(args) if args.labels else config.task
     check_torchmetrics(task)
     split = split_to_score(dataclasses.replace(config, task=task), args.split)
     given = config.num_classes
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         if not split.streamed:
             split = match_classes(split, model.class_names, args.adapter)
         num_classes = given or 0 if split.streamed else count_classes(split, given)
-        _check_fit(args.adapter, model, split, num_classes)
+        _check_fit(args.adapter, model, split, num_classes, task)
         loader = make_loader(
             split,
             eval_transform(model.preprocessing),
@@ -97,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
         f"{split.name}: {score.line()}  {score.images} of "
         f"{score.images + len(score.unreadable)} images: {split.origin}"
     )
-    print(f"95 % intervals of a bootstrap over the images: {score.details()}")
     if args.report:
         names = model.class_names or split.class_names
         for line in write_details(Path(args.report), score, names):
@@ -110,8 +109,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_fit(adapter: str, model: object, split: Split, num_classes: int) -> None:
+def _check_fit(adapter: str, model: object, split: Split, num_classes: int, task: str) -> None:
     """The adapter's classes are the data's."""
+    if getattr(model, "task", task) != task:
+        raise UserError(f"{adapter} gives several labels an image: give theirs by --labels FILE.")
     have = model.num_classes  # type: ignore[attr-defined]
     if num_classes and num_classes != have:
         raise UserError(

@@ -69,22 +69,19 @@ class Score:
         return {k: v for k, v in vars(self).items() if k not in (*other, "confusion")}
 
     def line(self) -> str:
-        """The figures in one line."""
-        figures = [("top-1", self.top1), ("top-5", self.top5), ("mean class", self.mean_class)]
-        figures += [("mean average precision", self.map), ("ROC-AUC", self.auc)]
-        shown = [f"{name} {value:.2f} %" for name, value in figures if value is not None]
-        return "  ".join([*shown, f"loss {self.loss:.4f}"])
-
-    def details(self) -> str:
-        """Intervals and calibration in one line; empty where neither was asked for."""
-        names = {"top1": "top-1", "mean_class": "mean class", "map": "mean average precision"}
-        shown = [
-            f"{names.get(name, 'ROC-AUC')} {low:.2f} ... {high:.2f} %"
-            for name, (low, high) in self.intervals.items()
-        ]
+        """The figures in one line, with their intervals where there are some."""
+        names = {"top1": "top-1", "top5": "top-5", "mean_class": "mean class"}
+        names |= {"map": "mean average precision", "auc": "ROC-AUC"}
+        shown = []
+        for name, word in names.items():
+            if (value := getattr(self, name)) is not None:
+                low, high = self.intervals.get(name, (None, None))
+                around = "" if low is None else f" ({low:.2f} ... {high:.2f})"
+                shown.append(f"{word} {value:.2f} %{around}")
+        shown.append(f"loss {self.loss:.4f}")
         if self.calibration_error is not None:
             shown.append(f"calibration error {self.calibration_error:.2f} %")
-        return ", ".join(shown)
+        return "  ".join(shown)
 
 
 def has_torchmetrics() -> bool:
