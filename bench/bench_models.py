@@ -38,7 +38,7 @@ from models_common import (
 from rows import DEVICE, Row, spread
 from torch import nn
 
-from pgn_fast.backbone.support import FastOptions
+from pgn_fast.backbone.options import FastOptions
 
 B16, B32, L14 = "vit_base_patch16_224", "vit_base_patch32_224", "vit_large_patch14_clip_224"
 CHOSEN = [Case("deep", B16, 8, 10), Case("deep", B16, 8, 50), Case("pgn", B32, 16, 16)]

@@ -296,7 +296,7 @@ def _same(target: str | type, prompter: type) -> bool:
 
 def _prompted_vit() -> Any:
     """The function that puts a model around a registered prompter."""
-    from .models.base import prompted_vit
+    from .models.create import prompted_vit
 
     return prompted_vit
 

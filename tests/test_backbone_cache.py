@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pgn_fast
 from pgn_fast.backbone import cache
-from pgn_fast.backbone.support import FastOptions
+from pgn_fast.backbone.options import FastOptions
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 

@@ -12,8 +12,8 @@ from test_backbone_exact import randomize
 from torch import nn
 
 import pgn_fast
-from pgn_fast.backbone.eager import pool
 from pgn_fast.backbone.engine import FastBackbone
+from pgn_fast.backbone.readout import pool
 from pgn_fast.backbone.schedule import PromptSchedule
 
 TIER_1 = """
@@ -41,12 +41,13 @@ TIER_2 = """
     vit_pe_core_base_patch16_224 vit_pe_lang_large_patch14_448 vit_pe_spatial_base_patch16_512
     vit_medium_patch16_reg1_gap_256 vit_betwixt_patch16_reg4_gap_256
     aimv2_large_patch14_224 beit3_base_patch16_224
+    beit_base_patch16_224 beitv2_base_patch16_224
+    vit_relpos_small_patch16_224 vit_srelpos_small_patch16_224 vit_relpos_medium_patch16_cls_224
 """
 # name -> the word that its reason must have
 BY_REFERENCE = {
-    "beit_base_patch16_224": "Beit",
-    "beitv2_base_patch16_224": "Beit",
     "vit_base_patch16_rpn_224": "ResPostBlock",
+    "vit_relpos_small_patch16_rpn_224": "ResPostRelPosBlock",
     "vit_base_patch16_xp_224": "ParallelScalingBlock",
     "vit_small_patch16_18x2_224": "ParallelThingsBlock",
     "vit_dwee_patch16_reg1_gap_256": "DiffAttention",

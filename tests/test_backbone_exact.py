@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pgn_fast.backbone.eager import encode_eager
 from pgn_fast.backbone.engine import FastBackbone
+from pgn_fast.backbone.options import FastOptions
+from pgn_fast.backbone.readout import Readout
 from pgn_fast.backbone.schedule import PromptSchedule
-from pgn_fast.backbone.support import FastOptions
 
 SMALL = {"depth": 3, "num_classes": 0, "embed_dim": 24, "num_heads": 3, "img_size": 32}
 OFF = FastOptions(
@@ -67,10 +68,10 @@ def compare(
     tolerance: float = 1e-10,
 ) -> None:
     leaves = list(schedule.entries.values())
-    expected = encode_eager(backbone, images, schedule, rows=rows)
+    expected = encode_eager(backbone, images, schedule, Readout(rows=rows))
     engine = FastBackbone(backbone, options)
     assert engine.cache.refusal is None
-    actual = engine.encode(images, schedule, rows=rows)
+    actual = engine.encode(images, schedule, Readout(rows=rows))
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
     weight = torch.randn(expected.shape[1:], dtype=expected.dtype)
@@ -80,10 +81,20 @@ def compare(
         assert b.abs().max() > 0
         assert (a - b).abs().max() <= tolerance * b.abs().max()
     with torch.no_grad():
-        inferred = engine.encode(images, schedule, rows=rows)
-        again = engine.encode(images, schedule, rows=rows)
+        inferred = engine.encode(images, schedule, Readout(rows=rows))
+        again = engine.encode(images, schedule, Readout(rows=rows))
     assert (inferred - expected).abs().max() <= tolerance * expected.abs().max()
     assert torch.equal(inferred, again)
+
+
+@pytest.mark.parametrize("rows", [None, 1])
+def test_one_block_gets_prompts_and_is_the_last(rows: int | None) -> None:
+    """Prompts that are placed by the embedding's op must not be attended to twice."""
+    backbone, images = small_vit(depth=1), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for keep in (True, False):
+        for kv_only in (True, False):
+            schedule = replace(schedules(1, 24, 2)["pgn"], keep=keep)
+            compare(backbone, images, schedule, FastOptions(kv_only=kv_only), rows)
 
 
 @pytest.mark.parametrize("rows", [None, 1, 2])

@@ -9,7 +9,7 @@ from test_backbone_works_with import backbone, relative, vpt
 
 import pgn_fast
 from pgn_fast.backbone import packed
-from pgn_fast.backbone.support import FastOptions
+from pgn_fast.backbone.options import FastOptions
 from pgn_fast.ops import dispatch
 
 
@@ -61,8 +61,11 @@ def test_reasons() -> None:
         "vit_small_patch16_rope_224", depth=2, embed_dim=48, num_heads=3, img_size=48
     )
     assert "rotated" in line(pgn_fast.VPT(rope, 5).explain(), "absorb")
-    beit = timm.create_model("beit_base_patch16_224", depth=2, embed_dim=48, num_heads=3)
-    assert "Beit is none of the backbone classes" in pgn_fast.VPT(beit, 5).explain()
+    small = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    beit = pgn_fast.VPT(timm.create_model("beit_base_patch16_224", **small), 5)
+    assert "attention: plain torch, because a relative position bias is added" in beit.explain()
+    parallel = pgn_fast.VPT(timm.create_model("vit_base_patch16_xp_224", **small), 5).explain()
+    assert "block 0: unsupported block class ParallelScalingBlock (supported: Block)" in parallel
     assert "fast=False" in vpt(False).explain()
 
 

@@ -10,8 +10,8 @@ from test_backbone_works_with import gradients, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pgn_fast
+from pgn_fast.backbone.options import FastOptions
 from pgn_fast.backbone.schedule import PromptSchedule
-from pgn_fast.backbone.support import FastOptions
 from pgn_fast.ops import onednn, prompted_patch_embed
 
 

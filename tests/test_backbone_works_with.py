@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import pgn_fast
 from pgn_fast.backbone import blocks
 from pgn_fast.backbone.engine import FastBackbone
-from pgn_fast.backbone.support import FastOptions
+from pgn_fast.backbone.options import FastOptions
 
 
 def backbone(**kwargs) -> nn.Module:

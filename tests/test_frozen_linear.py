@@ -9,8 +9,8 @@ from torch import nn
 
 from pgn_fast import reference
 from pgn_fast.backbone import packed
-from pgn_fast.backbone.fold import FrozenLinear
 from pgn_fast.backbone.packed import PackedLinear
+from pgn_fast.backbone.weights import FrozenLinear
 from pgn_fast.ops import frozen_linear
 from pgn_fast.ops.dispatch import refusal
 

@@ -10,9 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import pgn_fast
-from pgn_fast.backbone import engine as engine_module
+from pgn_fast.backbone import embedding as embedding_module
 from pgn_fast.backbone import schedule as schedule_module
-from pgn_fast.backbone.support import FastOptions
+from pgn_fast.backbone.options import FastOptions
+from pgn_fast.backbone.readout import Readout
 
 
 class Concatenations(TorchFunctionMode):
@@ -34,7 +35,7 @@ class Concatenations(TorchFunctionMode):
 def calls(monkeypatch):
     """Names of the ops that a model calls: an embedding with logits, with prompts, or without."""
     found: list[str] = []
-    embed, mix = engine_module.prompted_patch_embed, schedule_module.mix_prompts
+    embed, mix = embedding_module.prompted_patch_embed, schedule_module.mix_prompts
 
     def counted_embed(*args, prompts=None, **kwargs):
         mixed, given = args[5] is not None, prompts is not None
@@ -45,7 +46,7 @@ def calls(monkeypatch):
         found.append("mix")
         return mix(*args, **kwargs)
 
-    monkeypatch.setattr(engine_module, "prompted_patch_embed", counted_embed)
+    monkeypatch.setattr(embedding_module, "prompted_patch_embed", counted_embed)
     monkeypatch.setattr(schedule_module, "mix_prompts", counted_mix)
     return found
 
@@ -104,11 +105,11 @@ def test_nothing_is_kept_for_the_rows_of_patches() -> None:
     model, images = shallow(), torch.randn(2, 3, 32, 32)
     seen: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t), t)[1], lambda t: t):
-        model.engine.encode(images, model.prompter.schedule(images), rows=1)
+        model.engine.encode(images, model.prompter.schedule(images), Readout(rows=1))
     tokens = 1 + 16 + 3
     first = model.engine.cache.weights(torch.float32)[0].norm1
     with torch.no_grad():
-        whole = model.engine._op_embed(images, None, model.prompter.prompts[0])
+        whole = model.engine.embedding.by_op(images, None, model.prompter.prompts[0])
         normed = first(whole)
     kept = [t for t in seen if t.shape == (2, tokens, 64)]
     assert not any(torch.allclose(t, normed) or torch.allclose(t, whole) for t in kept)
@@ -152,6 +153,19 @@ def hooked() -> pgn_fast.VPT:
     model = shallow()
     model.backbone.patch_embed.register_forward_hook(lambda *_: None)
     return model
+
+
+def test_a_mixture_of_another_dtype_is_mixed_apart_and_explain_says_so(calls) -> None:
+    model = pgn_fast.PGN(backbone().bfloat16(), 5, num_prompts=3, library_size=8).eval()
+    calls.clear()
+    with torch.no_grad():
+        model(torch.randn(2, 3, 32, 32, dtype=torch.bfloat16))
+    assert calls == ["mix", "embed with prompts"]
+    assert (
+        "prompts of block 0: written by the embedding's op into its buffer, not mixed by it: the "
+        "mixture is torch.float32, the backbone torch.bfloat16" in model.explain()
+    )
+    assert "not mixed by it" not in pgn().explain() + shallow().explain()
 
 
 def test_autocast_and_gradients_of_images_take_their_own_ways(calls) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -14,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
-from pgn_fast import PGN, VPT, PromptedViT, PromptGenerator
+from pgn_fast import PGN, VPT, PromptedViT, PromptGenerator, hub
 from pgn_fast.backbone.load import load_backbone
 from pgn_fast.models.base import POOLS
 from pgn_fast.models.vpt import TOKEN_LOCATIONS
@@ -36,6 +37,7 @@ NAMES = {
     "vit_small_patch16_dinov3": {},  # Eva with registers
     "vit_small_patch16_rope_mixed_224": {},  # Eva with positions of each block's own
     "beit_base_patch16_224": {},  # relative position bias in every block
+    "vit_relpos_small_patch16_224": {},  # the same by a small network, no position embedding
 }
 
 
@@ -75,7 +77,7 @@ def by_hand(backbone: nn.Module, x: torch.Tensor, prompts: list[torch.Tensor]) -
     """Tokens without prompts, from one set of prompts (B, P, D) per block or one in all.
 
     On a copy whose blocks are told that prompts are prefix tokens: their place among the tokens is
-    nothing to attention, so this is the oracle for prompts behind the patches, too.
+    nothing to attention, so this is the oracle for prompts after the patches, too.
     """
     backbone = copy.deepcopy(backbone)
     num_prefix, num_prompts, rope = backbone.num_prefix_tokens, prompts[0].shape[1], None
@@ -83,7 +85,7 @@ def by_hand(backbone: nn.Module, x: torch.Tensor, prompts: list[torch.Tensor]) -
     if hasattr(backbone, "_pos_embed"):
         x = backbone._pos_embed(x)
         x, rope = x if isinstance(x, tuple) else (x, None)
-    else:  # beit
+    elif num_prefix:  # BEiT
         x = torch.cat([backbone.cls_token.expand(len(x), -1, -1), x], dim=1)
     for i, block in enumerate(backbone.blocks):
         if i < len(prompts):
@@ -94,12 +96,14 @@ def by_hand(backbone: nn.Module, x: torch.Tensor, prompts: list[torch.Tensor]) -
         if isinstance(backbone, Eva):
             block.attn.num_prefix_tokens += num_prompts
             x = block(x, rope=rope[i] if backbone.rope_mixed else rope)
-        elif hasattr(block.attn, "relative_position_bias_table"):
-            bias = block.attn._get_rel_pos_bias()
+        elif hasattr(block.attn, "_get_rel_pos_bias") or hasattr(block.attn, "rel_pos"):
+            owner, method = getattr(block.attn, "rel_pos", block.attn), "get_bias"
+            method = method if hasattr(owner, method) else "_get_rel_pos_bias"
+            bias = getattr(owner, method)()
             padded = bias.new_zeros(*bias.shape[:2], x.shape[1], x.shape[1])
-            kept = [0, *range(1 + num_prompts, x.shape[1])]
-            padded[..., torch.tensor(kept)[:, None], torch.tensor(kept)] = bias
-            block.attn._get_rel_pos_bias = lambda padded=padded: padded
+            kept = torch.tensor([*range(num_prefix), *range(num_prefix + num_prompts, x.shape[1])])
+            padded[..., kept[:, None], kept] = bias
+            setattr(owner, method, lambda padded=padded: padded)
             x = block(x)
         else:
             x = block(x)
@@ -824,7 +828,6 @@ def test_more_arguments_that_contradict_each_other():
         ("samvit_base_patch16", "SAM's blocks work on an image grid"),
         ("cait_xxs24_224", "CaiT adds its class token only after"),
         ("xcit_nano_12_p16_224", "XCiT attends between channels"),
-        ("vit_relpos_small_patch16_224", "relative position bias"),
     ],
 )
 def test_other_transformers_are_refused_by_name_and_as_modules(name, reason):
@@ -869,8 +872,18 @@ def test_backbones_by_name(monkeypatch):
         load_backbone("pgn_demo_vit", img_size=64)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match="weights of 'test_vit' could not be loaded"):
-        pgn("test_vit")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    failed = r"the pretrained weights of 'test_vit' could not be loaded \("
+    for reachable, reason in (
+        (True, r"no route to host\)\. Without a network, give a local file"),
+        (
+            False,
+            r"backbone: .*: \S+ does not answer \(HF_ENDPOINT names another\), and it is not in",
+        ),
+    ):
+        monkeypatch.setattr(hub, "reachable", lambda answer=reachable: answer)
+        with pytest.raises(RuntimeError, match=failed + reason):
+            pgn("test_vit")
 
 
 def test_both_are_prompted_vits():

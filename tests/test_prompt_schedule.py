@@ -12,10 +12,11 @@ from test_backbone_exact import OFF, small_vit
 from torch import Tensor, nn
 
 from pgn_fast import KeyValues, Mixture, PromptSchedule
-from pgn_fast.backbone import keyed
+from pgn_fast.backbone import families
 from pgn_fast.backbone.eager import encode_eager
 from pgn_fast.backbone.engine import FastBackbone
-from pgn_fast.backbone.support import FastOptions
+from pgn_fast.backbone.options import FastOptions
+from pgn_fast.backbone.readout import Readout
 
 B = 2
 
@@ -86,8 +87,8 @@ def compare(backbone: nn.Module, name: str, options: FastOptions, rows: int | No
     images = torch.randn(B, 3, *size, dtype=torch.float64)
     engine = FastBackbone(backbone, options)
     assert engine.cache.refusal is None
-    expected = encode_eager(backbone, images, schedule, rows=rows)
-    actual = engine.encode(images, schedule, rows=rows)
+    expected = encode_eager(backbone, images, schedule, Readout(rows=rows))
+    actual = engine.encode(images, schedule, Readout(rows=rows))
     assert_close(actual, expected)
     weight = torch.randn(expected.shape[1:], dtype=torch.float64)
     wanted = torch.autograd.grad((expected * weight).sum(), leaves.all, allow_unused=True)
@@ -99,10 +100,10 @@ def compare(backbone: nn.Module, name: str, options: FastOptions, rows: int | No
         # a gradient that crosses a whole block of normalized tokens is small, its rounding is not
         assert_close(a, b, tolerance=1e-7)
     with torch.no_grad():
-        assert_close(engine.encode(images, schedule, rows=rows), expected)
-        without = encode_eager(backbone, images, schedule, prompts_read=False)
+        assert_close(engine.encode(images, schedule, Readout(rows=rows)), expected)
+        without = encode_eager(backbone, images, schedule, Readout(prompts=False))
         assert without.shape[1] == backbone.num_prefix_tokens + backbone.patch_embed.num_patches
-        assert_close(engine.encode(images, schedule, prompts_read=False), without)
+        assert_close(engine.encode(images, schedule, Readout(prompts=False)), without)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -128,6 +129,8 @@ def test_every_kind_of_entry(name: str) -> None:
         "vit_pe_core_base_patch16_224",
         "vit_small_patch16_rope_mixed_224",
         "deit_tiny_distilled_patch16_224",
+        "beit_base_patch16_224",  # relative position bias
+        "vit_relpos_medium_patch16_cls_224",
     ],
 )
 def test_every_kind_of_attention(backbone: str) -> None:
@@ -142,6 +145,7 @@ def test_every_kind_of_attention(backbone: str) -> None:
         "eva02_base_patch14_224",
         "vit_small_patch16_dinov3",
         "beit_base_patch16_224",
+        "vit_relpos_medium_patch16_cls_224",
         "vit_so150m_patch16_reg4_gap_256",
     ],
 )
@@ -155,7 +159,7 @@ def test_blocks_written_out_for_keys_are_timms(backbone: str) -> None:
         assert_close(encode_eager(vit, images, none), vit.forward_features(images))
         tokens = n.tokens(3)
         attention, y = vit.blocks[1].attn, vit.blocks[1].norm1(tokens)
-        qkv = keyed._qkv(attention, y)
+        qkv = families.of(vit).project(attention, y)
         k, v = (t.unflatten(-1, (n.h, -1)).transpose(0, 1) for t in qkv[1:])
         k = getattr(attention, "k_norm", nn.Identity())(k)
         as_keys = PromptSchedule("append", {1: KeyValues(k, v)})
@@ -168,7 +172,9 @@ def test_a_block_without_keys_is_refused_by_name() -> None:
     images = torch.randn(B, 3, *vit.patch_embed.img_size, dtype=torch.float64)
     keys = torch.zeros(3, 2, 16, dtype=torch.float64)
     schedule = PromptSchedule("append", {0: KeyValues(keys, keys)})
-    with pytest.raises(ValueError, match="block 0 takes no KeyValues: ParallelScalingBlock"):
+    with pytest.raises(
+        ValueError, match="block 0 takes no KeyValues: unsupported block class ParallelScalingBlock"
+    ):
         FastBackbone(vit).encode(images, schedule)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pgn_fast
 from pgn_fast import ops
 from pgn_fast.backbone import packed
-from pgn_fast.backbone.support import FastOptions
+from pgn_fast.backbone.options import FastOptions
 from pgn_fast.ops import dispatch
 
 PACKAGE = Path(pgn_fast.__file__).parent

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ..ops import prompt_attention
 from ..ops.add_layer_norm import with_rstd
-from .fold import BlockWeights, Norm
 from .schedule import KeyValues
+from .weights import BlockWeights, Norm
 
 Projected = tuple[Tensor, Tensor, Tensor]
 
@@ -41,7 +41,7 @@ def project(w: BlockWeights, x: Tensor, num_queries: int, separate: bool = False
 
 
 def project_entering(w: BlockWeights, x: Tensor, prompts: Tensor) -> Projected:
-    """The same for tokens x (B, T, D) and prompts (P, D) or (B, P, D) that enter behind them.
+    """The same for tokens x (B, T, D) and prompts (P, D) or (B, P, D) that enter after them.
 
     Apart, so that no gradient goes through the tokens' projections where only the prompts have
     one, and prompts that the batch shares are projected once.
@@ -122,21 +122,31 @@ def attend(
 
     Args:
         fused: a kernel of this package runs the op; without one, torch's attention over
-            concatenated keys is the fastest plain form.
+            concatenated keys is the fastest plain form, and the only one with a bias on scores.
     """
     if prompts is None and fused:
         prompts = (k.new_empty(k.shape[1], 0, k.shape[3]),) * 2
-    if prompts is None:
-        o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
-    elif fused:
+    if prompts is not None and fused:
         o = prompt_attention(q, k, v, *prompts, w.scale, backend=backend)
     else:
-        k, v = (
-            torch.cat([p.expand(t.shape[0], -1, -1, -1), t], dim=-2)
-            for p, t in zip(prompts, (k, v), strict=True)
-        )
-        o = F.scaled_dot_product_attention(q, k, v, scale=w.scale)
+        if prompts is not None:
+            k, v = (
+                torch.cat([t, p.expand(t.shape[0], -1, -1, -1)], dim=-2)
+                for p, t in zip(prompts, (k, v), strict=True)
+            )
+        bias = score_bias(w, q, k.shape[-2])
+        o = F.scaled_dot_product_attention(q, k, v, bias, scale=w.scale)
     return _normalize(w.inner_norm, o.transpose(-3, -2).flatten(-2))
+
+
+def score_bias(w: BlockWeights, q: Tensor, num_keys: int) -> Tensor | None:
+    """The bias (1, h, M, keys) on the scores of queries (B, h, M, d): zero for prompts, which stand
+    after the backbone's own tokens."""
+    if w.score_bias is None:
+        return None
+    M, T = q.shape[-2], w.score_bias.shape[-1]
+    bias = w.score_bias[..., :M, :].to(q.dtype)
+    return F.pad(bias, (0, num_keys - T, 0, max(M - T, 0)))
 
 
 def attend_absorbed(
@@ -162,7 +172,10 @@ def attend_absorbed(
     key_weight, value_weight = w.kv.weight.view(2, h, A // h, D)
     u = q.transpose(0, 1).flatten(1, 2) @ key_weight  # (h, B M, D)
     u = u.unflatten(1, (B, M)).transpose(0, 1).flatten(1, 2)  # (B, h M, D)
-    parts = [u @ n.mT]  # (B, h M, T)
+    scores = u @ n.mT  # (B, h M, T)
+    if (bias := score_bias(w, q, n.shape[1])) is not None:
+        scores = scores + bias.flatten(1, 2)
+    parts = [scores]
     n_prompts = None if prompts is None else w.norm1(prompts).to(n.dtype)
     if n_prompts is not None:
         parts.append(u @ n_prompts.mT)
@@ -212,16 +225,16 @@ def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> tuple[Tensor, Tensor
         The sum and its norm, (B, M, D), and 1 / std (B, M) where one op computed them all.
     """
     p = w.out(o)
-    if w.gain1 is None and w.norm2.takes_sum(x, p):
+    if w.ls1 is None and w.norm2.can_fuse_residual(x, p):
         return with_rstd(x, p, w.norm2.eps, w.norm2.backend)
-    y = add(x, p, w.gain1)
+    y = add(x, p, w.ls1)
     return y, w.norm2(y), None
 
 
 def mlp(w: BlockWeights, y: Tensor, n: Tensor) -> Tensor:
     """Tokens (B, M, D) and their norm through the second half of the block."""
     u = w.fc1(n)
-    return add(y, w.fc2(hidden(w, u, overwrite=not u.requires_grad)), w.gain2)
+    return add(y, w.fc2(hidden(w, u, overwrite=not u.requires_grad)), w.ls2)
 
 
 def add(x: Tensor, y: Tensor, gain: Tensor | None) -> Tensor:

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from ..ops import dispatch
 from ..ops._register import leaves_this_package, transformed
-from . import blocks, packed, support
-from .fold import BlockWeights, fold_block, live_block
+from . import blocks, families, packed, support
+from .families import Family
+from .families.base import heads
+from .fold import fold_block
+from .options import FastOptions
 from .packed import PackedLinear
-from .support import FastOptions
 from .watch import Watch, copies_refusal, foreign_code
+from .weights import BlockWeights, from_timm
 
 
 class _Shared:
@@ -35,8 +38,11 @@ class _Shared:
     def refresh(self) -> None:
         """Forget everything that was made from the weights."""
         with self.lock:
+            self.family = families.of(self.backbone)
             self.refusal = support.refusal(self.backbone) or foreign_code(self.backbone)
             self.copies_refusal = copies_refusal(self.backbone)
+            # not asked of blocks that the engine knows nothing of
+            self.biased = self.refusal is None and self.family.biases_scores(self.backbone)
             self.folded: dict[tuple[Any, ...], list[BlockWeights]] = {}
             self.backends: dict[tuple[str, torch.dtype, str | None], str] = {}
             self.watch = Watch(self.backbone)
@@ -60,10 +66,10 @@ class _Shared:
                 if not folded:  # before anything is made from them
                     self.watch.take_bytes()
                 if bare not in folded:
-                    rope = getattr(self.backbone, "rope", None) is not None
+                    backend_for = backends.__getitem__
                     folded[bare] = [
-                        fold_block(block, options, dtype, rope, backends.__getitem__)
-                        for block in self.backbone.blocks
+                        fold_block(self.family, self.backbone, i, options, dtype, backend_for)
+                        for i in range(len(self.backbone.blocks))
                     ]
                 if key not in folded:
                     make = lambda linear: PackedLinear(linear.weight, linear.bias)
@@ -116,6 +122,11 @@ class BackboneCache:
         return next(self.backbone.parameters()).dtype
 
     @property
+    def family(self) -> Family:
+        """What the backbone's class is made of."""
+        return self._shared.family
+
+    @property
     def refusal(self) -> str | None:
         """Why the eager path runs instead of the engine, by the backbone as it is now; or None."""
         self.follow()
@@ -135,8 +146,8 @@ class BackboneCache:
     @property
     def embed_refusal(self) -> str | None:
         """Why timm's own code embeds the images; None where one op can."""
-        # looked at anew: a replaced method or another size leaves no trace in the modules
-        return self._shared.refusal or support.embed_refusal(self.backbone)
+        # at every call: a replaced method or another size leaves no trace in the modules
+        return self._shared.refusal or self._shared.family.embed_refusal(self.backbone)
 
     def look_at_all(self) -> None:
         """Let the next forward look at all bytes of the weights, not at a part of them."""
@@ -163,7 +174,8 @@ class BackboneCache:
         """One entry a block: folded in ``dtype``, or timm's own tensors where not ``folds``."""
         if not self.folds:
             backend_for = partial(self.backend_for, dtype=dtype)
-            return [live_block(block, backend_for) for block in self.backbone.blocks]
+            blocks_ = range(len(self.backbone.blocks))
+            return [from_timm(self.family, self.backbone, i, backend_for) for i in blocks_]
         backends = {op: self.backend_for(op, dtype) for op in ("frozen_linear", "add_layer_norm")}
         pack = self.options.packed and self.packed_refusal(dtype) is None
         return self._shared.fold(self.options, dtype, backends, pack)
@@ -195,15 +207,21 @@ class BackboneCache:
         """What ``dispatch.resolve`` wants to know of this backbone."""
         backbone = self.backbone
         if op == "prompt_attention":
-            attention = backbone.blocks[0].attn
-            return {"head_width": attention.proj.in_features // attention.num_heads}
+            return {"head_width": heads(backbone.blocks[0])[1]}
         if op == "prompted_patch_embed":
             return {"channels": backbone.patch_embed.proj.in_channels}
         return {"columns": backbone.embed_dim} if op == "add_layer_norm" else {}
 
+    @property
+    def attention_refusal(self) -> str | None:
+        """Why ``prompt_attention`` cannot be the attention of this backbone; None where it can."""
+        return "a relative position bias is added to its scores" if self._shared.biased else None
+
     def fuses_attention(self, dtype: torch.dtype) -> bool:
         """Whether attention with prompts runs by a kernel; a named backend that cannot run is
         left to say why itself."""
+        if self.attention_refusal is not None:
+            return False
         named = self.backend not in (None, "reference")
         return named or self.backend_for("prompt_attention", dtype) != "reference"
 

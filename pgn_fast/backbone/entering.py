@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..ops.mix_prompts import backward as mix_prompts_backward
 from . import blocks
-from .fold import BlockWeights
 from .schedule import Mixture
+from .weights import BlockWeights
 
 
 def mixed_rows(mixture: Mixture, rows: Tensor, backend: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,61 +10,11 @@ from torch import Tensor
 from ..ops import dispatch
 from . import packed, support
 from .engine import ABSORB_ROWS, FastBackbone
+from .readout import Readout
 from .schedule import PromptSchedule
+from .steps import block_steps
 
 _NOT_WANTED = "switched off"
-
-
-def explain(
-    engine: FastBackbone | None, schedule: PromptSchedule, rows: int | None, prompts_read: bool
-) -> str:
-    """A short text about one model.
-
-    Args:
-        engine: the engine; None where the model was built without it.
-        schedule: which prompts enter where; only the shapes are looked at.
-        rows: how many leading tokens the head reads; None all.
-        prompts_read: whether the head reads prompts.
-    """
-    if engine is None:
-        return "Frozen backbone: timm's own blocks and torch.cat, no savings (fast=False)."
-    backbone = engine.backbone
-    refusal = engine.cache.refusal
-    if refusal is not None:
-        return (
-            f"Frozen backbone: timm's own blocks and torch.cat, no savings, because "
-            f"{refusal}; the engine takes nothing that it does not know to the last module."
-        )
-    lines = [f"Frozen backbone: {type(backbone).__name__} of {len(backbone.blocks)} blocks."]
-    for name, does, reason in _savings(engine, schedule, rows, prompts_read):
-        lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
-    reads = prompts_read and schedule.keep and engine.reads_prompts(schedule, rows)
-    if schedule.parts(0).tokens is not None and schedule.position != "add":
-        apart = engine.prompts_apart(schedule, reads, engine.cache.device.type)
-        where = (
-            "written by the embedding's op into its buffer"
-            if apart is None
-            else (f"not written by the embedding's op: {apart}")
-        )
-        lines.append(f"  prompts of block 0: {where}")
-    lines.append(f"  memory={engine.options.memory!r}: {_MEMORY[engine.options.memory]}")
-    for op, what in _OPS.items():
-        name = engine.cache.backend_for(op, engine.cache.dtype)
-        lines.append(f"  {what}: {'plain torch' if name == 'reference' else f'backend {name}'}")
-    cache = engine.cache
-    sizes = cache.sizes("prompt_attention")
-    runs = backend_of("prompt_attention", cache.device, cache.dtype, engine.backend, sizes)
-    if engine.cache.device.type in dispatch.BEATS_PLAIN_ATTENTION:
-        lines.append(f"  attention: {runs}")
-    elif _keys_and_values_only(schedule, len(backbone.blocks)):
-        lines.append(f"  attention with prompts: {runs}")
-    lines += [
-        "  torch.compile: the same without fold, biases and packed",
-        "  torch.export: without these, and in plain torch",
-    ]
-    return "\n".join(lines)
-
-
 _OPS = {
     "prompted_patch_embed": "embedding",
     "frozen_linear": "matrix products",
@@ -77,18 +27,68 @@ _MEMORY = {
 }
 
 
+def explain(engine: FastBackbone | None, schedule: PromptSchedule, readout: Readout) -> str:
+    """A short text about one model.
+
+    Args:
+        engine: the engine; None where the model was built without it.
+        schedule: which prompts enter where; only kinds, shapes and dtypes are looked at.
+        readout: which tokens the head reads.
+    """
+    if engine is None:
+        return "Frozen backbone: timm's own blocks and torch.cat, no savings (fast=False)."
+    backbone, cache = engine.backbone, engine.cache
+    if (refusal := cache.refusal) is not None:
+        return (
+            f"Frozen backbone: timm's own blocks and torch.cat, no savings: {refusal}; "
+            "the fast path only runs block types that it recognizes."
+        )
+    reads = readout.reads_prompts(schedule, backbone.num_prefix_tokens)
+    lines = [f"Frozen backbone: {type(backbone).__name__} of {len(backbone.blocks)} blocks."]
+    for name, does, reason in _savings(engine, schedule, readout, reads):
+        lines.append(f"  {'on ' if reason is None else 'off'}  {name:<10} {reason or does}")
+    if schedule.parts(0).tokens is not None and schedule.position != "add":
+        lines.append(f"  prompts of block 0: {_prompts_of_block_0(engine, schedule, reads)}")
+    lines.append(f"  memory={engine.options.memory!r}: {_MEMORY[engine.options.memory]}")
+    for op, what in _OPS.items():
+        lines.append(f"  {what}: {_in_words(cache.backend_for(op, cache.dtype))}")
+    if cache.attention_refusal is not None:
+        lines.append(f"  attention: plain torch, because {cache.attention_refusal}")
+    else:
+        sizes = cache.sizes("prompt_attention")
+        runs = backend_of("prompt_attention", cache.device, cache.dtype, engine.backend, sizes)
+        if cache.device.type in dispatch.BEATS_PLAIN_ATTENTION:
+            lines.append(f"  attention: {runs}")
+        elif _kv_only_blocks(engine, schedule, reads):
+            lines.append(f"  attention with prompts: {runs}")
+    lines += [
+        "  torch.compile: the same without fold, biases and packed",
+        "  torch.export: without these, and in plain torch",
+    ]
+    return "\n".join(lines)
+
+
+def _prompts_of_block_0(engine: FastBackbone, schedule: PromptSchedule, reads: bool) -> str:
+    embedding = engine.embedding
+    if apart := embedding.prompts_apart(schedule, reads, engine.cache.device.type):
+        return f"not written by the embedding's op: {apart}"
+    written = "written by the embedding's op into its buffer"
+    mixed = embedding.mixed_apart(schedule)
+    return written if mixed is None else f"{written}, not mixed by it: {mixed}"
+
+
 def _savings(
-    engine: FastBackbone, schedule: PromptSchedule, rows: int | None, prompts_read: bool
+    engine: FastBackbone, schedule: PromptSchedule, readout: Readout, reads: bool
 ) -> Iterator[tuple[str, str, str | None]]:
     """Name, what it does here, and why it is off or None."""
-    options, depth = engine.options, len(engine.backbone.blocks)
+    options, depth, rows = engine.options, len(engine.backbone.blocks), readout.rows
     off = lambda wanted, reason=None: reason if wanted else _NOT_WANTED
     tokens = schedule.position != "add" and bool(schedule.entries)
 
-    alone = _keys_and_values_only(schedule, depth)
-    shared = (isinstance(t, Tensor) and t.ndim == 2 for t in map(_tokens_of(schedule), alone))
-    per_image = not all(shared)
-    once = "for each image" if per_image else "once a batch"
+    alone = _kv_only_blocks(engine, schedule, reads)
+    own = (schedule.parts(i).tokens for i in alone)
+    shared = all(isinstance(t, Tensor) and t.ndim == 2 for t in own)
+    once = "once a batch" if shared else "for each image"
     reason = None if alone else "every block reads what the prompts became before"
     yield (
         "kv_only",
@@ -96,12 +96,11 @@ def _savings(
         off(options.kv_only, reason),
     )
 
-    few = rows is not None and not (prompts_read and rows > engine.backbone.num_prefix_tokens)
-    reason = None if few else "the pooling reads all tokens"
+    reason = None if rows is not None and not reads else "the pooling reads all tokens"
     yield "last_rows", f"block {depth - 1} computes {rows} row(s)", off(options.last_rows, reason)
 
-    rope = getattr(engine.backbone, "rope", None) is not None
-    reason = reason or support.absorb_refusal(engine.backbone.blocks[-1], rope)
+    family = engine.cache.family
+    reason = reason or support.absorb_refusal(family, engine.backbone, depth - 1)
     if reason is None and rows is not None and rows > ABSORB_ROWS:
         reason = f"{rows} rows are read, it pays up to {ABSORB_ROWS}"
     yield (
@@ -144,18 +143,10 @@ def _savings(
     )
 
 
-def _keys_and_values_only(schedule: PromptSchedule, depth: int) -> set[int]:
+def _kv_only_blocks(engine: FastBackbone, schedule: PromptSchedule, reads: bool) -> list[int]:
     """Blocks whose prompt outputs are discarded."""
-    if schedule.position == "add":
-        return set()
-    entries = schedule.entries
-    blocks = {i for i in entries if i + 1 in entries or i == depth - 1}
-    blocks |= set() if schedule.keep or not entries else {schedule.last}
-    return {i for i in blocks if schedule.parts(i).tokens is not None}
-
-
-def _tokens_of(schedule: PromptSchedule) -> Callable[[int], object]:
-    return lambda i: schedule.parts(i).tokens
+    steps = block_steps(schedule, len(engine.backbone.blocks), reads)
+    return [i for i, step in enumerate(steps) if step.kv_only and step.tokens]
 
 
 def backend_of(
@@ -169,4 +160,8 @@ def backend_of(
     name, reason = dispatch.resolve(op, device, (dtype,), sizes, backend)
     if backend is not None and reason is not None:
         return reason
-    return "plain torch" if name == "reference" else f"backend {name}"
+    return _in_words(name)
+
+
+def _in_words(backend: str) -> str:
+    return "plain torch" if backend == "reference" else f"backend {backend}"

@@ -11,45 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
-from timm.models.beit import Beit
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .. import hub
 from ..errors import UserError
-from . import twins
+from . import families, twins
 
 DEMO_NAME = "pgn_demo_vit"
 
-_WINDOWS = (
-    "attends inside windows and merges patches, so a prompt token has no place in its sequence"
-)
-# the file in timm.models that defines a model -> why prompts cannot enter it
-_REFUSED = {
-    "swin_transformer": f"Swin {_WINDOWS}",
-    "swin_transformer_v2": f"Swin {_WINDOWS}",
-    "swin_transformer_v2_cr": f"Swin {_WINDOWS}",
-    "hiera": f"Hiera {_WINDOWS}",
-    "hieradet_sam2": f"Hiera {_WINDOWS}",
-    "mvitv2": "MViT pools queries and keys over the image grid, where prompt tokens have no place",
-    "vision_transformer_sam": (
-        "SAM's blocks work on an image grid (B, H, W, D) with windows and relative positions, not "
-        "on a token sequence"
-    ),
-    "cait": (
-        "CaiT adds its class token only after the patch blocks, so prompts and class token would "
-        "not meet where VPT and PGN need them"
-    ),
-    "xcit": (
-        "XCiT attends between channels and mixes neighboring patches by convolution on the image "
-        "grid, so a prompt token is not one more key"
-    ),
-    "vision_transformer_relpos": (
-        "its relative position bias is computed for the image grid in every block and has no rows "
-        "for prompts"
-    ),
-}
 # what a twin takes beside the model itself
 _FOR_TWINS = ("img_size", "processor")
 
@@ -287,7 +256,7 @@ def _need(package: str, why: str) -> None:
 
 
 def _refuse(name: str, defined_in: str) -> None:
-    reason = _REFUSED.get(defined_in.rpartition(".")[2])
+    reason = families.refused(defined_in)
     if reason is not None:
         raise ValueError(
             f"backbone: {name} is not supported: {reason}. Use a plain vision transformer, such as "
@@ -310,10 +279,10 @@ def _checked(backbone: Any) -> Any:
             "layers beside the prompts"
         )
     _refuse(kind.__name__, kind.__module__)
-    if not isinstance(backbone, VisionTransformer | Eva | Beit):
+    if families.find(backbone) is None:
         raise ValueError(
             f"backbone: {kind.__name__} is not a vision transformer that prompts can enter: timm's "
-            "VisionTransformer, Eva and Beit classes are, such as vit_*, deit*_*, eva02_*, beit*_*"
+            f"classes {families.names()} are, such as vit_*, deit*_*, eva02_*, beit*_*"
         )
     beside = sum("lora_" in name for name, _ in backbone.named_parameters())
     if beside:

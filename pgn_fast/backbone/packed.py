@@ -1,5 +1,4 @@
-"""Frozen weights packed once for the matrix product's library, in place of at every call (CPU,
-float32).
+"""Frozen weights packed once for the GEMM library, instead of at every call (CPU, float32).
 
 Both libraries that come with torch copy a weight into a layout of their own whenever they multiply;
 a weight that never changes can be packed once. On Intel's processors that is MKL's sgemm, which
@@ -19,7 +18,7 @@ from torch import Tensor
 from .. import _native
 from ..ops import frozen_linear, onednn
 from ..ops._register import transformed
-from .fold import FrozenLinear
+from .weights import FrozenLinear
 
 # below, packing saves less than the call through Python costs
 _MIN_ROWS = 64

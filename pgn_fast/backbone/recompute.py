@@ -1,4 +1,4 @@
-"""What backward keeps of a frozen block, in bytes that the user chooses.
+"""Activation checkpointing for frozen blocks: three memory plans.
 
 Autograd keeps nothing for a frozen Linear, but it keeps the input of both norms, queries, keys,
 values, the attention's output, and the hidden layer: 1 + 3 + 1 + 1 + 4 = 10 D numbers a token.
@@ -24,8 +24,8 @@ from ..ops._register import leaves_this_package, transformed
 from ..ops.add_layer_norm import backward as add_layer_norm_backward
 from ..ops.add_layer_norm import rstd_gradient
 from . import blocks
-from .fold import BlockWeights
-from .support import Memory
+from .options import Memory
+from .weights import BlockWeights
 
 
 def finish_block(w: BlockWeights, x: Tensor, o: Tensor, memory: Memory) -> Tensor:
@@ -35,9 +35,9 @@ def finish_block(w: BlockWeights, x: Tensor, o: Tensor, memory: Memory) -> Tenso
         y, n, _ = blocks.add_attention(w, x, o)
         return blocks.mlp(w, y, n)
     if torch.compiler.is_compiling() or leaves_this_package() or transformed():
-        # a compiler sees plain torch and plans its own memory around the checkpoint
+        # a compiler sees torch's own operations and plans memory around the checkpoint
         run = lambda y: blocks.mlp(w, y, w.norm2(y))
-        y = blocks.add(x, w.out(o), w.gain1)
+        y = blocks.add(x, w.out(o), w.ls1)
         if memory == "balanced":
             return checkpoint(run, y, use_reentrant=False, preserve_rng_state=False)
         return run(y)
@@ -67,7 +67,7 @@ class _SecondHalf(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(kept, rstd, u if keep_hidden else None)
         z = w.fc2(blocks.hidden(w, u, overwrite=not keep_hidden))
-        return blocks.add(y, z, w.gain2), kept, rstd
+        return blocks.add(y, z, w.ls2), kept, rstd
 
     @staticmethod
     def backward(
@@ -78,7 +78,7 @@ class _SecondHalf(torch.autograd.Function):
         if grad_z is not None:
             if u is None or torch.is_grad_enabled():  # u as a function of what is kept
                 u = w.fc1(w.norm2(kept) if rstd is None else kept)
-            g = grad_z if w.gain2 is None else grad_z * w.gain2
+            g = grad_z if w.ls2 is None else grad_z * w.ls2
             grad_hidden = w.fc2.input_gradient(g.to(u.dtype))
             grad_u = _hidden_gradient(w, u, grad_hidden)
             del u, grad_hidden
@@ -100,13 +100,13 @@ class _SecondHalf(torch.autograd.Function):
                 grad_y = grad_y + rstd_gradient(grad_rstd, kept, rstd)
         if grad_y is None:
             return None, None, None, None
-        g = grad_y if w.gain1 is None else grad_y * w.gain1
+        g = grad_y if w.ls1 is None else grad_y * w.ls1
         grad_o = w.out.input_gradient(g.to(ctx.dtype))
         return grad_y if ctx.needs_input_grad[0] else None, grad_o, None, None
 
 
 def _sum(first: Tensor | None, *others: Tensor | None) -> Tensor | None:
-    """The sum of what is there; ``first`` is used up where nobody differentiates the sum."""
+    """The sum of what is there; ``first`` is overwritten where the sum is not differentiated."""
     for other in others:
         if first is None:
             first = None if other is None else other.clone()

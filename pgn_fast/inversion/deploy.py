@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbone.eager import rows_read
+from ..backbone.readout import rows_read
 from .errors import LayoutError, LayoutMismatchError, MixingError, UnsupportedPromptError
 from .gamut import GamutLibrary
 from .layout import CanvasLayout

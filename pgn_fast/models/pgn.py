@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backbone.inputs import check_images, normalized
 from ..backbone.load import load_backbone
-from ..backbone.support import FastOptions
+from ..backbone.options import FastOptions
 from ..prompts import PromptGenerator
 from .base import PromptedViT
 from .heads import build_head

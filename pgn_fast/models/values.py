@@ -25,7 +25,7 @@ from .._values import (
     text,
     whole,
 )
-from ..backbone.support import FastOptions
+from ..backbone.options import FastOptions
 from ..ops.dispatch import BACKENDS
 from ..ops.mix_prompts import ACTIVATIONS
 from .heads import HEADS

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbone.load import load_backbone
-from ..backbone.support import FastOptions
+from ..backbone.options import FastOptions
 from ..prompts import PixelPrompts, Prompter, VisualPrompts
 from ..prompts.pixels import LOCATIONS as PIXEL_LOCATIONS
 from .base import POOLS, PromptedViT

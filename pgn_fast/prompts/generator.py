@@ -151,8 +151,10 @@ class PromptGenerator(Prompter):
     def example(self, backbone: Any) -> PromptSchedule:
         """As ``Prompter.example``, without running the network."""
         P, K, D = self.num_prompts, self.library_size, self.embed_dim
-        library = torch.empty(K, D, device="meta")
-        logits = torch.empty(1, P, K, device="meta")
+        with torch.no_grad():
+            dtype = self.library().dtype
+        library = torch.empty(K, D, device="meta", dtype=dtype)
+        logits = torch.empty(1, P, K, device="meta", dtype=dtype)
         return PromptSchedule("append", {0: Mixture(logits, library, self.activation)})
 
     def mixture_logits(self, images: Tensor) -> Tensor:

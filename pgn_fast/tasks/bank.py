@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import CONFIG_FILE, from_pretrained
-from ..backbone.eager import pool, rows_read
 from ..backbone.engine import FastBackbone
 from ..backbone.inputs import check_images
 from ..backbone.load import load_backbone
+from ..backbone.options import FastOptions
+from ..backbone.readout import pool, rows_read
 from ..backbone.schedule import PromptSchedule
-from ..backbone.support import FastOptions
 from ..errors import UserError
 from ..models import FineTuned, LinearProbe, PromptedViT
 from ..prompts import VisualPrompts
@@ -277,7 +277,7 @@ class TaskBank:
             mixed = MixedBackbone(self._engine)
             with torch.no_grad():
                 schedule = model.prompter.schedule(torch.empty(0))
-                resident.ready = mixed.ready(schedule, model._reads_prompts())
+                resident.ready = mixed.ready(schedule, model.readout.prompts)
                 resident.made_from = mixed.weights()
         return resident
 
@@ -348,8 +348,8 @@ class TaskBank:
             return None
         if resident.ready and resident.made_from is not MixedBackbone(self._engine).weights():
             resident = self._make(model)
-        reads = model._reads_prompts()
-        outputs = None if reads else model._rows_read()
+        reads = model.readout.prompts
+        outputs = None if reads else model.readout.rows
         return Part(rows, schedule, reads, outputs, resident.ready)
 
     def _logits(self, model: Any, part: Part, tokens: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone import blocks, recompute
 from ..backbone.eager import prompt_tokens
 from ..backbone.engine import FastBackbone
-from ..backbone.fold import BlockWeights
 from ..backbone.schedule import Mixture, PromptSchedule
+from ..backbone.weights import BlockWeights
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -221,7 +221,7 @@ class MixedBackbone:
         return dtype
 
     def _norm_pre(self, x: Tensor) -> Tensor:
-        return getattr(self.backbone, "norm_pre", nn.Identity())(x)
+        return self.engine.cache.family.norm_pre(self.backbone)(x)
 
     def _as_block_gets(self, i: int, prompts: Tensor) -> Tensor:
         return self._norm_pre(prompts) if i == 0 else prompts
@@ -252,8 +252,7 @@ class MixedBackbone:
         rope: Tensor | None,
     ) -> None:
         """Block ``i`` on the tokens of every active group, in place of them."""
-        if rope is not None and getattr(self.backbone, "rope_mixed", False):
-            rope = rope[i]
+        rope = self.engine.cache.family.block_rope(self.backbone, rope, i)
         last = i == self.depth - 1
         kept, outputs = {}, {}
         whole = [g for g in active if not last or groups[g].outputs is None]
@@ -303,7 +302,7 @@ class MixedBackbone:
         self, i: int, w: BlockWeights, one: Group, x: Tensor, rope: Tensor | None, rows: int
     ) -> Tensor:
         """The same of the last block, for the leading rows alone."""
-        if self.engine.absorbs(i, rows, rope) and one.steps[i].keys == 0:
+        if self.engine.absorbs(i, rows) and one.steps[i].keys == 0:
             prompts = None
             if one.steps[i].enters and one.steps[i].length != 0:
                 prompts = torch.cat([self._tokens(i, part, x[at]) for part, at in one.slices()])

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..backbone.eager import rows_read
 from ..backbone.load import DEMO_NAME, load_backbone
+from ..backbone.readout import rows_read
 from ..errors import UserError, as_user_error
 from ..inversion import CanvasLayout, GamutLibrary, PatchMap, ServerSpec
 from ..methods import find_method

@@ -24,17 +24,13 @@ from timm.data import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
-from timm.layers import activations as timm_activations
 from torch import Tensor, nn
-from transformers import activations as hf_activations
 
 from ... import hub
-from .assembly import BlockParts, MapParts, Parts, Pool, TwinRefused, nbytes
-from .checks import check_modules
+from . import transformers_towers as towers
+from .assembly import MapParts, Parts, Pool, TwinRefused
 from .preprocessing import from_processor
 
-# attention implementations of transformers that compute the same thing, each by its own kernels
-_ATTENTION = {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 # what the published checkpoints of a family were trained with, by the start of its model_type
@@ -50,8 +46,6 @@ _USUAL_PIXELS: dict[str, dict[str, Any]] = {
 for _pixels in _USUAL_PIXELS.values():
     _pixels.setdefault("crop_pct", 1.0)
     _pixels.setdefault("crop_mode", "center")
-# classes of encoders that take images of any size without being told
-_ANY_SIZE = ("Dinov2", "DINOv3")
 
 
 def parts_of(model: nn.Module, size: tuple[int, int] | None) -> Parts:
@@ -65,7 +59,7 @@ def parts_of(model: nn.Module, size: tuple[int, int] | None) -> Parts:
         TwinRefused: no such class, or a setting that the twin knows nothing of.
     """
     kind, vision = _kind(model), vision_tower(model)
-    _check_modules(vision)
+    towers.check_tower(vision)
     try:
         parts = kind.read(vision, size)
     except AttributeError as error:
@@ -143,11 +137,11 @@ def hub_name(model: Any) -> str | None:
 
 
 def takes_any_size(model: nn.Module) -> bool:
-    return type(vision_tower(model)).__name__.startswith(_ANY_SIZE)
+    return type(vision_tower(model)).__name__.startswith(towers.ANY_SIZE)
 
 
 def configured_size(model: nn.Module) -> tuple[int, int]:
-    return _configured_size(vision_tower(model))
+    return towers.pair(vision_tower(model).config.image_size)
 
 
 def preprocessing(model: Any, processor: Any) -> dict[str, Any]:
@@ -210,7 +204,10 @@ def tokens_of(model: nn.Module, images: Tensor) -> Tensor:
     tower = vision_tower(model)
     if type(tower).__name__ == "Siglip2VisionModel":
         return tower(**_siglip2_inputs(tower, images), return_dict=True).last_hidden_state
-    if type(tower).__name__.startswith(_ANY_SIZE) or _configured_size(tower) == images.shape[2:]:
+    if (
+        type(tower).__name__.startswith(towers.ANY_SIZE)
+        or towers.pair(tower.config.image_size) == images.shape[2:]
+    ):
         return tower(pixel_values=images, return_dict=True).last_hidden_state
     out = tower(pixel_values=images, interpolate_pos_encoding=True, return_dict=True)
     return out.last_hidden_state
@@ -225,276 +222,6 @@ def _siglip2_inputs(tower: Any, images: Tensor) -> dict[str, Tensor]:
     shapes = torch.tensor([[H // p, W // p]] * B, device=images.device)
     mask = torch.ones(rows.shape[:2], dtype=torch.int32, device=images.device)
     return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-
-
-def _check_modules(vision: Any) -> None:
-    implementation = getattr(vision.config, "_attn_implementation", None)
-    if implementation not in _ATTENTION:
-        raise TwinRefused(
-            f"attention implementation {implementation!r} may compute something else; load the "
-            "model with attn_implementation='sdpa'"
-        )
-    own = type(vision).__module__
-    # the pooler is no part of the twin
-    check_modules(vision, lambda m: type(m).__module__ == own or _is_activation(m), ("pooler",))
-
-
-def _is_activation(module: nn.Module) -> bool:
-    return type(module) in _ACTIVATIONS or type(module).__module__ == hf_activations.__name__
-
-
-_ACTIVATIONS: dict[type[nn.Module], Callable[[], nn.Module]] = {
-    hf_activations.GELUActivation: nn.GELU,
-    hf_activations.GELUTanh: lambda: nn.GELU(approximate="tanh"),
-    hf_activations.QuickGELUActivation: timm_activations.QuickGELU,
-    nn.ReLU: nn.ReLU,
-    nn.SiLU: nn.SiLU,
-    hf_activations.SiLUActivation: nn.SiLU,
-}
-
-
-def _activation(module: nn.Module) -> nn.Module:
-    if isinstance(module, hf_activations.GELUActivation) and module.act is not nn.functional.gelu:
-        raise TwinRefused("hidden_act='gelu_python' is not known to the twin; use 'gelu'")
-    make = _ACTIVATIONS.get(type(module))
-    if make is None:
-        raise TwinRefused(
-            f"hidden_act {type(module).__name__} is not known to the twin; known: gelu, "
-            "gelu_pytorch_tanh, quick_gelu, relu, silu"
-        )
-    return make()
-
-
-# ---- embeddings -------------------------------------------------------------------------------
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    height, width = value
-    return int(height), int(width)
-
-
-def _configured_size(vision: Any) -> tuple[int, int]:
-    return _pair(vision.config.image_size)
-
-
-def _positions(
-    vision: Any, pos: Tensor, size: tuple[int, int], configured: tuple[int, int], parts: Parts
-) -> Tensor:
-    """Position embedding (1, S + N, D) for images of ``size``, by the original's own resizing."""
-    patch = parts.patch_weight.shape[2:]
-    grid, own = ([s // p for s, p in zip(hw, patch, strict=True)] for hw in (size, configured))
-    # the DINOs resize theirs whenever an image is not square, be it to the same size
-    as_it_is = grid == own and (
-        grid[0] == grid[1] or not type(vision).__name__.startswith(_ANY_SIZE)
-    )
-    if as_it_is:
-        return pos
-    prefix = sum(t.shape[1] for t in (parts.cls, parts.dist) if t is not None)
-    rows = pos.new_empty(1, prefix + grid[0] * grid[1], pos.shape[-1])
-    try:
-        with torch.no_grad():
-            resized = vision.embeddings.interpolate_pos_encoding(rows, *size)
-    except (RuntimeError, TypeError) as error:
-        raise TwinRefused(
-            f"{type(vision).__name__} itself cannot resize its position embedding to images of "
-            f"{size[0]}x{size[1]} pixels ({error})"
-        ) from error
-    resized = resized.detach().contiguous()
-    parts.copied["pos_embed"] = nbytes(resized)
-    return resized
-
-
-def _read_vit(vision: Any, size: tuple[int, int] | None) -> Parts:
-    """ViT and DeiT."""
-    e = vision.embeddings
-    projection = e.patch_embeddings.projection
-    configured = _pair(e.patch_embeddings.image_size)
-    size = size or configured
-    parts = Parts(
-        image_size=size,
-        patch_weight=projection.weight,
-        patch_bias=projection.bias,
-        blocks=[_vit_block(layer) for layer in vision.layers],
-        cls=e.cls_token,
-        norm=vision.layernorm,
-    )
-    if hasattr(e, "distillation_token"):
-        parts.dist = e.distillation_token
-    parts.pos = _positions(vision, e.position_embeddings, size, configured, parts)
-    return parts
-
-
-def _vit_block(layer: Any) -> BlockParts:
-    attention = layer.attention
-    return BlockParts(
-        num_heads=_heads(attention, attention.num_attention_heads, attention.scaling),
-        norm1=layer.layernorm_before,
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=attention.o_proj,
-        norm2=layer.layernorm_after,
-        fc1=layer.mlp.fc1,
-        fc2=layer.mlp.fc2,
-        act=_activation(layer.mlp.activation_fn),
-    )
-
-
-def _heads(attention: Any, num_heads: int, scale: float) -> int:
-    """The number of heads, after a look at what else shapes attention."""
-    head_dim = attention.q_proj.out_features // num_heads
-    if scale != head_dim**-0.5:
-        raise TwinRefused(f"attention scale {scale} is not 1 / sqrt({head_dim})")
-    if getattr(attention, "is_causal", False):
-        raise TwinRefused("is_causal=True: attention has a mask, of which the twin knows nothing")
-    for name in ("k_proj", "v_proj"):
-        if getattr(attention, name).out_features != attention.q_proj.out_features:
-            raise TwinRefused(f"{name} is not as wide as q_proj: heads share keys and values")
-    return num_heads
-
-
-def _read_clip(vision: Any, size: tuple[int, int] | None) -> Parts:
-    """CLIP, whose tokens leave without the last norm: it comes after pooling."""
-    e = vision.embeddings
-    configured = _pair(e.image_size)
-    size = size or configured
-    parts = Parts(
-        image_size=size,
-        patch_weight=e.patch_embedding.weight,
-        patch_bias=e.patch_embedding.bias,
-        blocks=[_clip_block(layer) for layer in vision.encoder.layers],
-        cls=e.class_embedding.view(1, 1, -1),
-        norm_pre=vision.pre_layrnorm,
-        fc_norm=vision.post_layernorm,
-    )
-    parts.pos = _positions(vision, e.position_embedding.weight[None], size, configured, parts)
-    return parts
-
-
-def _read_siglip(vision: Any, size: tuple[int, int] | None) -> Parts:
-    e = vision.embeddings
-    configured = _pair(e.image_size)
-    size = size or configured
-    parts = Parts(
-        image_size=size,
-        patch_weight=e.patch_embedding.weight,
-        patch_bias=e.patch_embedding.bias,
-        blocks=[_clip_block(layer) for layer in vision.encoder.layers],
-        norm=vision.post_layernorm,
-    )
-    parts.pos = _positions(vision, e.position_embedding.weight[None], size, configured, parts)
-    return parts
-
-
-def _read_siglip2(vision: Any, size: tuple[int, int] | None) -> Parts:
-    """SigLIP2 at its own size, num_patches patches in a square, none of them masked."""
-    e = vision.embeddings
-    side, p = e.position_embedding_size, e.patch_size
-    if side * side != e.num_patches:
-        raise TwinRefused(f"num_patches={e.num_patches} is no square, the twin's images are one")
-    configured = (side * p, side * p)
-    if size not in (None, configured):
-        raise TwinRefused(
-            f"images of {size[0]}x{size[1]} pixels: the twin of SigLIP2 knows its own size only, "  # type: ignore[index]
-            f"{configured[0]}x{configured[1]}"
-        )
-    weight = e.patch_embedding.weight.unflatten(1, (p, p, -1)).permute(0, 3, 1, 2)
-    return Parts(
-        image_size=configured,
-        patch_weight=weight,
-        patch_bias=e.patch_embedding.bias,
-        blocks=[_clip_block(layer) for layer in vision.encoder.layers],
-        pos=e.position_embedding.weight[None],
-        norm=vision.post_layernorm,
-    )
-
-
-def _clip_block(layer: Any) -> BlockParts:
-    attention = layer.self_attn
-    return BlockParts(
-        num_heads=_heads(attention, attention.num_heads, attention.scale),
-        norm1=layer.layer_norm1,
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=attention.out_proj,
-        norm2=layer.layer_norm2,
-        fc1=layer.mlp.fc1,
-        fc2=layer.mlp.fc2,
-        act=_activation(layer.mlp.activation_fn),
-    )
-
-
-def _read_dinov2(vision: Any, size: tuple[int, int] | None) -> Parts:
-    e = vision.embeddings
-    projection = e.patch_embeddings.projection
-    configured = _pair(e.patch_embeddings.image_size)
-    size = size or configured
-    parts = Parts(
-        image_size=size,
-        patch_weight=projection.weight,
-        patch_bias=projection.bias,
-        blocks=[
-            _dino_block(layer, layer.attention.num_attention_heads)
-            for layer in vision.encoder.layer
-        ],
-        cls=e.cls_token,
-        norm=vision.layernorm,
-    )
-    parts.pos = _positions(vision, e.position_embeddings, size, configured, parts)
-    registers = getattr(e, "register_tokens", None)
-    if registers is not None and registers.shape[1]:
-        # registers have no position: the class token's is added to it, as timm's own models have it
-        parts.cls = (e.cls_token + parts.pos[:, :1]).detach()
-        parts.copied["cls_token"] = nbytes(parts.cls)
-        parts.pos, parts.reg = parts.pos[:, 1:], registers
-    return parts
-
-
-def _read_dinov3(vision: Any, size: tuple[int, int] | None) -> Parts:
-    e = vision.embeddings
-    size = size or _configured_size(vision)
-    patch = e.patch_embeddings
-    # it looks at the shape, the dtype and the device of the images
-    like = patch.weight.new_zeros(1, 1, 1, 1).expand(1, 1, *size)
-    with torch.no_grad():
-        cos, sin = vision.rope_embeddings(like)
-    registers = e.register_tokens
-    rope = torch.cat([sin, cos], dim=-1)
-    return Parts(
-        image_size=size,
-        patch_weight=patch.weight,
-        patch_bias=patch.bias,
-        blocks=[_dino_block(layer, layer.attention.num_heads) for layer in vision.model.layer],
-        cls=e.cls_token,
-        reg=registers if registers.shape[1] else None,
-        rope=rope,
-        norm=vision.norm,
-        copied={"rope": nbytes(rope)},
-    )
-
-
-def _dino_block(layer: Any, num_heads: int) -> BlockParts:
-    attention, mlp = layer.attention, layer.mlp
-    return BlockParts(
-        num_heads=_heads(attention, num_heads, attention.scaling),
-        norm1=layer.norm1,
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        out=attention.o_proj,
-        norm2=layer.norm2,
-        gain1=layer.layer_scale1.lambda1,
-        gain2=layer.layer_scale2.lambda1,
-        **_dino_mlp(mlp),
-    )
-
-
-def _dino_mlp(mlp: Any) -> dict[str, Any]:
-    if hasattr(mlp, "fc1"):
-        return {"fc1": mlp.fc1, "fc2": mlp.fc2, "act": _activation(mlp.activation_fn)}
-    gate = getattr(mlp, "gate_proj", None)
-    act = _activation(mlp.act_fn)
-    return {"fc1": mlp.up_proj, "fc2": mlp.down_proj, "act": act, "gate": gate}
-
-
-# ---- what stands on the tokens ----------------------------------------------------------------
 
 
 def _classifier(model: Any, vision: Any, parts: Parts) -> None:
@@ -540,7 +267,7 @@ def _map(model: Any, vision: Any, parts: Parts) -> None:
         norm=head.layernorm,
         fc1=head.mlp.fc1,
         fc2=head.mlp.fc2,
-        act=_activation(head.mlp.activation_fn),
+        act=towers.activation(head.mlp.activation_fn),
         num_heads=attention.num_heads,
     )
 
@@ -555,28 +282,28 @@ class _Kind:
     """
 
     path: str
-    read: Callable[[Any, tuple[int, int] | None], Parts]
+    read: towers.Read
     pool: Pool
     finish: Callable[[Any, Any, Parts], None] | None = None
 
 
 def _kinds() -> Iterator[tuple[str, _Kind]]:
-    yield "ViTModel", _Kind("", _read_vit, "token")
-    yield "ViTForImageClassification", _Kind("vit", _read_vit, "token", _classifier)
-    yield "DeiTModel", _Kind("", _read_vit, "class_and_dist")
-    yield "DeiTForImageClassification", _Kind("deit", _read_vit, "token", _deit_class_token)
+    yield "ViTModel", _Kind("", towers.read_vit, "token")
+    yield "ViTForImageClassification", _Kind("vit", towers.read_vit, "token", _classifier)
+    yield "DeiTModel", _Kind("", towers.read_vit, "class_and_dist")
+    yield "DeiTForImageClassification", _Kind("deit", towers.read_vit, "token", _deit_class_token)
     yield (
         "DeiTForImageClassificationWithTeacher",
-        _Kind("deit", _read_vit, "class_and_dist", _deit_teacher),
+        _Kind("deit", towers.read_vit, "class_and_dist", _deit_teacher),
     )
-    yield "CLIPVisionModel", _Kind("", _read_clip, "token")
+    yield "CLIPVisionModel", _Kind("", towers.read_clip, "token")
     yield (
         "CLIPVisionModelWithProjection",
-        _Kind("vision_model", _read_clip, "token", _projection),
+        _Kind("vision_model", towers.read_clip, "token", _projection),
     )
-    yield "CLIPModel", _Kind("vision_model", _read_clip, "token", _projection)
-    yield "CLIPForImageClassification", _Kind("vision_model", _read_clip, "avg", _clip_mean)
-    for name, read in (("Siglip", _read_siglip), ("Siglip2", _read_siglip2)):
+    yield "CLIPModel", _Kind("vision_model", towers.read_clip, "token", _projection)
+    yield "CLIPForImageClassification", _Kind("vision_model", towers.read_clip, "avg", _clip_mean)
+    for name, read in (("Siglip", towers.read_siglip), ("Siglip2", towers.read_siglip2)):
         yield f"{name}VisionModel", _Kind("", read, "map", _map)
         yield f"{name}Model", _Kind("vision_model", read, "map", _map)
         yield f"{name}ForImageClassification", _Kind("vision_model", read, "avg", _classifier)
@@ -584,12 +311,12 @@ def _kinds() -> Iterator[tuple[str, _Kind]]:
         ("Dinov2", "dinov2"),
         ("Dinov2WithRegisters", "dinov2_with_registers"),
     ):
-        yield f"{name}Model", _Kind("", _read_dinov2, "token")
+        yield f"{name}Model", _Kind("", towers.read_dinov2, "token")
         yield (
             f"{name}ForImageClassification",
-            _Kind(path, _read_dinov2, "class_and_mean", _classifier),
+            _Kind(path, towers.read_dinov2, "class_and_mean", _classifier),
         )
-    yield "DINOv3ViTModel", _Kind("", _read_dinov3, "token")
+    yield "DINOv3ViTModel", _Kind("", towers.read_dinov3, "token")
 
 
 _KINDS = dict(_kinds())

@@ -1,22 +1,35 @@
-"""timm's feature interface of a prompted ViT: intermediate tokens, without the prompts."""
+"""timm's side of a prompted ViT: classifier, features, and facts about the backbone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..backbone.eager import encode_eager
+from ..backbone.readout import Readout
+from ..backbone.schedule import PromptSchedule
+from .heads import KeptHead, linear_head
 
 
-class TimmFeatures:
+class TimmInterface(nn.Module):
     """What code written for timm's ViTs asks a model for. Prompts are never in what comes out."""
 
     backbone: Any
+    prompter: Any
     head: nn.Module
     backend: str | None
+    adapter_config: dict[str, Any]
+    class_names: Sequence[str] | None
+    # of PromptedViT
+    _prompted: Callable[..., tuple[Tensor, PromptSchedule]]
+    _encode: Callable[..., Tensor]
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """timm's facts about the backbone's weights: input size, mean, standard deviation."""
+        return getattr(self.backbone, "pretrained_cfg", None)
 
     @property
     def default_cfg(self) -> Any:
@@ -39,9 +52,45 @@ class TimmFeatures:
         return self.backbone.global_pool
 
     @property
+    def num_features(self) -> int:
+        """The width of the pooled features that the head reads."""
+        return self.backbone.num_features
+
+    @property
     def head_hidden_size(self) -> int:
         """The width of the pooled features."""
         return self.backbone.num_features
+
+    def get_classifier(self) -> nn.Module:
+        """The head; the backbone's own (a pair in distilled DeiT) with ``head="keep"``."""
+        return self.backbone.get_classifier() if isinstance(self.head, KeptHead) else self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new linear layer; ``num_classes=0`` by none.
+
+        ``global_pool`` may only repeat the backbone's: the backbone is frozen, its pooling too.
+        """
+        if global_pool not in (None, self.backbone.global_pool):
+            raise ValueError(
+                f"global_pool={global_pool!r}: the frozen backbone pools by "
+                f"{self.backbone.global_pool!r}; create it with another global_pool instead"
+            )
+        self.head = linear_head(self.backbone, num_classes)
+        self.adapter_config |= {"num_classes": num_classes, "head": "linear"}
+        self.class_names = None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm's optimizers must not decay: the frozen backbone's.
+
+        Prompts and library do decay where the recipe has a weight decay, as in the official code.
+        """
+        names = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        own = getattr(getattr(self.prompter, "generator", None), "no_weight_decay", set)
+        return names | {f"prompter.generator.{name}" for name in own()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in backward instead of keeping them."""
+        self.backbone.set_grad_checkpointing(enable)
 
     def forward_intermediates(
         self,
@@ -85,7 +134,9 @@ class TimmFeatures:
             indices = list(indices)
         take, last = feature_take_indices(len(backbone.blocks), indices)
         wanted: dict[int, Tensor] = {}
-        final = self._intermediates(x, set(take), last if stop_early else None, wanted)
+        readout = Readout(prompts=False, after=frozenset(take), stop=last if stop_early else None)
+        images, schedule = self._prompted(x, self.backend)
+        final = self._encode(images, schedule, readout, wanted)
         found = [wanted[i] for i in sorted(wanted)]
         if norm:
             found = [backbone.norm(tokens) for tokens in found]
@@ -122,15 +173,3 @@ class TimmFeatures:
             intermediates_only=True,
             attn_mask=attn_mask,
         )
-
-    def _intermediates(
-        self, images: Tensor, take: set[int], stop: int | None, wanted: dict[int, Tensor]
-    ) -> Tensor:
-        """The final tokens; ``wanted`` is filled with those after each block of ``take``."""
-        images, schedule = self._prompted(images, self.backend)  # type: ignore[attr-defined]
-        arguments: dict[str, Any] = {"prompts_read": False, "take": (take, wanted), "stop": stop}
-        engine = self.engine  # type: ignore[attr-defined]
-        if engine is not None:
-            found: Tensor = engine.encode(images, schedule, **arguments)
-            return found
-        return encode_eager(self.backbone, images, schedule, backend=self.backend, **arguments)

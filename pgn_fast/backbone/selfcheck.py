@@ -1,0 +1,54 @@
+"""A new engine's check of itself: one random image, here and by timm's own blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .eager import encode_eager
+from .readout import Readout
+from .schedule import Entry, PromptSchedule
+
+if TYPE_CHECKING:
+    from .engine import FastBackbone
+
+# up to which an engine checks itself when it is built: some tenths of a second at most
+_CHEAP_FLOPS_CPU, _CHEAP_FLOPS = 2e10, 1e12
+
+
+def is_cheap(backbone: Any) -> bool:
+    """Whether one more image costs less than loading a backbone does."""
+    device = next(backbone.parameters()).device
+    if device.type == "meta":
+        return False
+    tokens = backbone.num_prefix_tokens + backbone.patch_embed.num_patches
+    flops = 2 * tokens * sum(p.numel() for p in backbone.blocks.parameters())
+    return flops < (_CHEAP_FLOPS_CPU if device.type == "cpu" else _CHEAP_FLOPS)
+
+
+def check(engine: FastBackbone) -> None:
+    """Compare with the eager path, by prompts that come, change and stay.
+
+    Raises:
+        RuntimeError: the results disagree; that would be an error of this package, or of a backbone
+            whose own code differs from its class's.
+    """
+    backbone, random = engine.backbone, torch.Generator().manual_seed(0)
+    size = backbone.in_chans, *backbone.patch_embed.img_size
+    like = next(backbone.parameters())
+    images = torch.randn(1, *size, generator=random).to(like)
+    entries: dict[int, Entry] = {
+        i: torch.randn(2, backbone.embed_dim, generator=random).to(like)
+        for i in range(min(2, len(backbone.blocks)))
+    }
+    schedule, readout = PromptSchedule("append", entries), Readout(rows=1)
+    with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
+        expected = encode_eager(backbone, images, schedule, readout).double()
+        actual = engine.encode(images, schedule, readout).double()
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    if error > min(1000 * torch.finfo(like.dtype).eps, 0.2):
+        raise RuntimeError(
+            f"the fast path of {type(backbone).__name__} differs from timm's own blocks by "
+            f"{error:.1e} of the largest value. Use fast=False, and please report the backbone"
+        )
