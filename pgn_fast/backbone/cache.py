@@ -184,7 +184,7 @@ class BackboneCache:
         """The prompts' keys and values in block ``i``; in inference on CPU those of the last call
         where the prompts are still the same, which is cheaper to see than to compute."""
         plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed()
-        if plain or prompts.device.type != "cpu" or prompts.ndim != 2:
+        if plain or not self.folds or prompts.ndim != 2:
             return blocks.prompt_keys_values(w, prompts)
         if i in self._prompts:
             seen, by, found = self._prompts[i]

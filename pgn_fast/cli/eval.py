@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.make(**data_fields(args))
     device = pick_device(args.device)
 
+    from ..cuda_graphs import graphed_forward
     from ..train.classes import count_classes, match_classes
     from ..train.data import split_to_score
     from ..train.distributed import Processes
@@ -85,7 +87,14 @@ def run(args: argparse.Namespace) -> int:
         )
         autocast = Autocast(device, args.amp, args.amp_dtype)
         score = evaluate(
-            model, loader, model.num_classes, autocast, processes, task=task, details=True
+            model,
+            loader,
+            model.num_classes,
+            autocast,
+            processes,
+            task=task,
+            details=True,
+            forward=graphed_forward(model, autocast, partial(print, file=sys.stderr)),
         )
         if not processes.first:
             return 0

@@ -186,8 +186,15 @@ class _Predictor:
         names: list[str],
         columns: Columns,
     ) -> None:
+        from functools import partial
+
+        from ..cuda_graphs import graphed_forward
+        from ..train.evaluation import Autocast
+
         self.args, self.model, self.device = args, model, device
         self.names, self.columns = names, columns
+        autocast = Autocast(device, args.amp, args.amp_dtype)
+        self._forward = graphed_forward(model, autocast, partial(print, file=sys.stderr))
 
     def write(self, split: Split, file: TextIO) -> dict[str, Any]:
         """All rows of a split: how many images and rows there are, and what was unreadable."""
@@ -210,21 +217,16 @@ class _Predictor:
     def _batches(self, split: Split) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
         """Rows {"file", "predictions": [{"class", "index", "probability"}, ...]}, and the images
         that could not be read."""
-        import torch
-
-        from ..train.evaluation import Autocast
         from ..train.loader import eval_transform, make_loader
 
         args = self.args
         transform = eval_transform(self.model.preprocessing)
         loader = make_loader(split, transform, args.batch_size, workers=args.workers)
-        autocast = Autocast(self.device, args.amp, args.amp_dtype)
         for pixels, _, indices, missing in loader:
             if len(indices) == 0:
                 yield [], missing
                 continue
-            with torch.no_grad(), autocast():
-                logits = self.model(pixels.to(self.device)).float()
+            logits = self._forward(pixels.to(self.device)).float()
             several = getattr(self.model, "task", None) == "multilabel"
             probabilities = logits.sigmoid() if several else logits.softmax(dim=1)
             best = probabilities.topk(self.columns.topk, dim=1)

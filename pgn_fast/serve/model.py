@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..cuda_graphs import CALLS_TO_PROVE, GraphedStep, graphed
 from .answerer import Target
 from .batching import Call
 from .errors import ApiError
 from .preprocess import Preprocessing
 from .settings import OUTPUTS
+
+_logger = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -78,10 +82,14 @@ class ServedModel:
         """A model stays."""
 
     def warm_up(self, max_batch: int) -> None:
-        """Run every output on zeros, one image and a whole batch, so that no call is the first."""
+        """Run every output on zeros, one image and a whole batch, so that no call is the first.
+
+        Where CUDA graphs are used, the sizes between them too, until their graphs are proved.
+        """
         zeros = self.preprocessing.zeros()
         for output in self.output_sizes:
-            for count in (1, max_batch):
+            counts = self.passes[output].use_graphs(max_batch)
+            for count in (1, max_batch, *counts):
                 self.run([([zeros] * count, output)])
 
     @torch.inference_mode()
@@ -119,7 +127,10 @@ class ServedModel:
 
 
 class _Pass(nn.Module):
-    """Levels (B, C, H, W), uint8 → one output (B, size), float32 on the CPU."""
+    """Levels (B, C, H, W), uint8 → one output (B, size), float32 on the CPU.
+
+    A batch that has no CUDA graph of its size runs in the next larger one's, beside black images.
+    """
 
     def __init__(
         self, model: Any, preprocessing: Preprocessing, output: str, device: torch.device
@@ -129,7 +140,30 @@ class _Pass(nn.Module):
         self._normalize = preprocessing.normalize
         self._pre_logits = output == "features"
         self._device = device
+        half = next(model.parameters()).dtype not in (torch.float32, torch.float64)
+        self._graphed = graphed(
+            self._encode, model, what=f"serving {output}", tell=_logger.info, half=half
+        )
+
+    def use_graphs(self, max_batch: int) -> list[int]:
+        """Use CUDA graphs from now on; the batch sizes to run on, in this order, until they are
+        proved."""
+        if not isinstance(self._graphed, GraphedStep) or self._graphed.off is not None:
+            return []
+        sizes = [2**i for i in range((max_batch - 1).bit_length())] + [max_batch]
+        self._graphed.sizes = sizes
+        return [size for size in sizes for _ in range(CALLS_TO_PROVE)]
 
     def forward(self, levels: Tensor) -> Tensor:
-        tokens = self.model.forward_features(self._normalize(levels).to(self._device))
-        return self.model.forward_head(tokens, pre_logits=self._pre_logits).float().cpu()
+        count, step = len(levels), self._graphed
+        if isinstance(step, GraphedStep) and step.off is None and step.sizes is not None:
+            size = min((size for size in step.sizes if size >= count), default=count)
+            black = levels.new_zeros(size - count, *levels.shape[1:])
+            levels = torch.cat([levels, black])
+        values = step(self._normalize(levels).to(self._device))
+        return values[:count].float().cpu()
+
+    def _encode(self, images: Tensor) -> Tensor:
+        tokens = self.model.forward_features(images)
+        found: Tensor = self.model.forward_head(tokens, pre_logits=self._pre_logits)
+        return found

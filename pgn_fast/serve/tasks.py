@@ -291,6 +291,8 @@ class ServedTasks:
 
     def warm_up(self, max_batch: int) -> None:
         """One image of every task (some, where there are many), and a whole batch of them."""
+        if next(self.backbone.parameters()).device.type == "cuda":
+            _logger.info("no CUDA graphs: every batch is another mixture of tasks; it runs eagerly")
         with self._all() as tasks:
             some = tasks[:max_batch]
             if some:

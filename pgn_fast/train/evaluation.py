@@ -64,6 +64,7 @@ def evaluate(
     task: str = "multiclass",
     details: bool = False,
     prepare: Callable[[Tensor], Tensor] = lambda images: images,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Score:
     """The score over all images of a loader and of all processes.
 
@@ -72,6 +73,7 @@ def evaluate(
         task: "multiclass" or "multilabel".
         details: intervals, calibration and confusion too.
         prepare: a batch's images, on the device, to the model's input.
+        forward: runs the model, as ``cuda_graphs.graphed_forward`` does; None: the model itself.
 
     Raises:
         UserError: no image could be read, or a label is out of range.
@@ -87,8 +89,11 @@ def evaluate(
         check_labels(labels, num_classes, task)
         target = labels.to(autocast.device, non_blocking=True)
         images = prepare(pixels.to(autocast.device, non_blocking=True))
-        with autocast():
-            logits = model(images)
+        if forward is None:
+            with autocast():
+                logits = model(images)
+        else:
+            logits = forward(images)
         # nothing is read here: that would wait for the device
         answers = _answers(logits.float(), target, num_classes)
         for name, column in {**answers, "index": indices}.items():

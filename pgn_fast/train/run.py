@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ..cuda_graphs import graphed_forward
 from ..errors import TrainingStopped, UserError, as_user_error
 from .config import TrainConfig
 from .distributed import Processes
@@ -72,7 +73,11 @@ class Run:
         if parts.fresh and state is None:
             self._start_head()
         objective = parts.objective or Objective(config, self.splits.num_classes, self.device)
-        self.stepper = Stepper(config, self.model, objective, processes, self.source.prepare)
+        # what became of CUDA graphs, to be said by the next report
+        self._notes: list[str] = []
+        tell = self._notes.append
+        self.stepper = Stepper(config, self.model, objective, processes, self.source.prepare, tell)
+        self._forward = graphed_forward(self.model, self.stepper.autocast, tell)
         if self.stepper.needs_two and self.source.smallest_batch * processes.world < 2:
             raise UserError(too_few_for_batchnorm(config))
         self.stepper.optimizer = self.optimizer = make_optimizer(self.model, config)
@@ -155,6 +160,7 @@ class Run:
             report.batches(
                 len(group), sum(len(b.labels) for b in group), position.epoch + 1, self.epochs
             )
+            self._say_notes(report)
             looks = len(self._pending) >= config.log_interval
             if looks:
                 loss = self._check_losses()
@@ -273,6 +279,7 @@ class Run:
         elif last or (position.epoch + 1) % self.config.val_interval == 0:
             score = self._evaluate(self.splits.validation)
             self._note_unreadable(score.unreadable, report)
+            self._say_notes(report)
             name, found = ("map", score.map) if score.top1 is None else ("top1", score.top1)
             row |= {"validation_loss": score.loss, f"validation_{name}": found}
             value = score.value(self.config.eval_metric)
@@ -313,6 +320,7 @@ class Run:
                     task=self.config.task,
                     details=details,
                     prepare=self.source.prepare,
+                    forward=self._forward,
                 )
         except Asked as request:
             self._stop(request.number)
@@ -321,6 +329,11 @@ class Run:
         number = self.stop.number if self.processes.world == 1 else None
         if number:
             raise Asked(number)
+
+    def _say_notes(self, report: ProgressReport) -> None:
+        for note in self._notes:
+            report.say(note)
+        self._notes.clear()
 
     def _note_unreadable(self, names: Iterable[str], report: ProgressReport) -> None:
         for name in names:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..cuda_graphs import graphed
 from ..errors import UserError
 from .average import Average
 from .config import TrainConfig
@@ -28,6 +29,9 @@ class Stepper:
     With several processes that mean is over the images of all of them, however unevenly they are
     spread, so that the step is the one that a single process would take.
 
+    On a CUDA device forward, loss and backward are one CUDA graph where that is proved to be the
+    same; the optimizer is never part of it.
+
     Attributes:
         optimizer: set by the owner; its rates are the schedule's business.
         scaler: float16's loss scaling.
@@ -41,11 +45,13 @@ class Stepper:
         objective: Any,
         processes: Processes,
         prepare: Callable[[Tensor], Tensor],
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         """
         Args:
             objective: an ``Objective``, or what has its methods.
             prepare: makes the model's input of a batch's images on the device.
+            tell: called with a line on what became of the CUDA graph.
         """
         self.config, self.model, self.processes = config, model, processes
         self.device, self.prepare, self.objective = processes.device, prepare, objective
@@ -60,6 +66,7 @@ class Stepper:
         self.needs_two = config.batch_size > 0 and _needs_two_images(model, self._blank())
         self._shared = synchronize(model) if processes.world > 1 and config.sync_bn else []
         self._forward = self._wrap()
+        self._graphed = self._graph(tell)
 
     def _blank(self) -> Tensor:
         size = self.model.preprocessing["input_size"]
@@ -79,6 +86,62 @@ class Stepper:
                 warnings.simplefilter("ignore", FutureWarning)
                 model = DistributedDataParallel(model, device_ids=index, broadcast_buffers=False)
         return model
+
+    def _graph(self, tell: Callable[[str], None]) -> Callable[..., dict[str, Any]] | None:
+        """``_gradients`` as a CUDA graph; None where each pass runs eagerly."""
+        refused = None
+        if self.processes.world > 1:
+            refused = "the processes average gradients while they are made"
+        elif self.config.torchcompile:
+            refused = "`torchcompile` is given (`torchcompile_mode` reduce-overhead has its own)"
+        own = lambda: (
+            x for x in self.model.named_parameters() if x[0].partition(".")[0] != "backbone"
+        )
+        changed = lambda: {**dict(own()), **dict(self.model.named_buffers())}
+        half = self.config.amp or any(p.dtype.itemsize < 4 for p in self.model.parameters())
+        step = graphed(
+            self._gradients,
+            self.model,
+            what="training step",
+            tell=tell,
+            state=changed,
+            half=half,
+            copies=False,
+            refused=refused,
+        )
+        return None if step == self._gradients else step
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _gradients(self, images: Tensor, targets: Tensor, total: Tensor) -> dict[str, Any]:
+        """Loss, logits and gradients of a batch of a step of ``total`` images, (1,) on the device;
+        what stands in Python here is the same in every step."""
+        with self.autocast():
+            logits = self._call(images)
+        loss = self.objective(logits.float(), targets)
+        trained = self._trained()
+        scaled = self.scaler.scale(loss / total[0])
+        grads = torch.autograd.grad(scaled, list(trained.values()), allow_unused=True)
+        found = dict(zip(trained, grads, strict=True))
+        return {"loss": loss.detach(), "logits": logits.detach(), "gradient of": found}
+
+    def _pass_graphed(
+        self, images: Tensor, targets: Tensor, total: int, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and logits of a batch, whose gradients are added to the parameters'."""
+        assert self._graphed is not None
+        count = torch.full((1,), float(total), device=self.device)
+        found = self._graphed(images, targets, count)
+        for name, parameter in self._trained().items():
+            grad = found["gradient of"][name]
+            if grad is None:
+                continue
+            if parameter.grad is not None:
+                parameter.grad.add_(grad)
+            else:  # the next batch of this step would overwrite it
+                parameter.grad = grad if last else grad.clone()
+        return found["loss"], found["logits"]
 
     def step(
         self, group: list[tuple[Tensor, Tensor]], epoch: int, update: int
@@ -104,13 +167,18 @@ class Stepper:
                 images = self.prepare(images)
             if present:
                 images, targets = self.objective.mix(images, labels, epoch)
-            with self._sync(last=i == len(group) - 1):
-                with self.times.phase("forward"), self.autocast():
-                    logits = self._call(images)
-                # without an image this process only takes part in what all do together
-                loss = self.objective(logits.float(), targets) if present else logits.sum() * 0
-                with self.times.phase("backward"):
-                    self.scaler.scale(loss * self.processes.world / total).backward()
+            last = i == len(group) - 1
+            if self._graphed is not None and isinstance(total, int):
+                with self.times.phase("forward"):  # and the backward, which is in the same graph
+                    loss, logits = self._pass_graphed(images, targets, total, last)
+            else:
+                with self._sync(last):
+                    with self.times.phase("forward"), self.autocast():
+                        logits = self._call(images)
+                    # without an image this process only takes part in what all do together
+                    loss = self.objective(logits.float(), targets) if present else logits.sum() * 0
+                    with self.times.phase("backward"):
+                        self.scaler.scale(loss * self.processes.world / total).backward()
             if present:
                 loss_sum += loss.detach()
                 correct += self.objective.right(logits, labels)
