@@ -114,20 +114,20 @@ def test_a_recording_that_fails_leaves_an_eager_run(recorders, monkeypatch) -> N
     torch.manual_seed(0)
     model = vpt()
     eager = copy.deepcopy(model)
-    looks = model.prompter.schedule
+    looks = model.prompter.prompt
 
-    def schedule(images: Tensor):
+    def prompt(images: Tensor, *rest):
         assert float(images.sum()) != 1.0  # waits for the device
-        return looks(images)
+        return looks(images, *rest)
 
-    model.prompter.schedule = schedule
+    model.prompter.prompt = prompt
     stepper, told = train(model, ([batch] for batch in batches()))
     assert told == [
         "training step: no CUDA graph, it cannot be recorded (aten::_local_scalar_dense waits for "
         "a value on the device); it runs eagerly"
     ]
     assert isinstance(stepper._graphed, GraphedStep) and stepper._graphed.off
-    del model.prompter.schedule
+    del model.prompter.prompt
     monkeypatch.setattr(record, "recorder_for", lambda device: None)
     train(eager, ([batch] for batch in batches()))
     assert_same(model, eager)

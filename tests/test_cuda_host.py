@@ -6,6 +6,8 @@ What is not: anything about a GPU's speed, its memory order, or code that only n
 
 from __future__ import annotations
 
+import subprocess
+
 import cuda_host
 import pytest
 import torch
@@ -20,6 +22,18 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture(scope="module")
 def kernels():
     return cuda_host.build()
+
+
+def test_the_structs_here_are_those_of_the_header(tmp_path):
+    """A field that moved in launch.h would otherwise be read from another one's place."""
+    source = tmp_path / "layout.cpp"
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-Wno-invalid-offsetof"]
+    command += [f"-I{cuda_host.CUDA}", f"-isystem{cuda_host.cuda_include()}", str(source)]
+    text = cuda_host.layout_assertions()
+    for fields, holds in ((text, True), (text.replace(", tokens) ==", ", tokens) - 4 =="), False)):
+        source.write_text(fields)
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode == 0) == holds, done.stderr[-2000:]
 
 
 GUARD = 256  # elements of poison before and behind an output

@@ -96,6 +96,20 @@ def build(source: Path = CUDA, mix_prompts_only: bool = False) -> Kernels:
     return Kernels(ctypes.CDLL(str(library)))
 
 
+def layout_assertions() -> str:
+    """A C++ file that compiles only where the structs below lie in memory as launch.h's do."""
+    structs = [Heads, *Arguments.__subclasses__()]
+    lines = ["#include <cstddef>", '#include "launch.h"', "using namespace pgn_fast::cuda;"]
+    for struct in structs:
+        name = struct.__name__
+        lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});")
+        for field, *_ in struct._fields_:
+            at = getattr(struct, field)
+            lines.append(f"static_assert(offsetof({name}, {field}) == {at.offset});")
+            lines.append(f"static_assert(sizeof({name}::{field}) == {at.size});")
+    return "\n".join(lines) + "\n"
+
+
 class Arguments(ctypes.Structure):
     """A launcher's argument struct filled from tensors and numbers, which it keeps alive."""
 
