@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(pgn_fast_C, m) {
       "prompt_attention(Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, "
       "float scale) -> (Tensor, Tensor)");
   m.def(
+      "prompt_attention_ragged(Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, "
+      "Tensor ranges, float scale) -> (Tensor, Tensor)");
+  m.def(
       "prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor prompt_k, "
       "Tensor prompt_v, Tensor out, Tensor lse, float scale, bool grad_q, bool grad_kv, "
       "bool grad_prompts) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -166,6 +166,27 @@ def prompt_attention_backward(
     )
 
 
+def prompt_attention_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    ranges: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """prompt_attention where image b sees rows [begin, end) = ranges[b] of prompt_k and prompt_v
+    (h, P, d): of all scores those of the other rows are left out."""
+    row = torch.arange(prompt_k.shape[1], device=q.device)
+    seen = (ranges[:, :1] <= row) & (row < ranges[:, 1:])  # (B, P)
+    hidden = F.pad(~seen, (0, k.shape[2]), value=False)[:, None, None]  # (B, 1, 1, P + T)
+    scores = (scale * q @ _beside(prompt_k, k).mT).masked_fill(hidden, -torch.inf)
+    lse = scores.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(dim=-1)
+    # 0 * inf would let a row that is left out show
+    own_v = torch.where(seen[:, None, :, None], prompt_v, 0)
+    return scores.softmax(dim=-1) @ _beside(own_v, v), lse
+
+
 def _beside(prompts: Tensor, tokens: Tensor) -> Tensor:
     """(h, P, d) or (B, h, P, d) in front of (B, h, T, d)."""
     return torch.cat([prompts.expand(tokens.shape[0], -1, -1, -1), tokens], dim=2)

@@ -43,6 +43,12 @@ MUTATIONS = [
         "if (k > 0) part[n] += power;",
     ),
     (
+        "the prompts of an image before it",
+        ISA / "prompt_attention.inc",
+        "seen.first != packed.first || seen.count != packed.count",
+        "packed.first < 0",
+    ),
+    (
         "variance about zero",
         ISA / "add_layer_norm.inc",
         "keep(load_part(total + d, count) - mean, count)",

@@ -235,6 +235,41 @@ def test_prompt_attention(kernels, B, h, Q, T, P, d, shared, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "h, Q, T, d, ranges",
+    [
+        pytest.param(2, 19, 33, 64, [[0, 70], [70, 70], [65, 75], [3, 4]], id="odd-and-empty"),
+        pytest.param(1, 1, 20, 40, [[9, 9], [2, 9], [2, 9]], id="class-token"),
+        pytest.param(1, 17, 3, 9, [[0, 0], [1, 2]], id="unaligned-rows"),
+    ],
+)
+def test_ragged_prompt_attention(kernels, h, Q, T, d, ranges, dtype):
+    """Rows that no image sees hold NaN: they must not show."""
+    B, P = len(ranges), 80
+    q, k, v = (torch.randn(B, n, h, d, dtype=dtype).transpose(1, 2) for n in (Q, T, T))
+    prompts = torch.randn(2, h, P, d, dtype=dtype)
+    seen = {row for begin, end in ranges for row in range(begin, end)}
+    prompts[:, :, [row for row in range(P) if row not in seen]] = torch.nan
+    inputs, chosen = (q, k, v, *prompts), torch.tensor(ranges)
+    out, lse = poisoned(B, Q, h, d, dtype=dtype), poisoned(B, h, Q, dtype=torch.float32)
+    names = ("q", "k", "v", "prompt_k", "prompt_v")
+    forward = cuda_host.PromptAttention(
+        **{name: cuda_host.Heads(x) for name, x in zip(names, inputs, strict=True)},
+        out=cuda_host.Heads(out.transpose(1, 2)),
+        lse=lse,
+        **dict(zip("BhQTPd", (B, h, Q, T, P, d), strict=True)),
+        scale=d**-0.5,
+        ranges=chosen,
+    )
+    kernels.launch("prompt_attention", forward, dtype)
+    inputs64 = [x.double() for x in inputs]
+    out64, lse64 = reference.prompt_attention_ragged(*inputs64, chosen, d**-0.5)
+    assert_matches("out", out.transpose(1, 2), out64)
+    assert_matches("lse", lse, lse64)
+    assert intact(out) and intact(lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("uint8", [True, False], ids=["uint8", "float"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize(

@@ -431,7 +431,7 @@ def attention(
     aligned, of = int(d * 2 % 16 == 0), f"I{MANGLED[dtype]}Li64E"
     queries = {"threads": warps * 32, "arguments": [forward, aligned]}
     device.launch(
-        ptx_model.find(kernels, f"16attention_kernel{of}Li{warps}E"),
+        ptx_model.find(kernels, f"16attention_kernel{of}Li{warps}ELb0E"),
         *(B * h, ceil(Q, rows)),
         **queries,
         shared_bytes=(rows + 128) * stride * 2,
@@ -504,6 +504,49 @@ def test_prompt_attention(attention_kernels, B, h, Q, T, P, d, dtype):
             torch.testing.assert_close(actual.double(), expected, rtol=1e-3, atol=1e-3)
         else:
             assert_matches(name, actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ragged_prompt_attention(attention_kernels, dtype):
+    """Images that see a range of the prompts' rows: two tiles, none, and a part of one."""
+    device, (h, Q, T, P, d), ranges = Device(), (2, 20, 33, 90, 64), [[0, 70], [70, 70], [71, 76]]
+    B, rows, stride = len(ranges), 64, 64 + 8
+    q, k, v = torch.randn(3, B, h, max(Q, T), d).to(dtype).unbind(0)
+    q, k, v = q[:, :, :Q].contiguous(), k[:, :, :T].contiguous(), v[:, :, :T].contiguous()
+    prompts = torch.randn(2, h, P, d).to(dtype)
+    prompts[:, :, 76:] = torch.nan  # nobody's
+
+    def heads(pointer: int, n: int, batch: int) -> cuda_host.Heads:
+        names = ("data", "batch", "head", "token")
+        return arguments(
+            cuda_host.Heads, **dict(zip(names, (pointer, batch, n * d, d), strict=True))
+        )
+
+    of_image = lambda x: heads(device.put(x), x.shape[2], h * x.shape[2] * d)
+    out, lse = device.poison(B, h, Q, d, dtype=dtype), device.poison(B, h, Q, dtype=torch.float32)
+    forward = arguments(
+        cuda_host.PromptAttention,
+        **{name: of_image(x) for name, x in (("q", q), ("k", k), ("v", v))},
+        prompt_k=heads(device.put(prompts[0].contiguous()), P, 0),
+        prompt_v=heads(device.put(prompts[1].contiguous()), P, 0),
+        out=heads(out, Q, h * Q * d),
+        lse=lse,
+        **dict(zip("BhQTPd", (B, h, Q, T, P, d), strict=True)),
+        scale=d**-0.5,
+        ranges=device.put(torch.tensor(ranges)),
+    )
+    device.launch(
+        ptx_model.find(attention_kernels, f"16attention_kernelI{MANGLED[dtype]}Li64ELi4ELb1E"),
+        *(B * h, ceil(Q, rows)),
+        threads=128,
+        shared_bytes=(rows + 128) * stride * 2,
+        arguments=[forward, 1],
+    )
+    inputs = [x.double() for x in (q, k, v, *prompts)]
+    out64, lse64 = reference.prompt_attention_ragged(*inputs, torch.tensor(ranges), d**-0.5)
+    assert_matches("out", device.get(out, B, h, Q, d, dtype=dtype), out64)
+    found = device.get(lse, B, h, Q, dtype=torch.float32).double()
+    torch.testing.assert_close(found, lse64, rtol=1e-3, atol=1e-3)
 
 
 ATTENTION_BUGS = {

@@ -94,6 +94,10 @@ def registered_ops():
             (normal(3, 5, 24), logits, library, "softmax"),
         ),
         "prompt_attention": (attention._op, (*heads, 0.25)),
+        "prompt_attention_ragged": (
+            attention._ragged_op,
+            (*heads, torch.tensor([[0, 3], [2, 2], [1, 4]]), 0.25),
+        ),
         "prompt_attention_backward": (
             attention._backward_op,
             (normal(3, 2, 5, 16), *heads, out, lse, 0.25, True, True, True),

@@ -168,6 +168,134 @@ def test_random_shapes_on_cpu(B, h, Q, T, P, d, shared):
     check_against_float64(inputs(B, h, Q, T, P, d, shared), "cpu")
 
 
+RANGES = [[0, 7], [7, 7], [7, 12], [0, 7], [3, 20], [20, 20]]
+
+
+def ragged_inputs(h=2, Q=9, T=9, d=40, P=23, dtype=torch.float32, device="cpu", ranges=RANGES):
+    """As ``inputs``; the rows that no image sees hold NaN, which must not show."""
+    B = len(ranges)
+    chosen = torch.tensor(ranges, dtype=torch.int64, device=device).view(-1, 2)
+    tensors = inputs(B, h, Q, T, P, d, dtype=dtype, device=device)
+    seen = {row for begin, end in ranges for row in range(begin, end)}
+    nobody = [row for row in range(P) if row not in seen]
+    with torch.no_grad():
+        for prompts in tensors[3:]:
+            prompts[:, nobody] = torch.nan
+    return tuple(t.requires_grad_(False) for t in tensors), chosen
+
+
+def image_by_image(tensors, ranges):
+    """The definition: every image beside its own rows, in float64."""
+    q, k, v, prompt_k, prompt_v = (t.double().cpu() for t in tensors)
+    results = [
+        reference.prompt_attention(
+            *(t[b : b + 1] for t in (q, k, v)),
+            *(t[:, begin:end] for t in (prompt_k, prompt_v)),
+            q.shape[-1] ** -0.5,
+        )[0]
+        for b, (begin, end) in enumerate(ranges.tolist())
+    ]
+    return torch.cat(results) if results else q
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({}, id="odd-and-empty"),
+        pytest.param({"Q": 1, "T": 50, "d": 64}, id="class-token-alone"),
+        pytest.param({"Q": 101, "T": 130, "d": 32}, id="more-queries-than-a-block"),
+        pytest.param({"ranges": []}, id="no-image"),
+        pytest.param({"P": 0, "ranges": [[0, 0], [0, 0]]}, id="no-prompt"),
+        pytest.param({"ranges": [[2, 9]] * 19, "h": 1}, id="one-range-for-all"),
+    ],
+)
+def test_ragged_matches_float64(sizes, dtype, backend, device):
+    tensors, ranges = ragged_inputs(**sizes, dtype=dtype, device=device)
+    if reason := refusal(backend, "prompt_attention_ragged", *tensors):
+        pytest.skip(reason)
+    out = prompt_attention(*tensors, ranges=ranges, backend=backend)
+    assert_matches("out", out, image_by_image(tensors, ranges))
+    if backend != "reference":
+        assert out.transpose(1, 2).is_contiguous()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 20), max_size=6),
+    order=st.randoms(use_true_random=False),
+    h=st.integers(1, 3),
+    Q=st.integers(0, 40),
+    T=st.integers(1, 40),
+    d=st.integers(8, 70),
+)
+def test_random_ranges_on_cpu(lengths, order, h, Q, T, d):
+    ends = list(itertools.accumulate(lengths))
+    ranges = [[end - length, end] for end, length in zip(ends, lengths, strict=True)]
+    order.shuffle(ranges)
+    P = ends[-1] if ends else 0
+    tensors, ranges = ragged_inputs(h, Q, T, d, P, ranges=ranges)
+    out = prompt_attention(*tensors, ranges=ranges, backend="cpu")
+    assert_matches("out", out, image_by_image(tensors, ranges))
+
+
+def test_a_range_gives_the_bits_of_its_prompts_alone():
+    tensors, ranges = ragged_inputs(Q=70, T=70)
+    q, k, v, prompt_k, prompt_v = tensors
+    out = prompt_attention(*tensors, ranges=ranges, backend="cpu")
+    for b, (begin, end) in enumerate(ranges.tolist()):
+        own = prompt_k[:, begin:end], prompt_v[:, begin:end]
+        alone = prompt_attention(*(t[b : b + 1] for t in (q, k, v)), *own, backend="cpu")
+        assert torch.equal(out[b], alone[0])
+
+
+def test_ranges_with_a_gradient_are_plain_torch():
+    tensors, ranges = ragged_inputs(2, 3, 4, 3, 5, torch.float64, ranges=[[0, 2], [1, 5], [3, 3]])
+    leaves = [t.contiguous().requires_grad_() for t in tensors]
+    torch.autograd.gradcheck(lambda *t: prompt_attention(*t, ranges=ranges), leaves)
+    single = [t.detach().float().requires_grad_() for t in leaves]
+    assert prompt_attention(*single, ranges=ranges).requires_grad
+    with pytest.raises(RuntimeError, match="no backward, and a gradient is wanted"):
+        prompt_attention(*single, ranges=ranges, backend="cpu")
+    with torch.no_grad():
+        plain = prompt_attention(*single, ranges=ranges, backend="reference")
+        assert torch.allclose(prompt_attention(*single, ranges=ranges), plain, atol=1e-6)
+
+
+def test_ranges_under_compile_and_vmap():
+    tensors, ranges = ragged_inputs()
+    expected = prompt_attention(*tensors, ranges=ranges)
+    compiled = torch.compile(prompt_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors, ranges=ranges), expected)
+    with pytest.raises(RuntimeError, match="ranges must lie in the 23 prompts"):
+        compiled(*tensors, ranges=ranges + 10)
+    mapped = torch.func.vmap(lambda q: prompt_attention(q, *tensors[1:], ranges=ranges))
+    assert torch.allclose(mapped(tensors[0][None])[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r + 4, r"0 <= begin <= end <= 23, got \[7, 24\]"),
+        (lambda r: r - 1, r"got \[-1, 6\]"),
+        (lambda r: r.flip(1), r"got \[7, 0\]"),
+        (lambda r: r[:-1], r"takes ranges \(6, 2\)"),
+        (lambda r: r.int(), "got .* of torch.int32"),
+    ],
+)
+def test_bad_ranges_are_named(change, message):
+    tensors, ranges = ragged_inputs()
+    with pytest.raises(ValueError, match=message):
+        prompt_attention(*tensors, ranges=change(ranges))
+
+
+def test_ranges_of_prompts_that_images_do_not_share_are_refused():
+    tensors = inputs(2, 2, 5, 5, 3, 16, shared=False)
+    with pytest.raises(ValueError, match="lie one after the other"):
+        prompt_attention(*tensors, ranges=torch.zeros(2, 2, dtype=torch.int64))
+
+
 def test_gradients_of_the_reference():
     for shared in (True, False):
         tensors = inputs(2, 2, 3, 4, 2, 3, shared, torch.float64)
@@ -178,6 +306,10 @@ def test_gradients_of_the_reference():
 def test_op_is_registered_correctly():
     tensors = inputs(2, 2, 5, 5, 3, 16)
     torch.library.opcheck(torch.ops.pgn_fast.prompt_attention.default, (*tensors, 0.25, "auto"))
+    tensors, ranges = ragged_inputs(P=20)
+    tensors = [torch.nan_to_num(t) for t in tensors]
+    ragged = torch.ops.pgn_fast.prompt_attention_ragged.default
+    torch.library.opcheck(ragged, (*tensors, ranges, 0.25, "auto"))
 
 
 @pytest.mark.parametrize(

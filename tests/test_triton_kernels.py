@@ -68,6 +68,8 @@ def test_every_dtype(op, dtype, device):
 def test_variants(device):
     cases.check_mix_prompts(mix_prompts, device, activation="sigmoid")
     cases.check_prompt_attention(prompt_attention, device, shared=False)
+    for dtype, queries in ((torch.float32, None), (torch.float16, None), (torch.bfloat16, 1)):
+        cases.check_ragged_attention(prompt_attention, device, dtype, queries)
     cases.check_prompted_patch_embed(prompted_patch_embed, device, channels_last=True)
     cases.check_prompted_patch_embed(prompted_patch_embed, device, uint8=False)
     cases.check_add_layer_norm(add_layer_norm, device, add=False)

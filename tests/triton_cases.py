@@ -67,6 +67,27 @@ def check_prompt_attention(
         assert_matches(f"grad_{name}", actual, expected)
 
 
+def check_ragged_attention(
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    queries: int | None = None,
+) -> None:
+    """Ranges that end within a tile, share rows, and are empty; NaN in the rows of nobody."""
+    H, T, P, d = 3, 70, 90, 40
+    ranges = torch.tensor([[0, 70], [70, 70], [65, 75], [3, 4], [0, 70]], device=device)
+    B, scale = len(ranges), d**-0.5
+    qkv = inside_nan(torch.randn(B, T, 3, H, d, dtype=dtype, device=device))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    prompts = inside_nan(torch.randn(2, H, P, d, dtype=dtype, device=device))
+    prompts[:, :, 75:] = torch.nan
+    inputs = q[:, :, :queries], k, v, *prompts.unbind(0)
+    out, lse = module.prompt_attention_ragged(*inputs, ranges, scale)
+    out64, lse64 = reference.prompt_attention_ragged(*in_float64(*inputs), ranges, scale)
+    assert_matches("out", out, out64)
+    assert_matches("lse", lse, lse64)
+
+
 def check_prompted_patch_embed(
     module: ModuleType,
     device: torch.device,

@@ -54,8 +54,9 @@ struct Rows {  // [B, h, rows, d] with a unit last stride
 };
 struct Attention {
   Rows q, k, v, prompt_k, prompt_v;  // prompts shared by the batch: stride_b is not used
-  int64_t h, Q, T, P, d;
-  int64_t padded_d;  // d, rounded up to 16
+  const int64_t* ranges;             // [B, 2]: rows of shared prompts that an image sees; null: all
+  int64_t h, Q, T, P, d;             // P: of the longest range
+  int64_t padded_d;                  // d, rounded up to 16
   float scale;
   bool shared, backward;
   void* out;   // forward: [B, Q, h, d]

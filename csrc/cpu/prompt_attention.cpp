@@ -1,8 +1,10 @@
 // CPU kernels of pgn_fast.ops.prompt_attention:
 //   out = softmax(scale * q @ [prompt_k; k]^T) @ [prompt_v; v]
+// and of its ragged form, where an image sees a range of the prompts' rows.
 //
 // A task is one head and a range of images; the ranges depend on the sizes alone, so that gradients
 // of shared prompts, summed range by range and then over the ranges, do not depend on the threads.
+#include <algorithm>
 #include <memory>
 #include <tuple>
 
@@ -59,13 +61,9 @@ void for_tasks(int64_t B, const Attention& a, F task) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> prompt_attention_cpu(const Tensor& q,         // [B, h, Q, d]
-                                                const Tensor& k,         // [B, h, T, d]
-                                                const Tensor& v,         // [B, h, T, d]
-                                                const Tensor& prompt_k,  // [h, P, d], [B, h, P, d]
-                                                const Tensor& prompt_v,  // [h, P, d], [B, h, P, d]
-                                                double scale) {
-  Attention a = attention_of(q, k, v, prompt_k, prompt_v, scale);
+namespace {
+
+std::tuple<Tensor, Tensor> forward(Attention a, const Tensor& q) {
   const int64_t B = q.size(0);
   Tensor out = heads_last(q), lse = empty<3>(q, ScalarType::Float, {B, a.h, a.Q});
   a.out = out.mutable_data_ptr();
@@ -75,6 +73,33 @@ std::tuple<Tensor, Tensor> prompt_attention_cpu(const Tensor& q,         // [B, 
     PGN_ISA_CALL(attention_forward)(a, number, h, begin, end, scratch);
   });
   return {out, lse};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> prompt_attention_cpu(const Tensor& q,         // [B, h, Q, d]
+                                                const Tensor& k,         // [B, h, T, d]
+                                                const Tensor& v,         // [B, h, T, d]
+                                                const Tensor& prompt_k,  // [h, P, d], [B, h, P, d]
+                                                const Tensor& prompt_v,  // [h, P, d], [B, h, P, d]
+                                                double scale) {
+  return forward(attention_of(q, k, v, prompt_k, prompt_v, scale), q);
+}
+
+std::tuple<Tensor, Tensor> prompt_attention_ragged_cpu(const Tensor& q,         // [B, h, Q, d]
+                                                       const Tensor& k,         // [B, h, T, d]
+                                                       const Tensor& v,         // [B, h, T, d]
+                                                       const Tensor& prompt_k,  // [h, P, d]
+                                                       const Tensor& prompt_v,  // [h, P, d]
+                                                       const Tensor& ranges,    // [B, 2]
+                                                       double scale) {
+  Attention a = attention_of(q, k, v, prompt_k, prompt_v, scale);
+  a.ranges = ranges.const_data_ptr<int64_t>();
+  a.P = 0;
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    a.P = std::max(a.P, a.ranges[2 * b + 1] - a.ranges[2 * b]);
+  }
+  return forward(a, q);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cpu(
@@ -134,5 +159,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cpu
 
 STABLE_TORCH_LIBRARY_IMPL(pgn_fast_C, CPU, m) {
   m.impl("prompt_attention", TORCH_BOX(&pgn_fast::prompt_attention_cpu));
+  m.impl("prompt_attention_ragged", TORCH_BOX(&pgn_fast::prompt_attention_ragged_cpu));
   m.impl("prompt_attention_backward", TORCH_BOX(&pgn_fast::prompt_attention_backward_cpu));
 }

@@ -78,6 +78,8 @@ struct PromptAttention {
   float* lse;                // [B, h, Q]: log of the sum over keys of exp(scale * q k)
   int B, h, Q, T, P, d;      // Q query rows, T keys of an image's own
   float scale;
+  // [B, 2]: first and last + 1 of the prompts' rows that an image sees; null: all. Forward only.
+  const int64_t* ranges;
 };
 cudaError_t prompt_attention(const PromptAttention& args, Number number, cudaStream_t stream);
 

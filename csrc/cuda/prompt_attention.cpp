@@ -38,7 +38,21 @@ cuda::PromptAttention attention_of(const Tensor& q, const Tensor& k, const Tenso
           static_cast<int>(k.size(2)),
           static_cast<int>(prompt_k.size(prompt_k.dim() - 2)),
           static_cast<int>(q.size(3)),
-          static_cast<float>(scale)};
+          static_cast<float>(scale),
+          nullptr};
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& prompt_k, const Tensor& prompt_v,
+                                   const int64_t* ranges, double scale) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  Tensor out = empty_heads_last(q);
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  cuda::PromptAttention args = attention_of(q, k, v, prompt_k, prompt_v, out, lse, scale);
+  args.ranges = ranges;
+  cuda::check_launch(cuda::prompt_attention(args, cuda::number_of(q), cuda::current_stream(q)),
+                     "prompt_attention", q);
+  return {out, lse};
 }
 
 }  // namespace
@@ -50,13 +64,17 @@ std::tuple<Tensor, Tensor> prompt_attention_cuda(
     const Tensor& prompt_k,  // [h, P, d] or [B, h, P, d]
     const Tensor& prompt_v,  // the same
     double scale) {
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor out = empty_heads_last(q);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-  const cuda::PromptAttention args = attention_of(q, k, v, prompt_k, prompt_v, out, lse, scale);
-  cuda::check_launch(cuda::prompt_attention(args, cuda::number_of(q), cuda::current_stream(q)),
-                     "prompt_attention", q);
-  return {out, lse};
+  return forward(q, k, v, prompt_k, prompt_v, nullptr, scale);
+}
+
+std::tuple<Tensor, Tensor> prompt_attention_ragged_cuda(const Tensor& q,         // [B, h, Q, d]
+                                                        const Tensor& k,         // [B, h, T, d]
+                                                        const Tensor& v,         // [B, h, T, d]
+                                                        const Tensor& prompt_k,  // [h, P, d]
+                                                        const Tensor& prompt_v,  // [h, P, d]
+                                                        const Tensor& ranges,    // [B, 2]
+                                                        double scale) {
+  return forward(q, k, v, prompt_k, prompt_v, ranges.const_data_ptr<int64_t>(), scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cuda(
@@ -103,5 +121,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cud
 
 STABLE_TORCH_LIBRARY_IMPL(pgn_fast_C, CUDA, m) {
   m.impl("prompt_attention", TORCH_BOX(&pgn_fast::prompt_attention_cuda));
+  m.impl("prompt_attention_ragged", TORCH_BOX(&pgn_fast::prompt_attention_ragged_cuda));
   m.impl("prompt_attention_backward", TORCH_BOX(&pgn_fast::prompt_attention_backward_cuda));
 }

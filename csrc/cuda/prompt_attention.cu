@@ -22,15 +22,24 @@ __device__ inline T* row_of(const Heads& x, int b, int h, int64_t token) {
   return static_cast<T*>(x.data) + b * x.batch + h * x.head + token * x.token;
 }
 
-// The tiles of keys of one (image, head): its own tokens, then the prompts.
+// The tiles of keys of one (image, head): its own tokens, then the prompts, where kRagged those of
+// the image's range.
+template <bool kRagged>
 struct KeyTiles {
-  int own, total;
-  __device__ explicit KeyTiles(const PromptAttention& a)
-      : own(static_cast<int>(ceil_div(a.T, kKeys))),
-        total(own + static_cast<int>(ceil_div(a.P, kKeys))) {}
-  __device__ int first(int tile) const { return (tile < own ? tile : tile - own) * kKeys; }
+  int own, total, begin = 0, end;
+  __device__ KeyTiles(const PromptAttention& a, int b)
+      : own(static_cast<int>(ceil_div(a.T, kKeys))), end(a.P) {
+    if constexpr (kRagged) {
+      begin = static_cast<int>(a.ranges[2 * b]);
+      end = static_cast<int>(a.ranges[2 * b + 1]);
+    }
+    total = own + static_cast<int>(ceil_div(end - begin, kKeys));
+  }
+  __device__ int first(int tile) const {
+    return tile < own ? tile * kKeys : begin + (tile - own) * kKeys;
+  }
   __device__ int count(const PromptAttention& a, int tile) const {
-    const int left = (tile < own ? a.T : a.P) - first(tile);
+    const int left = (tile < own ? a.T : end) - first(tile);
     return left < kKeys ? left : kKeys;
   }
   __device__ const Heads& keys(const PromptAttention& a, int tile) const {
@@ -57,7 +66,7 @@ struct QueryBlock {
   }
 };
 
-template <typename T, int kD, int kWarps>
+template <typename T, int kD, int kWarps, bool kRagged>
 __global__ void __launch_bounds__(kWarps * 32, 2)
     attention_kernel(PromptAttention a, bool aligned) {
   using Block = QueryBlock<T, kD, kWarps>;
@@ -69,7 +78,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
 
   const int b = blockIdx.x / a.h, h = blockIdx.x % a.h;
   const int first = blockIdx.y * Block::kRows, rows = a.Q - first;
-  const KeyTiles tiles(a);
+  const KeyTiles<kRagged> tiles(a, b);
   load_tile<T, Block::kRows, kD, Block::kThreads>(queries, row_of<T>(a.q, b, h, first), a.q.token,
                                                   rows, a.d, aligned);
   auto load_k = [&](int tile) {
@@ -204,7 +213,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   }
   if (g.grad_q.data == nullptr) return;
 
-  const KeyTiles tiles(a);
+  const KeyTiles<false> tiles(a, b);
   load_tile<T, Block::kRows, kD, Block::kThreads>(queries, row_of<T>(a.q, b, h, first), a.q.token,
                                                   rows, a.d, aligned);
   load_tile<T, Block::kRows, kD, Block::kThreads>(grads, row_of<T>(g.grad_out, b, h, first),
@@ -381,8 +390,12 @@ cudaError_t launch_forward(const PromptAttention& a, cudaStream_t stream) {
   using Block = QueryBlock<T, kD, kWarps>;
   const dim3 grid(a.B * a.h, ceil_div(a.Q, Block::kRows));
   const size_t bytes = ((Block::kRows + 2 * kKeys) * Block::kStride + Block::kScratch) * sizeof(T);
-  return launch(attention_kernel<T, kD, kWarps>, grid, Block::kThreads, bytes, stream, a,
-                all_aligned<T>(a));
+  const bool aligned = all_aligned<T>(a);
+  auto run = [&](auto kernel) {
+    return launch(kernel, grid, Block::kThreads, bytes, stream, a, aligned);
+  };
+  return a.ranges ? run(attention_kernel<T, kD, kWarps, true>)
+                  : run(attention_kernel<T, kD, kWarps, false>);
 }
 
 template <typename T, int kD, int kWarps>

@@ -84,6 +84,7 @@ def _prompt_attention(module: Any, dtype: torch.dtype, ones: bool) -> None:
         for queries in (q, q[:, :, :1]):
             arguments = (queries, k, v, prompt_k, prompt_v)
             out, lse = module.prompt_attention(*arguments, 0.125)
+            module.prompt_attention_ragged(*arguments, _empty(B, 2, dtype=torch.int64), 0.125)
             module.prompt_attention_backward(out, *arguments, out, lse, 0.125, True, True, True)
 
 

@@ -5,6 +5,7 @@
 Q queries and T keys of an image, P of the prompts. The keys form one sequence, an image's own
 first, then the prompts: a tile takes each row from where it lies, so no key is ever copied, and
 197 + 50 keys fill four tiles of 64 and not five. Online softmax in base 2; ``lse`` is natural.
+In the ragged form the prompts of an image are a range of the rows that all images share.
 
 Backward (Dao, arXiv:2307.08691, section 3.1.2), with w the weights and delta = <grad_out, out>:
 
@@ -90,6 +91,7 @@ def _forward_kernel(
     prompt_v_ptr,  # (B, H, P, HEAD)
     out_ptr,  # (B, H, Q, HEAD)
     lse_ptr,  # (B, H, Q) float32
+    ranges_ptr,  # (B, 2) int64, the rows of the prompts that an image sees; None: all
     H,
     Q,
     T,
@@ -134,6 +136,11 @@ def _forward_kernel(
     v_ptr += b * v_b + h * v_h
     prompt_k_ptr += b * prompt_k_b + h * prompt_k_h
     prompt_v_ptr += b * prompt_v_b + h * prompt_v_h
+    if ranges_ptr is not None:
+        begin = tl.load(ranges_ptr + 2 * b)
+        prompt_k_ptr += begin * prompt_k_t
+        prompt_v_ptr += begin * prompt_v_t
+        P = (tl.load(ranges_ptr + 2 * b + 1) - begin).to(tl.int32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -337,11 +344,36 @@ def _grad_key_kernel(
     tl.store(grad_v_ptr + offset, cast(grad_v, grad_v_ptr.dtype.element_ty), mask=inside)
 
 
-@on_their_device
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Launch. The inputs are checked, their columns dense: see pgn_fast.ops.prompt_attention."""
+    return _forward(q, k, v, prompt_k, prompt_v, None, scale)
+
+
+def prompt_attention_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    ranges: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch. The same with ranges (B, 2) of prompts (H, P, HEAD), contiguous int64."""
+    return _forward(q, k, v, prompt_k, prompt_v, ranges, scale)
+
+
+@on_their_device
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    ranges: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     (B, H, Q, HEAD), T, P = q.shape, k.shape[2], prompt_k.shape[-2]
     out = _empty_heads_last(q)
     lse = q.new_empty(B, H, Q, dtype=torch.float32)
@@ -353,7 +385,7 @@ def prompt_attention(
     def launch(config: Tile) -> None:
         grid = (B * H * triton.cdiv(Q, config.blocks["BLOCK_Q"]),)
         _forward_kernel[grid](
-            *(q, k, v, prompt_k, prompt_v, out, lse, H, Q, T, P, scale),
+            *(q, k, v, prompt_k, prompt_v, out, lse, ranges, H, Q, T, P, scale),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
             *prompt_strides,
             *out.stride()[:3],
@@ -362,7 +394,8 @@ def prompt_attention(
             **config.options(),
         )
 
-    key = ("prompt_attention", q.dtype, bucket(B * H), bucket(Q), bucket(T + P), HEAD)
+    name = "prompt_attention" if ranges is None else "prompt_attention_ragged"
+    key = (name, q.dtype, bucket(B * H), bucket(Q), bucket(T + P), HEAD)
     launch_tuned(FORWARD_CONFIGS[kind], key, q.device, launch)
     return out, lse
 

@@ -25,6 +25,11 @@ _MAX_ROWS = 2**31 - 1  # of a batch's queries together
 _SAID = {"head_width": "head widths", "channels": "channels", "columns": "columns"}
 
 
+def stem(op: str) -> str:
+    """The op in whose files a backward or a ragged form stands."""
+    return op.removesuffix("_backward").removesuffix("_ragged")
+
+
 def missing(backend: str, device: torch.device) -> str | None:
     """Why no kernel of ``backend`` runs on this CUDA device; None where they run.
 
@@ -57,15 +62,15 @@ def limit(
 
     Args:
         backend: "cpu", "triton" or "cuda".
-        op: the op's name, with or without "_backward".
+        op: the op's name, with or without "_backward" or "_ragged".
         device: the tensors' device.
         dtype: of the op's operands.
         sizes: what is known of "head_width", "channels", "columns" and "rows" (B * Q queries).
     """
-    for name, largest in _LARGEST.get((backend, op.removesuffix("_backward")), {}).items():
+    for name, largest in _LARGEST.get((backend, stem(op)), {}).items():
         if sizes.get(name, 0) > largest:
             return f"its kernels take {_SAID[name]} up to {largest}, got {sizes[name]}"
-    if op.removesuffix("_backward") != "prompt_attention":
+    if stem(op) != "prompt_attention":
         return None
     if sizes.get("rows", 0) > _MAX_ROWS:
         return f"its kernels count B * Q queries in 32 bits, got {sizes['rows']}"

@@ -52,6 +52,8 @@ OPS: dict[str, OpRow] = {
     "prompted_patch_embed": OpRow({"cpu": ("cpu",)}),
     "mix_prompts": OpRow({"cpu": ("cpu",)}, trains_in_torch=("cpu",)),
     "prompt_attention": OpRow({"cpu": ("cpu",)}),
+    # tasks of unequal P in one call; where nothing is preferred they run one P after the other
+    "prompt_attention_ragged": OpRow({"cpu": ("cpu",)}),
     "add_layer_norm": OpRow({"cpu": ("cpu",)}),
     # torch's own product takes half precision to oneDNN already
     "frozen_linear": OpRow({"cpu": ("cpu",)}, dtypes=(torch.float32,), bundled={"cpu": onednn}),
@@ -193,7 +195,7 @@ def _has_kernel(backend: str, op: str) -> bool:
 
 
 def _triton_name(op: str) -> str:
-    return f"pgn_fast.kernels.{op.removesuffix('_backward')}"
+    return f"pgn_fast.kernels.{devices.stem(op)}"
 
 
 @functools.cache

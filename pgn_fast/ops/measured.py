@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .. import _files, _native
+from .devices import stem
 
 FORMAT = 1
 
@@ -123,7 +124,7 @@ def barred(backend: str, op: str, device: torch.device, dtype: torch.dtype) -> s
     """Why autotune bars a backend of an op here; None where it does not."""
     found = load(device)
     for r in found["results"] if found else []:
-        if _is(r, op, dtype) and r["backend"] == backend and r["verdict"] == "barred":
+        if _is(r, stem(op), dtype) and r["backend"] == backend and r["verdict"] == "barred":
             return (
                 f"pgn-fast autotune barred it on this device ({r['reason']}); "
                 "PGN_FAST_PREFERENCE=off ignores what it found"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._register import follow_autocast, register_op
+from ._register import follow_autocast, register_op, transformed
 from .dispatch import select_kernel
 
 # What every kernel of this op gets and may rely on:
@@ -33,6 +33,13 @@ from .dispatch import select_kernel
 #   grad_prompt_k, grad_prompt_v: the shapes of prompt_k, prompt_v, contiguous; for shared prompts
 #   summed over the batch in an order that depends on nothing but the sizes (no atomics).
 #   Products accumulate in float32, and so does the sum over the batch.
+#
+#   prompt_attention_ragged(q, k, v, prompt_k, prompt_v, ranges, scale) -> (out, lse)
+#
+#   The same forward for prompt_k, prompt_v (h, P, d) of which image b sees the rows from
+#   ranges[b, 0] up to ranges[b, 1]: (B, 2), contiguous int64 on the tensors' device, 0 <= begin <=
+#   end <= P. Ranges may be empty, overlap, and leave rows out. No other row may show in an image's
+#   result, whatever numbers stand in it.
 
 
 def prompt_attention(
@@ -43,11 +50,16 @@ def prompt_attention(
     prompt_v: Tensor,
     scale: float | None = None,
     *,
+    ranges: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Softmax attention over the prompts' and the tokens' keys together.
 
         out[b, h] = softmax(scale * q[b, h] @ [prompt_k[h]; k[b, h]]^T) @ [prompt_v[h]; v[b, h]]
+
+    With ``ranges`` the prompts of many tasks lie one after the other in prompt_k and prompt_v, and
+    image b attends to rows ranges[b, 0] up to ranges[b, 1] of them alone: tasks of unequal P share
+    a batch, and no row is padded or copied.
 
     Args:
         q: queries, (B, h, Q, d); float32, float16 or bfloat16 (float64 in plain torch). Q is
@@ -58,6 +70,9 @@ def prompt_attention(
         prompt_k: keys of the prompts, (h, P, d), shared by the batch, or (B, h, P, d). P may be 0.
         prompt_v: values of the prompts, same shape.
         scale: of the scores; None: 1 / sqrt(d).
+        ranges: for prompts (h, P, d): the rows that each image sees, [begin, end), (B, 2) int64.
+            Images may share rows and may see none. Forward only: where a gradient is wanted, plain
+            torch runs, which scores all P rows for every image.
         backend: "reference", "cpu", "triton" or "cuda" for forward and backward; None runs the
             fastest that accepts the inputs.
 
@@ -68,7 +83,9 @@ def prompt_attention(
         is kept.
 
     Raises:
-        ValueError: the shapes, dtypes or devices disagree.
+        ValueError: the shapes, dtypes or devices disagree, or a range leaves the prompts (on other
+            devices than the CPU, and in a compiled program: a RuntimeError, on a GPU when it is
+            waited for).
         RuntimeError: the named backend cannot run these inputs; the message says why.
 
     Source: Jia et al., ECCV 2022 (arXiv:2203.12119), equation 6: of VPT-Deep's prompts only keys
@@ -77,7 +94,19 @@ def prompt_attention(
     q, k, v, prompt_k, prompt_v = follow_autocast(q, k, v, prompt_k, prompt_v)  # type: ignore[assignment]
     _check(q, k, v, prompt_k, prompt_v)  # before the head width is taken for granted
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _op(q, k, v, prompt_k, prompt_v, scale, backend=backend)[0]
+    tensors = q, k, v, prompt_k, prompt_v
+    if ranges is None:
+        return _op(*tensors, scale, backend=backend)[0]
+    _check_ranges(ranges, q, prompt_k)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if backend not in (None, "reference"):
+            raise RuntimeError(
+                f"prompt_attention: backend={backend!r} cannot run: with ranges its kernels have "
+                "no backward, and a gradient is wanted. Leave backend=None to run it in plain "
+                "torch, or call it under torch.no_grad()."
+            )
+        return _ragged_op.plain(*tensors, ranges, scale)[0]
+    return _ragged_op(*tensors, ranges, scale, backend=backend)[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> None:
@@ -114,6 +143,29 @@ def _check(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) 
         raise ValueError(f"prompt_attention takes floating-point tensors, got {q.dtype}.")
 
 
+def _check_ranges(ranges: Tensor, q: Tensor, prompt_k: Tensor) -> None:
+    """Refuse ranges that are none, or that leave the prompts."""
+    B, P = q.shape[0], prompt_k.shape[-2]
+    if ranges.shape != (B, 2) or ranges.dtype != torch.int64 or ranges.device != q.device:
+        raise ValueError(
+            f"prompt_attention takes ranges ({B}, 2) of torch.int64 on {q.device}, begin and end "
+            f"for each image, got {tuple(ranges.shape)} of {ranges.dtype} on {ranges.device}."
+        )
+    if prompt_k.ndim != 3:
+        raise ValueError(
+            "prompt_attention: ranges choose rows of prompts (h, P, d) that lie one after the "
+            f"other, got {tuple(prompt_k.shape)}. Without ranges every image has its own P rows."
+        )
+    begin, end = ranges.unbind(1)
+    inside = ((begin >= 0) & (begin <= end) & (end <= P)).all()
+    said = f"prompt_attention: ranges must lie in the {P} prompts, 0 <= begin <= end <= {P}"
+    if ranges.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
+        torch._assert_async(inside, said)  # nobody waits for the device
+    elif not inside:
+        wrong = next(r for r in ranges.tolist() if not 0 <= r[0] <= r[1] <= P)
+        raise ValueError(f"{said}, got {wrong}.")
+
+
 def _but_rows(x: Tensor) -> tuple[int, ...]:
     return (*x.shape[:-2], x.shape[-1])
 
@@ -134,6 +186,22 @@ def _kernel(
     tensors = q, k, v, prompt_k, prompt_v
     kernel = select_kernel("prompt_attention", backend, *tensors, **_sizes(q))
     out, lse = kernel(*map(_unit_columns, (q, k, v, prompt_k, prompt_v)), scale)
+    return _heads_last(out), lse
+
+
+def _ragged_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    ranges: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    tensors = q, k, v, prompt_k, prompt_v
+    kernel = select_kernel("prompt_attention_ragged", backend, *tensors, **_sizes(q))
+    out, lse = kernel(*map(_unit_columns, tensors), ranges.contiguous(), scale)
     return _heads_last(out), lse
 
 
@@ -163,6 +231,19 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return _empty_heads_last(q), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def _ragged_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    ranges: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _fake(q, k, v, prompt_k, prompt_v, scale, backend)
 
 
 def _backward_kernel(
@@ -264,4 +345,11 @@ _op = register_op(
     plain=reference.prompt_attention,
     setup_context=_setup_context,
     backward=_backward,
+)
+_ragged_op = register_op(
+    "prompt_attention_ragged(Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, "
+    "Tensor ranges, float scale, str backend) -> (Tensor, Tensor)",
+    _ragged_kernel,
+    fake=_ragged_fake,
+    plain=reference.prompt_attention_ragged,
 )

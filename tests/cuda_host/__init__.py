@@ -187,6 +187,7 @@ class PromptAttention(Arguments):
         ("lse", pointer),
         *((name, integer) for name in ("B", "h", "Q", "T", "P", "d")),
         ("scale", single),
+        ("ranges", pointer),
     )
 
 
