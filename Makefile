@@ -29,7 +29,7 @@ fuzz: build
 	$(BIN)/python tests/fuzz/run.py --count 10000
 # a hundred thousand requests to a bank of tasks that come and go: none may get another's answer
 canary: build
-	PGN_FAST_CANARY=100000 $(BIN)/pytest tests/test_tasks.py -k never_the_wrong --timeout 3000
+	PGN_FAST_CANARY=100000 $(BIN)/pytest tests/test_task_residents.py -k never_the_wrong --timeout 3000
 # every Triton kernel compiled for the cards that people have, without one
 gates: build
 	$(BIN)/python -m pgn_fast.kernels.aot --gates

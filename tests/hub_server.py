@@ -131,3 +131,22 @@ def serve_hub():
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def hub_in_use(monkeypatch, cache):
+    """A hub that the official client talks to instead of the public one; ``cache``: its folder."""
+    import huggingface_hub.constants
+    from huggingface_hub import file_download, hf_api
+
+    with serve_hub() as (stand_in, address):
+        for module in (huggingface_hub.constants, file_download.constants, hf_api.constants):
+            monkeypatch.setattr(module, "ENDPOINT", address)
+        monkeypatch.setattr(
+            huggingface_hub.constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+        yield stand_in

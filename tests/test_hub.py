@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import serve_hub
+from hub_server import hub_in_use
 from small_world import MODEL, SIZES, tiny_vit
 from timm.models import save_for_hf
 
@@ -25,18 +25,7 @@ IMAGES = torch.linspace(-2, 2, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16).sin()
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    from huggingface_hub import file_download, hf_api
-
-    with serve_hub() as (stand_in, address):
-        for module in (huggingface_hub.constants, file_download.constants, hf_api.constants):
-            monkeypatch.setattr(module, "ENDPOINT", address)
-        monkeypatch.setattr(
-            huggingface_hub.constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    with hub_in_use(monkeypatch, tmp_path / "cache") as stand_in:
         yield stand_in
 
 

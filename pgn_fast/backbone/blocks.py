@@ -117,17 +117,19 @@ def attend(
     prompts: tuple[Tensor, Tensor] | None,
     fused: bool,
     backend: str | None,
+    ranges: Tensor | None = None,
 ) -> Tensor:
     """Attention over the tokens and the prompts' keys and values: (B, h, M, d) -> (B, M, A).
 
     Args:
         fused: a kernel of this package runs the op; without one, torch's attention over
             concatenated keys is the fastest plain form, and the only one with a bias on scores.
+        ranges: (B, 2), where fused: which rows of the prompts each image sees.
     """
     if prompts is None and fused:
         prompts = (k.new_empty(k.shape[1], 0, k.shape[3]),) * 2
     if prompts is not None and fused:
-        o = prompt_attention(q, k, v, *prompts, w.scale, backend=backend)
+        o = prompt_attention(q, k, v, *prompts, w.scale, ranges=ranges, backend=backend)
     else:
         if prompts is not None:
             k, v = (

@@ -156,6 +156,10 @@ class BackboneCache:
     def refresh(self) -> None:
         """Forget everything that was made from the weights, for all models on this backbone."""
         self._shared.refresh()
+        self.forget_prompts()
+
+    def forget_prompts(self) -> None:
+        """Keep no keys and values of the last inference's prompts."""
         self._prompts.clear()
 
     @property
@@ -206,7 +210,7 @@ class BackboneCache:
     def sizes(self, op: str) -> dict[str, int]:
         """What ``dispatch.resolve`` wants to know of this backbone."""
         backbone = self.backbone
-        if op == "prompt_attention":
+        if op.startswith("prompt_attention"):
             return {"head_width": heads(backbone.blocks[0])[1]}
         if op == "prompted_patch_embed":
             return {"channels": backbone.patch_embed.proj.in_channels}

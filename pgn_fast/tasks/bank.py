@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import CONFIG_FILE, from_pretrained
+from ..adapters.repository import fetch_adapter
 from ..backbone.engine import FastBackbone
 from ..backbone.inputs import check_images
 from ..backbone.load import load_backbone
@@ -21,8 +23,9 @@ from ..backbone.schedule import PromptSchedule
 from ..errors import UserError
 from ..models import FineTuned, LinearProbe, PromptedViT
 from ..prompts import VisualPrompts
-from .mixed import MixedBackbone, Part, group
-from .residents import Resident, Residents
+from .mixed import Below, MixedBackbone, Part, group
+from .residents import Ready, Resident, Residents, taken, versions_of
+from .steps import steps_of
 
 _NO_PROMPTS = PromptSchedule("append", {})
 
@@ -67,7 +70,12 @@ class TaskBank:
 
     @classmethod
     def from_directory(
-        cls, path: str | PathLike[str], backbone: str | nn.Module | None = None, **options: Any
+        cls,
+        path: str | PathLike[str],
+        backbone: str | nn.Module | None = None,
+        *,
+        strict_backbone: bool = True,
+        **options: Any,
     ) -> TaskBank:
         """A bank of every adapter in the sub-directories of ``path``, named after them.
 
@@ -77,6 +85,7 @@ class TaskBank:
         Args:
             path: a directory with one adapter a sub-directory.
             backbone: as for ``TaskBank``; None: the one that the adapters name.
+            strict_backbone: as for ``add``.
             options: as for ``TaskBank``.
 
         Raises:
@@ -98,7 +107,7 @@ class TaskBank:
                 if bank is None:
                     first = from_pretrained(folder)
                     bank = cls(first.backbone, **options)
-                bank.add(folder.name, folder)
+                bank.add(folder.name, folder, strict_backbone=strict_backbone)
             except ValueError as error:
                 failed[folder.name] = str(error)
                 warnings.warn(f"task {folder.name!r} is left out: {error}", stacklevel=2)
@@ -108,12 +117,17 @@ class TaskBank:
         bank.failed = failed
         return bank
 
-    def add(self, name: str, source: str | PathLike[str] | nn.Module) -> None:
+    def add(
+        self, name: str, source: str | PathLike[str] | nn.Module, *, strict_backbone: bool = True
+    ) -> None:
         """Make a task known by a name. Nothing is added where it fails.
 
         Args:
             name: what ``tasks`` will call it.
-            source: an adapter's directory or hub id, or a model on this bank's backbone.
+            source: an adapter's directory or hub id ("OWNER/NAME", "OWNER/NAME@REVISION"), or a
+                model on this bank's backbone, which becomes frozen and should change no more.
+            strict_backbone: refuse an adapter that was trained on other weights or settings of the
+                backbone; False: warn.
 
         Raises:
             ValueError: the name is taken or empty; the model is on another backbone, or trains it;
@@ -122,12 +136,16 @@ class TaskBank:
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a string of at least one letter, got {name!r}")
         if name in self:
-            raise ValueError(f"task {name!r} is in the bank already; remove it first")
+            raise ValueError(taken(name))
         if isinstance(source, nn.Module):
             model, place = self._checked(name, source), None
         else:
-            model = self._checked(name, from_pretrained(source, self.backbone))
-            place = Path(source) if Path(source).is_dir() else None
+            place = fetch_adapter(source)
+            try:
+                found = from_pretrained(place, self.backbone, strict_backbone=strict_backbone)
+            except UserError as error:
+                raise UserError(f"task {name!r}: {error}") from error
+            model = self._checked(name, found)
         self._residents.add(name, model, place)
 
     def remove(self, name: str) -> None:
@@ -161,7 +179,7 @@ class TaskBank:
         with torch.no_grad():
             check_images(self.backbone, images)
             work = [(residents[name], rows) for name, rows in sorted(places.items())]
-            for rows, logits in self._answer(images, work):
+            for rows, logits in self._answer(images, work, self._mixed(images.shape[0])):
                 for row, vector in zip(rows, logits, strict=True):
                     answers[row] = vector
         return answers  # type: ignore[return-value]
@@ -181,13 +199,14 @@ class TaskBank:
         answers: dict[str, Tensor] = {}
         with torch.no_grad():
             check_images(self.backbone, images)
-            shared: dict[int, Tensor] = {}
+            mixed = self._mixed(len(everything))
+            below = None if mixed is None else Below(mixed, images)
             at_once = max(1, _AT_ONCE // max(1, len(everything)))
             for start in range(0, len(names), at_once):
                 chosen = names[start : start + at_once]
                 residents = self._residents.get(chosen)
                 work = [(residents[name], everything) for name in chosen]
-                found = self._answer(images, work, shared)
+                found = self._answer(images, work, mixed, below)
                 answers |= dict(zip(chosen, (logits for _, logits in found), strict=True))
         return answers
 
@@ -243,6 +262,12 @@ class TaskBank:
         ]
         if reason := self._apart():
             lines.append(f"Every task runs by its own model, one after the other: {reason}.")
+        elif self._engine is not None:
+            runs = self._engine.cache.backend_for(
+                "prompt_attention_ragged", self._engine.cache.dtype
+            )
+            how = f"one call by {runs}" if runs != "reference" else "a call for each P, plain torch"
+            lines.append(f"Attention of a batch with unequal numbers of prompts P: {how}.")
         return "\n".join(lines)
 
     def _checked(self, name: str, model: Any) -> Any:
@@ -261,54 +286,74 @@ class TaskBank:
                 f"task {name!r}: its model is on another backbone than the bank; build it on "
                 "bank.backbone, or add its adapter's directory"
             )
+        if (engine := getattr(model, "engine", None)) is not None:
+            engine.cache.forget_prompts()  # here they are kept once, and counted
         return model.eval().requires_grad_(False)
 
-    def _apart(self) -> str | None:
-        """Why tasks cannot share a batch; None where they can."""
+    def _apart(self, images: int = 1) -> str | None:
+        """Why tasks cannot share a batch of so many images; None where they can."""
         if self._engine is None:
             return "fast=False"
-        return self._engine.cache.refusal
+        self._engine.cache.follow(images)
+        return self._engine.cache.refused
+
+    def _mixed(self, images: int) -> MixedBackbone | None:
+        """The backbone as it is now; None where every task runs by its own model."""
+        if self._engine is None or self._apart(images) is not None:
+            return None
+        return MixedBackbone(self._engine)
 
     def _make(self, model: Any) -> Resident:
         """Project deep prompts' keys and values, once."""
         resident = Resident(model)
-        if self._apart() is None and _static(model):
-            assert self._engine is not None
-            mixed = MixedBackbone(self._engine)
-            with torch.no_grad():
-                schedule = model.prompter.schedule(torch.empty(0))
-                resident.ready = mixed.ready(schedule, model.readout.prompts)
-                resident.made_from = mixed.weights()
+        with torch.no_grad():
+            mixed = self._mixed(1)
+            if mixed is not None and _static(model):
+                self._ready(resident, mixed)
         return resident
+
+    def _ready(self, resident: Resident, mixed: MixedBackbone) -> Ready:
+        """A static task's schedule, and its keys and values where the weights that they are made
+        from may be kept; made again when those or the prompts have changed."""
+        model, ready = resident.model, resident.ready
+        versions = versions_of(model.prompter)
+        if ready is not None and ready.holds(mixed.weights[0], versions):
+            return ready
+        schedule = model.prompter.schedule(torch.empty(0))
+        steps = steps_of(schedule, model.readout.prompts, mixed.depth)
+        rows = mixed.ready(schedule, steps) if mixed.engine.cache.folds else {}
+        made_from = weakref.ref(mixed.weights[0]), versions
+        resident.ready = ready = Ready(schedule, steps, rows, made_from)
+        return ready
 
     def _answer(
         self,
         images: Tensor,
         work: list[tuple[Resident, list[int]]],
-        shared: dict[int, Tensor] | None = None,
+        mixed: MixedBackbone | None,
+        below: Below | None = None,
     ) -> list[tuple[list[int], Tensor]]:
         """Rows and logits of each task.
 
         Args:
             work: tasks, and the places of their images.
-            shared: for the same images through many tasks: the tokens that enter each block while
-                no prompt has come, kept from call to call. None: every image has one task.
+            mixed: what runs them together; None: every task runs by its own model.
+            below: for the same images through many tasks: their tokens, kept from call to call.
+                None: every image has one task.
         """
         answers: list[tuple[list[int], Tensor] | None] = [None] * len(work)
         parts: dict[int, Part] = {}
-        apart = self._apart()
         for n, (resident, rows) in enumerate(work):
-            part = None if apart else self._part(resident, images, rows)
+            part = None if mixed is None else self._part(resident, images, rows, mixed)
             if part is None:
                 answers[n] = rows, resident.model(images[rows])
             else:
                 parts[n] = part
-        if parts:
-            assert self._engine is not None
-            mixed = MixedBackbone(self._engine)
-            groups = group(parts.values(), mixed.depth, None if shared is not None else 0)
-            starts, rope = self._starts(mixed, images, [g.first for g in groups], shared)
-            tokens = mixed.run(starts, rope, groups)
+        if mixed is not None and parts:
+            groups = group(parts.values(), mixed.depth, 0 if below is None else None)
+            below = below or Below(mixed, images)
+            below.reach(one.first for one in groups)
+            tokens = mixed.run(below.starts, below.rope, groups)
             places = {
                 id(part): (g, at) for g in range(len(groups)) for part, at in groups[g].slices()
             }
@@ -317,40 +362,30 @@ class TaskBank:
                 answers[n] = part.rows, self._logits(work[n][0].model, part, tokens[g][at])
         return answers  # type: ignore[return-value]
 
-    def _starts(
-        self,
-        mixed: MixedBackbone,
-        images: Tensor,
-        firsts: list[int],
-        shared: dict[int, Tensor] | None,
-    ) -> tuple[dict[int, Tensor], Tensor | None]:
-        x, rope = mixed.embed(images)
-        if shared is None:
-            return {0: x}, rope
-        missing = [i for i in firsts if i not in shared]
-        if missing:
-            shared |= mixed.below(x, rope, missing)
-        return shared, rope
-
-    def _part(self, resident: Resident, images: Tensor, rows: list[int]) -> Part | None:
+    def _part(
+        self, resident: Resident, images: Tensor, rows: list[int], mixed: MixedBackbone
+    ) -> Part | None:
         """A task's share of the batch; None where it changes images or embedding on the way."""
         model = resident.model
-        assert self._engine is not None
         if isinstance(model, LinearProbe):
-            return Part(rows, _NO_PROMPTS, outputs=rows_read(self.backbone))
-        own = images[rows]
-        pixels, schedule = model._prompted(own, self._engine.backend)
-        if pixels is not own or schedule.position == "add" or schedule.patch_weight is not None:
-            return None
-        if callable(schedule.parts(0).tokens) and not isinstance(
-            getattr(self.backbone, "norm_pre", nn.Identity()), nn.Identity
-        ):
-            return None
-        if resident.ready and resident.made_from is not MixedBackbone(self._engine).weights():
-            resident = self._make(model)
+            steps = steps_of(_NO_PROMPTS, False, mixed.depth)
+            return Part(rows, _NO_PROMPTS, steps, outputs=rows_read(self.backbone))
         reads = model.readout.prompts
         outputs = None if reads else model.readout.rows
-        return Part(rows, schedule, reads, outputs, resident.ready)
+        if _static(model):
+            ready = self._ready(resident, mixed)
+            if ready.schedule.position == "add":
+                return None
+            return Part(rows, ready.schedule, ready.steps, reads, outputs, ready.rows)
+        own = images[rows]
+        pixels, schedule = model._prompted(own, mixed.engine.backend)
+        if pixels is not own or schedule.position == "add" or schedule.patch_weight is not None:
+            return None
+        norm_pre = mixed.engine.cache.family.norm_pre(self.backbone)
+        if callable(schedule.parts(0).tokens) and not isinstance(norm_pre, nn.Identity):
+            return None
+        steps = steps_of(schedule, reads, mixed.depth)
+        return Part(rows, schedule, steps, reads, outputs)
 
     def _logits(self, model: Any, part: Part, tokens: Tensor) -> Tensor:
         """(B, M, D) to (B, C), one image after the other: its mates then leave no trace in the

@@ -1,8 +1,11 @@
 """Images of different tasks through one frozen backbone, in one batch.
 
 The GEMMs of a block do not care which task a token belongs to: they run once, over the rows of all
-images packed one after the other. Attention runs once for every *group*: the images whose tasks put
-the same number of prompts into every block, so that no row is padded to a longer one's length.
+images packed one after the other. Attention runs once for every *group*: the images with the same
+number of tokens in the sequence of every block. Prompts whose outputs are discarded (VPT-Deep) are
+no tokens of the sequence but keys and values beside it, so that tasks with any numbers of them
+share a group: ``keys`` lays their rows one after the other, and ``prompt_attention`` is told which
+rows each image sees. Nothing is padded to the longest task's length.
 
 Letters: B images of a part or group, T tokens that are no prompts, P prompt tokens, D width,
 h heads of width d, A = h d, R rows of all images together.
@@ -20,27 +23,9 @@ from torch import Tensor
 from ..backbone import blocks, recompute
 from ..backbone.eager import prompt_tokens
 from ..backbone.engine import FastBackbone
-from ..backbone.schedule import Mixture, PromptSchedule
-from ..backbone.weights import BlockWeights
-
-KeysValues = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one task does in one block.
-
-    Attributes:
-        enters: something enters here, so that prompts in the sequence leave before the block.
-        alone: what the block makes of prompts is not used: they enter as keys and values only.
-        length: prompt tokens that enter; None: a function says it when it runs.
-        keys: keys and values that come without tokens.
-    """
-
-    enters: bool
-    alone: bool
-    length: int | None
-    keys: int
+from ..backbone.schedule import PromptSchedule
+from . import keys
+from .steps import Step, sequence_of, steps_of
 
 
 @dataclass
@@ -50,50 +35,31 @@ class Part:
     Attributes:
         rows: their places in the batch.
         schedule: the task's prompts, for these images.
+        steps: ``steps_of`` the schedule.
         reads: the task's head reads prompts that are left after the last block.
         outputs: how many leading tokens the head reads; None: all.
-        ready: block -> keys and values (h, P, d) of prompts that enter it alone, made beforehand.
+        ready: block -> keys and values (P, 2, h, d) of prompts that enter it alone, if they are
+            made beforehand.
     """
 
     rows: list[int]
     schedule: PromptSchedule
+    steps: tuple[Step, ...]
     reads: bool = False
     outputs: int | None = None
-    ready: Mapping[int, KeysValues] = field(default_factory=dict)
-
-    def steps(self, depth: int) -> tuple[Step, ...]:
-        """What happens in each block."""
-        schedule, found = self.schedule, []
-        for i in range(depth):
-            tokens, keys = schedule.parts(i)
-            length: int | None = 0
-            if isinstance(tokens, Mixture):
-                length = tokens.logits.shape[1]
-            elif isinstance(tokens, Tensor):
-                length = tokens.shape[-2]
-            elif tokens is not None:
-                length = None
-            leaves = i + 1 in schedule.entries or (i == schedule.last and not schedule.keep)
-            found.append(
-                Step(
-                    enters=i in schedule.entries,
-                    alone=leaves or (i == depth - 1 and not self.reads),
-                    length=length,
-                    keys=0 if keys is None else keys.k.shape[-2],
-                )
-            )
-        return tuple(found)
+    ready: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Group:
-    """Parts that do the same in every block, their images one after the other."""
+    """Parts with equally long sequences in every block, their images one after the other."""
 
     parts: list[Part]
-    steps: tuple[Step, ...]
+    sequence: tuple[tuple[bool, int | None], ...]  # sequence_of every part's steps
     reads: bool
     outputs: int | None
     first: int  # the block from which its tokens are its own
+    ranges: dict[Any, Tensor] = field(default_factory=dict)  # see keys.side_by_side
 
     @property
     def rows(self) -> list[int]:
@@ -116,51 +82,51 @@ def group(parts: Iterable[Part], depth: int, first: int | None = None) -> list[G
         first: the block from which all tokens are run; None: each from its first prompt.
     """
     found: dict[Any, Group] = {}
-    for part in parts:
-        steps = part.steps(depth)
-        start = min(part.schedule.first, depth) if first is None else first
-        # a function's number of prompts is open, so its part stays alone
-        open_ = id(part) if any(step.length is None for step in steps) else None
+    # parts of one length beside each other: where no kernel takes ragged rows, they run together
+    for part in sorted(parts, key=lambda part: [step.length or 0 for step in part.steps]):
+        start = first
+        if start is None:
+            start = min(part.schedule.first, depth) if part.schedule.entries else depth
+        sequence = sequence_of(part.steps)
+        # a function's number of prompts is open, so where they join the sequence it stays alone
+        open_ = id(part) if any(length is None for _, length in sequence) else None
         order = part.schedule.position if part.reads else None
-        key = (steps, part.reads, part.outputs, order, start, open_)
+        key = (sequence, part.reads, part.outputs, order, start, open_)
         if key in found:
             found[key].parts.append(part)
         else:
-            found[key] = Group([part], steps, part.reads, part.outputs, start)
+            found[key] = Group([part], sequence, part.reads, part.outputs, start)
     return list(found.values())
 
 
 class MixedBackbone:
-    """Runs groups of images by an engine's own blocks.
+    """Runs groups of images by an engine's own blocks, with the weights as they are now.
 
     Args:
         engine: of the backbone; its options and backend are used.
+
+    Attributes:
+        weights: of every block, as the engine uses them.
     """
 
     def __init__(self, engine: FastBackbone) -> None:
         self.engine = engine
+        self.backbone: Any = engine.backbone
+        self.depth = len(self.backbone.blocks)
+        device, dtype = engine.cache.device.type, engine.cache.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        self.weights = engine.cache.weights(dtype)
 
-    @property
-    def backbone(self) -> Any:
-        return self.engine.backbone
-
-    @property
-    def depth(self) -> int:
-        """How many blocks the backbone has."""
-        return len(self.backbone.blocks)
-
-    def weights(self) -> list[BlockWeights]:
-        """The blocks' weights as the engine uses them now; another list after they changed."""
-        return self.engine.cache.weights(self._dtype())
-
-    def ready(self, schedule: PromptSchedule, reads: bool) -> dict[int, KeysValues]:
-        """Keys and values of a schedule's shared prompts, wherever they enter alone."""
-        weights, made = self.weights(), {}
-        for i, step in enumerate(Part([], schedule, reads).steps(self.depth)):
+    def ready(self, schedule: PromptSchedule, steps: Sequence[Step]) -> dict[int, Tensor]:
+        """Keys and values (P, 2, h, d) of a schedule's shared prompts where they enter alone."""
+        made = {}
+        for i, step in enumerate(steps):
             tokens = schedule.parts(i).tokens
             if step.alone and isinstance(tokens, Tensor) and tokens.ndim == 2:
                 entering = self._as_block_gets(i, tokens.to(self.engine.cache.dtype))
-                made[i] = blocks.prompt_keys_values(weights[i], entering)
+                pair = blocks.prompt_keys_values(self.weights[i], entering)
+                made[i] = keys.rows_of(pair).contiguous()
         return made
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -168,18 +134,15 @@ class MixedBackbone:
         x, rope = self.engine.embed(images, PromptSchedule("append", {}))
         return self._norm_pre(x), rope
 
-    def below(self, x: Tensor, rope: Tensor | None, starts: Sequence[int]) -> dict[int, Tensor]:
-        """The tokens (B, T, D) that enter each of these blocks while no prompt has come yet."""
-        kept, weights = {}, self.weights()
-        bare = Part(list(range(x.shape[0])), PromptSchedule("append", {}), reads=True)
-        (alone,) = group([bare], self.depth, first=0)
-        active = {0: x}
-        for i in range(max(starts) + 1):
-            if i in starts:
-                kept[i] = active[0]
-            if i < max(starts):
-                self._block(i, weights[i], [alone], active, rope)
-        return kept
+    def below(self, begin: int, x: Tensor, rope: Tensor | None, end: int) -> Tensor:
+        """Tokens (B, T, D) from before block ``begin`` to before block ``end``, without prompts."""
+        bare = PromptSchedule("append", {})
+        part = Part(list(range(x.shape[0])), bare, steps_of(bare, True, self.depth), reads=True)
+        alone, active = group([part], self.depth, first=begin), {0: x}
+        with torch.autocast(self.engine.cache.device.type, enabled=False):
+            for i in range(begin, end):
+                self._block(i, alone, active, rope)
+        return active[0]
 
     def run(
         self,
@@ -198,27 +161,22 @@ class MixedBackbone:
             For each group (B, T, D), or its leading ``outputs`` of them; where prompts are read
             (B, S + P + N, D) in their schedule's order.
         """
-        weights, active = self.weights(), {}
+        active: dict[int, Tensor] = {}
         num_tokens = next(iter(starts.values())).shape[1]
         with torch.autocast(self.engine.cache.device.type, enabled=False):
             for i in range(self.depth):
                 for g, one in enumerate(groups):
                     if one.first == i:
-                        active[g] = starts[i][one.rows]
+                        active[g] = _chosen(starts[i], one.rows)
                     if g in active:
                         active[g] = self._enter(i, one, active[g], num_tokens)
                 if active:
-                    self._block(i, weights[i], groups, active, rope)
+                    self._block(i, groups, active, rope)
             for g, one in enumerate(groups):
-                x = active[g] if g in active else starts[self.depth][one.rows]
-                active[g] = self._finish(one, x, num_tokens)
+                if g not in active:  # no prompts at all
+                    active[g] = _chosen(starts[self.depth][:, : one.outputs], one.rows)
+                active[g] = self._finish(one, active[g], num_tokens)
         return [active[g] for g in range(len(groups))]
-
-    def _dtype(self) -> torch.dtype:
-        device, dtype = self.engine.cache.device.type, self.engine.cache.dtype
-        if torch.is_autocast_enabled(device) and dtype != torch.float64:
-            return torch.get_autocast_dtype(device)
-        return dtype
 
     def _norm_pre(self, x: Tensor) -> Tensor:
         return self.engine.cache.family.norm_pre(self.backbone)(x)
@@ -228,50 +186,46 @@ class MixedBackbone:
 
     def _enter(self, i: int, one: Group, x: Tensor, num_tokens: int) -> Tensor:
         """Prompts leave the sequence, and others join it, before block ``i``."""
-        step = one.steps[i]
-        if step.enters:
+        joins, length = one.sequence[i]
+        if joins or length == 0:
             x = x[:, :num_tokens]
-        if step.length == 0 or step.alone:
+        if not joins:
             return x
-        prompts = [self._tokens(i, part, x[at]) for part, at in one.slices()]
+        prompts = [
+            self._tokens(i, part, x[at]).expand(len(part.rows), -1, -1) for part, at in one.slices()
+        ]
         return torch.cat([x, torch.cat(prompts)], dim=1)
 
     def _tokens(self, i: int, part: Part, x: Tensor) -> Tensor:
-        """The prompt tokens of one part that enter block ``i``: (B, P, D)."""
+        """The prompt tokens of one part that enter block ``i``: (P, D) or (B, P, D)."""
         tokens = part.schedule.parts(i).tokens
         assert tokens is not None
-        prompts = prompt_tokens(i, tokens, x, self.engine.backend)
-        return self._as_block_gets(i, prompts).expand(x.shape[0], -1, -1)
+        return self._as_block_gets(i, prompt_tokens(i, tokens, x, self.engine.backend))
 
     def _block(
-        self,
-        i: int,
-        w: BlockWeights,
-        groups: Sequence[Group],
-        active: dict[int, Tensor],
-        rope: Tensor | None,
+        self, i: int, groups: Sequence[Group], active: dict[int, Tensor], rope: Tensor | None
     ) -> None:
         """Block ``i`` on the tokens of every active group, in place of them."""
         rope = self.engine.cache.family.block_rope(self.backbone, rope, i)
-        last = i == self.depth - 1
+        w, last = self.weights[i], i == self.depth - 1
         kept, outputs = {}, {}
         whole = [g for g in active if not last or groups[g].outputs is None]
         if whole:
-            packed = torch.cat([active[g].flatten(0, 1) for g in whole])[None]  # (1, R, D)
+            packed = _packed([active[g] for g in whole])[None]  # (1, R, D)
             projected = blocks.project(w, packed, packed.shape[1])  # (1, h, R, d) each
             begin = 0
             for g in whole:
                 shape = active[g].shape[:2]
                 end = begin + shape[0] * shape[1]
                 own = [t[0, :, begin:end].unflatten(1, shape).transpose(0, 1) for t in projected]
-                outputs[g] = self._attend(i, w, groups[g], active[g], own, rope)
+                outputs[g] = self._attend(i, groups[g], active[g], own, rope)
                 kept[g], begin = active[g], end
         for g in sorted(active.keys() - set(whole)):
             rows = groups[g].outputs
             assert rows is not None
-            outputs[g] = self._attend_few(i, w, groups[g], active[g], rope, rows)
+            outputs[g] = self._attend_few(i, groups[g], active[g], rope, rows)
             kept[g] = active[g][:, :rows]
-        x, o = (torch.cat([t[g].flatten(0, 1) for g in kept])[None] for t in (kept, outputs))
+        x, o = (_packed([t[g] for g in kept])[None] for t in (kept, outputs))
         y = recompute.finish_block(w, x, o, "fast")[0]
         begin = 0
         for g, x in kept.items():
@@ -280,61 +234,65 @@ class MixedBackbone:
             begin = end
 
     def _attend(
-        self,
-        i: int,
-        w: BlockWeights,
-        one: Group,
-        x: Tensor,
-        projected: Sequence[Tensor],
-        rope: Tensor | None,
+        self, i: int, one: Group, x: Tensor, projected: Sequence[Tensor], rope: Tensor | None
     ) -> Tensor:
         """One group's attention: (B, h, M, d) queries to (B, M, A)."""
-        q, k, v = projected
+        w, engine, (q, k, v) = self.weights[i], self.engine, projected
         start = self.backbone.num_prefix_tokens
         q, k = (blocks.rotate(t, rope, start, w.rotate_half) for t in (q, k))
-        keys = self._keys(i, w, one, x)
-        alone = keys is not None
-        cache = self.engine.cache
-        backend = self.engine.backend if alone else cache.backend_for("prompt_attention", q.dtype)
-        return blocks.attend(w, q, k, v, keys, self.engine.fuses(q, alone), backend)
+        found = self._keys(i, one, x)
+        if all(rows is None for rows in found):
+            backend = engine.cache.backend_for("prompt_attention", q.dtype)
+            return blocks.attend(w, q, k, v, None, engine.fuses(q, False), backend)
+        fused = engine.fuses(q, True)
+        ragged = engine.cache.backend_for("prompt_attention_ragged", q.dtype) != "reference"
+        if len(found) > 1 and fused and ragged:
+            # one call reads every row where it lies; measured against a call for each P, see
+            # bench/bench_tasks.py
+            sizes = [len(part.rows) for part in one.parts]
+            prompts, ranges = keys.side_by_side(found, sizes, one.ranges, q)
+            return blocks.attend(w, q, k, v, prompts, fused, engine.backend, ranges)
+        done = []
+        for at, pair in keys.of_equal_length(found, [at for _, at in one.slices()]):
+            done.append(blocks.attend(w, q[at], k[at], v[at], pair, fused, engine.backend))
+        return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _attend_few(
-        self, i: int, w: BlockWeights, one: Group, x: Tensor, rope: Tensor | None, rows: int
-    ) -> Tensor:
+    def _attend_few(self, i: int, one: Group, x: Tensor, rope: Tensor | None, rows: int) -> Tensor:
         """The same of the last block, for the leading rows alone."""
-        if self.engine.absorbs(i, rows) and one.steps[i].keys == 0:
-            prompts = None
-            if one.steps[i].enters and one.steps[i].length != 0:
-                prompts = torch.cat([self._tokens(i, part, x[at]) for part, at in one.slices()])
-            return blocks.attend_absorbed(w, x, rows, prompts)
-        return self._attend(i, w, one, x, blocks.project(w, x, rows), rope)
+        w = self.weights[i]
+        absorbed = self.engine.absorbs(i, rows)
+        if not absorbed or any(part.steps[i].keys for part in one.parts):
+            return self._attend(i, one, x, blocks.project(w, x, rows), rope)
+        entering = [
+            self._tokens(i, part, x[at]) if part.steps[i].beside else None
+            for part, at in one.slices()
+        ]
+        done = []
+        for at, prompts in keys.runs(entering, [at for _, at in one.slices()]):
+            done.append(blocks.attend_absorbed(w, x[at], rows, prompts))
+        return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _keys(self, i: int, w: BlockWeights, one: Group, x: Tensor) -> KeysValues | None:
-        """Keys and values beside those of the sequence: (B, h, P, d), or (h, P, d) of one task."""
-        step = one.steps[i]
-        joins = step.enters and step.alone and step.length != 0
-        if not joins and step.keys == 0:
-            return None
-        found = []
-        for part, at in one.slices():
-            own = None
-            if joins and i in part.ready:
-                own = part.ready[i]
-            elif joins:
-                own = blocks.prompt_keys_values(w, self._tokens(i, part, x[at]))
-            free = part.schedule.parts(i).keys
-            other = None if free is None else blocks.free_keys_values(w, free)
-            pair = other if own is None else blocks.join(own, other)
-            assert pair is not None
-            found.append(pair)
-        if len(found) == 1:
-            return found[0]
-        sizes = [len(part.rows) for part in one.parts]
-        k, v = (
-            torch.cat([t.expand(n, *t.shape[-3:]) for t, n in zip(side, sizes, strict=True)])
-            for side in zip(*found, strict=True)
-        )
-        return k, v
+    def _keys(self, i: int, one: Group, x: Tensor) -> list[keys.Rows | None]:
+        """Of each part, keys and values beside those of the sequence; None where there are none."""
+        w = self.weights[i]
+        found: list[keys.Rows | None] = [None] * len(one.parts)
+        entering: dict[int, Tensor] = {}
+        for n, (part, at) in enumerate(one.slices()):
+            if part.steps[i].beside and i in part.ready:
+                found[n] = keys.Rows(part.ready[i], part.ready[i].shape[0])
+            elif part.steps[i].beside:
+                entering[n] = self._tokens(i, part, x[at])
+        if entering:  # projected together, whoever they belong to
+            together = torch.cat([t.flatten(0, -2) for t in entering.values()])
+            rows = keys.rows_of(blocks.prompt_keys_values(w, together))
+            counts = [t.shape[:-1].numel() for t in entering.values()]
+            for (n, t), own in zip(entering.items(), rows.split(counts), strict=True):
+                found[n] = keys.Rows(own, t.shape[-2])
+        for n, part in enumerate(one.parts):
+            if (free := part.schedule.parts(i).keys) is not None:
+                own = keys.Rows.of(blocks.free_keys_values(w, free))
+                found[n] = keys.join(found[n], own, len(part.rows))
+        return found
 
     def _finish(self, one: Group, x: Tensor, num_tokens: int) -> Tensor:
         if one.reads and one.parts[0].schedule.position == "prepend":
@@ -343,3 +301,39 @@ class MixedBackbone:
         elif not one.reads:
             x = x[:, :num_tokens]
         return self.backbone.norm(x)
+
+
+class Below:
+    """The tokens of some images that enter each block while no prompt has come, made once each."""
+
+    def __init__(self, mixed: MixedBackbone, images: Tensor) -> None:
+        self._mixed = mixed
+        x, self.rope = mixed.embed(images)
+        self.starts = {0: x}
+
+    def reach(self, firsts: Iterable[int]) -> None:
+        """Run up to each of these blocks, from the nearest that was reached."""
+        for i in sorted(set(firsts) - set(self.starts)):
+            begin = max(known for known in self.starts if known < i)
+            self.starts[i] = self._mixed.below(begin, self.starts[begin], self.rope, i)
+
+
+def _chosen(x: Tensor, rows: list[int]) -> Tensor:
+    """x[rows], without a copy where that is x."""
+    return x if rows == list(range(x.shape[0])) else x[rows]
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    """The rows of tensors (B, T, D) one after the other, (R, D); those that lie so already, as the
+    block before left them, are not copied."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.flatten(0, 1)
+    begin, width = first.storage_offset(), first.shape[-1]
+    end = begin
+    for x in tensors:
+        same = x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (x.is_contiguous() and same and x.storage_offset() == end):
+            return torch.cat([x.flatten(0, 1) for x in tensors])
+        end += x.numel()
+    return first.as_strided(((end - begin) // width, width), (width, 1), begin)

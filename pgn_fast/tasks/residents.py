@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
+import shutil
 import tempfile
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..adapters import from_pretrained, save_pretrained
+from ..backbone.schedule import PromptSchedule
 from ..errors import UserError
-from .mixed import KeysValues
+from .steps import Step
 
 
 class UnknownTask(UserError, KeyError):
@@ -26,25 +31,45 @@ class UnknownTask(UserError, KeyError):
         return str(self.args[0])  # a KeyError would show its message in quotes
 
 
+@dataclass(frozen=True)
+class Ready:
+    """What a task's prompts are for every image, made beforehand.
+
+    Attributes:
+        schedule, steps: of the task.
+        rows: block -> keys and values (P, 2, h, d) of the prompts that enter it alone.
+        made_from: the first block's weights, and the versions of the prompter's tensors, that all
+            of it was made from. A weak reference: the weights go when the backbone lets go of them.
+    """
+
+    schedule: PromptSchedule
+    steps: tuple[Step, ...]
+    rows: dict[int, Tensor]
+    made_from: tuple[weakref.ref[Any], tuple[Any, ...]]
+
+    def holds(self, weights: Any, versions: tuple[Any, ...]) -> bool:
+        """Whether it was made from just these."""
+        return self.made_from[0]() is weights and self.made_from[1] == versions
+
+
 @dataclass
 class Resident:
     """A task as it answers: its model on the shared backbone, and what was made beforehand.
 
     Attributes:
         model: holds the task's own parameters; its backbone is the bank's.
-        ready: keys and values of deep prompts, by block.
-        made_from: the blocks' weights that ``ready`` was made from.
+        ready: for prompts that are the same for all images, where weights may be kept; replaced
+            as a whole when what it was made from has changed.
     """
 
     model: Any
-    ready: dict[int, KeysValues] = field(default_factory=dict)
-    made_from: Any = None
+    ready: Ready | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of its parameters, its head, and what is made from them."""
         own = sum(t.nbytes for t in self.model.adapter_state_dict().values())
-        return own + sum(k.nbytes + v.nbytes for k, v in self.ready.values())
+        return own + sum(rows.nbytes for rows in self.ready.rows.values()) if self.ready else own
 
 
 @dataclass
@@ -58,12 +83,14 @@ class Task:
     method: str
     resident: Resident | None
     nbytes: int
-    digest: str
+    digest: str | None = None  # of its tensors, once it may leave memory
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Residents:
     """The bank's tasks by name, safe to use from several threads.
+
+    Adding, removing and finding a task take the same time whatever else is there.
 
     Args:
         backbone: what adapters that come back from disk are put in front of.
@@ -78,9 +105,11 @@ class Residents:
         self.nbytes = 0
         self._backbone = backbone
         self._make = make
-        self._tasks: OrderedDict[str, Task] = OrderedDict()  # least recently used first
+        self._tasks: dict[str, Task] = {}
+        self._recent: OrderedDict[str, Task] = OrderedDict()  # in memory, least recently used first
         self._lock = threading.RLock()
         self._spilled: tempfile.TemporaryDirectory[str] | None = None
+        self._folders = itertools.count()
 
     def __contains__(self, name: object) -> bool:
         return name in self._tasks
@@ -97,10 +126,10 @@ class Residents:
         """The task of a name; UnknownTask offers the nearest names."""
         task = self._tasks.get(name)
         if task is None:
-            with self._lock:
-                near = difflib.get_close_matches(str(name), list(self._tasks), n=3)
+            names = [task.name for task in self.tasks()]
+            near = difflib.get_close_matches(str(name), names, n=3)
             hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
-            raise UnknownTask(f"no task {name!r} among the bank's {len(self)}{hint}")
+            raise UnknownTask(f"no task {name!r} among the bank's {len(names)}{hint}")
         return task
 
     def add(self, name: str, model: Any, source: Path | None) -> None:
@@ -115,29 +144,32 @@ class Residents:
             model.method,
             resident,
             resident.nbytes,
-            _digest(model),
+            None if self.max_bytes is None else _digest(model),
         )
         with self._lock:
             if name in self._tasks:
-                raise ValueError(f"task {name!r} is in the bank already; remove it first")
-            self._tasks[name] = task
+                raise ValueError(taken(name))
+            self._tasks[name] = self._recent[name] = task
             self.nbytes += task.nbytes
             self._shrink(keep=name)
 
     def remove(self, name: str) -> None:
         """Forget a task; who has it in hand still answers."""
+        task = self.find(name)
         with self._lock:
-            task = self.find(name)
+            if self._tasks.get(name) is not task:
+                raise UnknownTask(f"no task {name!r} any more: it was removed meanwhile")
             del self._tasks[name]
-            if task.resident is not None:
+            if self._recent.pop(name, None) is not None:
                 self.nbytes -= task.nbytes
 
     def get(self, names: Iterable[str]) -> dict[str, Resident]:
         """The tasks of these names as they are now; those on disk alone are loaded."""
+        tasks = [self.find(name) for name in names]
         with self._lock:
-            tasks = [self.find(name) for name in names]
             for task in tasks:
-                self._tasks.move_to_end(task.name)
+                if task.name in self._recent:
+                    self._recent.move_to_end(task.name)
         return {task.name: self._loaded(task) for task in tasks}
 
     def _loaded(self, task: Task) -> Resident:
@@ -156,23 +188,25 @@ class Residents:
                 )
             resident = self._make(model)
             with self._lock:
-                task.resident = resident
                 if self._tasks.get(task.name) is task:
+                    task.resident = resident
+                    self._recent[task.name] = task
                     self.nbytes += task.nbytes
                     self._shrink(keep=task.name)
             return resident
 
     def _shrink(self, keep: str) -> None:
         """Let the tasks that were used least recently go while there are too many bytes."""
-        if self.max_bytes is None:
-            return
-        for task in list(self._tasks.values()):
-            if self.nbytes <= self.max_bytes:
-                return
-            if task.resident is None or task.name == keep:
-                continue
+        while self.max_bytes is not None and self.nbytes > self.max_bytes:
+            name, task = next(iter(self._recent.items()))
+            if name == keep:
+                return  # the last of them
+            if task.digest is None:
+                assert task.resident is not None
+                task.digest = _digest(task.resident.model)
             if task.source is None:
                 task.source = self._spill(task)
+            del self._recent[name]
             task.resident = None
             self.nbytes -= task.nbytes
 
@@ -181,9 +215,22 @@ class Residents:
         if self._spilled is None:
             self._spilled = tempfile.TemporaryDirectory(prefix="pgn_fast_tasks_")
         assert task.resident is not None
-        folder = Path(self._spilled.name, str(id(task)))
+        folder = Path(self._spilled.name, str(next(self._folders)))
         save_pretrained(task.resident.model, folder, class_names=task.class_names)
+        # once the task is removed and nobody has it in hand any more
+        weakref.finalize(task, shutil.rmtree, folder, ignore_errors=True)
         return folder
+
+
+def taken(name: str) -> str:
+    """Why a name cannot be added."""
+    return f"task {name!r} is in the bank already; remove it first"
+
+
+def versions_of(prompter: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes with every write to its parameters that autograd counts."""
+    version = lambda p: -1 if p.is_inference() else p._version
+    return tuple((id(p), version(p)) for p in prompter.parameters())
 
 
 def _digest(model: Any) -> str:
