@@ -247,8 +247,8 @@ class MixedBackbone:
         fused = engine.fuses(q, True)
         ragged = engine.cache.backend_for("prompt_attention_ragged", q.dtype) != "reference"
         if len(found) > 1 and fused and ragged:
-            # one call reads every row where it lies; measured against a call for each P, see
-            # bench/bench_tasks.py
+            # on a CPU as fast as a call for each P (bench/bench_tasks.py), to the same bits, and
+            # nothing is put together afterwards; where no kernel is preferred, that is below
             sizes = [len(part.rows) for part in one.parts]
             prompts, ranges = keys.side_by_side(found, sizes, one.ranges, q)
             return blocks.attend(w, q, k, v, prompts, fused, engine.backend, ranges)
