@@ -13,7 +13,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def vit(quick):
 
 
 @pytest.fixture
-def compare(benchmark, quick, record) -> Callable[..., None]:
+def compare(benchmark, quick, record) -> Iterator[Callable[..., None]]:
     """``compare(case, steps, peers)``: time the steps in turn, and ours against others' means."""
 
     def timed(case: str, steps: dict[str, Step], peers: dict[str, Sequence[str]]) -> None:
@@ -48,9 +48,9 @@ def compare(benchmark, quick, record) -> Callable[..., None]:
             ratios = [statistics.mean(others) / ours for ours, *others in rounds]
             row = Row("tasks", case, name, statistics.median(ratios), "ratio")
             record(row)
-        benchmark.pedantic(lambda: None, rounds=1)
 
-    return timed
+    yield timed
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def keep(record: Callable[[Row], None], case: str, seconds: Seconds) -> None:

@@ -74,6 +74,20 @@ def test_tasks_go_to_disk_and_come_back(demo):
         assert bank.nbytes(name) == sizes[name]
 
 
+@torch.inference_mode()
+def test_tasks_come_back_for_a_call_in_inference_mode(demo):
+    vit, made, root = demo
+    bank = TaskBank(vit, max_bytes=1)
+    for name in made:
+        bank.add(name, root / name)
+    batch = torch.rand(3, 3, 32, 32)
+    for _ in range(2):
+        for i, (name, answer) in enumerate(zip(made, bank(batch, list(made)), strict=True)):
+            assert torch.allclose(answer, made[name](batch[i : i + 1])[0], atol=1e-5), name
+    parameters = bank._residents.get(["owls"])["owls"].model.parameters()
+    assert not any(p.is_inference() for p in parameters)
+
+
 def test_an_adapter_that_was_replaced_on_disk_is_not_taken_for_the_old_one(demo):
     vit, _, root = demo
     bank = TaskBank(vit, max_bytes=1)

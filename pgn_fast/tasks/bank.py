@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..models import FineTuned, LinearProbe, PromptedViT
 from ..prompts import VisualPrompts
 from .mixed import Below, MixedBackbone, Part, group
-from .residents import Ready, Resident, Residents, taken, versions_of
+from .residents import Ready, Resident, Residents, load, taken, versions_of
 from .steps import steps_of
 
 _NO_PROMPTS = PromptSchedule("append", {})
@@ -142,7 +142,7 @@ class TaskBank:
         else:
             place = fetch_adapter(source)
             try:
-                found = from_pretrained(place, self.backbone, strict_backbone=strict_backbone)
+                found = load(place, self.backbone, strict=strict_backbone)
             except UserError as error:
                 raise UserError(f"task {name!r}: {error}") from error
             model = self._checked(name, found)

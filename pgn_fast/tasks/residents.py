@@ -180,7 +180,7 @@ class Residents:
             if task.resident is not None:
                 return task.resident
             assert task.source is not None
-            model = from_pretrained(task.source, self._backbone)
+            model = load(task.source, self._backbone)
             if _digest(model) != task.digest:
                 raise UserError(
                     f"task {task.name!r}: its adapter in {task.source} is another one than when it "
@@ -220,6 +220,12 @@ class Residents:
         # once the task is removed and nobody has it in hand any more
         weakref.finalize(task, shutil.rmtree, folder, ignore_errors=True)
         return folder
+
+
+def load(source: Path, backbone: Any, *, strict: bool = False) -> Any:
+    """The model of an adapter. It outlives the call that asks, which may run in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return from_pretrained(source, backbone, strict_backbone=strict)
 
 
 def taken(name: str) -> str:
