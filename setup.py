@@ -176,6 +176,7 @@ setup(
     package_data={
         "pgn_fast": ["py.typed", "_C.pyi", "digits.npz"],
         "pgn_fast.demo": ["*.safetensors", "*.json"],
+        "pgn_fast.train": ["*/*.json"],
     },
     setup_requires=[] if find_torch() else ["torch>=2.10"],
 )

@@ -31,6 +31,7 @@ _EXPORTS = {
     "capture": "cuda_graphs",
     "fit": "train.fit",
     "RunResult": "train.fit",
+    "encode_class_names": "words",
     "backends": "ops.dispatch",
 }
 # what PEFT has, and what does it here
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from .tasks import TaskBank as TaskBank
     from .train.fit import RunResult as RunResult
     from .train.fit import fit as fit
+    from .words import encode_class_names as encode_class_names
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ LAYERS = [
     {"demo"},
     {"train", "serve", "client", "export"},
     {"tasks"},
-    {"inversion", "adapters"},
+    {"inversion", "adapters", "words"},
     {"methods"},
     {"models"},
     {"prompts", "cuda_graphs", "autotune"},

@@ -18,6 +18,7 @@ from ..errors import UserError
 from . import families, twins
 
 DEMO_NAME = "pgn_demo_vit"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 # what a twin takes beside the model itself
 _FOR_TWINS = ("img_size", "processor")
@@ -43,9 +44,9 @@ def load_backbone(source: str | nn.Module, **kwargs: Any) -> Any:
         source: a name, a folder or a model:
 
             - a timm model name ("vit_base_patch16_224.augreg_in21k"), also "timm/NAME";
-            - the id of a repository on the hub, timm's or transformers': "OWNER/NAME", also
+            - the id of a repository on the hub, of one of these three: "OWNER/NAME", also
               "hf-hub:OWNER/NAME", with or without "@REVISION";
-            - a folder that timm or transformers wrote: its path, also "local-dir:PATH";
+            - a folder that timm, transformers or open_clip wrote: its path, also "local-dir:PATH";
             - "pgn_demo_vit", the small backbone inside this package;
             - a timm model, which is frozen in place;
             - an image encoder of transformers, an open_clip model or its ``.visual``, or
@@ -153,10 +154,14 @@ def _create(name: BackboneName, **kwargs: Any) -> Any:
     if name.kind == "folder":
         config = _folder_config(Path(name.value))
         source = f"local-dir:{name.value}"
+        whole = config is None and (Path(name.value) / OPEN_CLIP_CONFIG).is_file()
     else:
         found = hub.download(name.value, "config.json")
         config = None if found is None else json.loads(found.read_text())
         source = f"hf-hub:{name.value}"
+        whole = config is None and hub.download(name.value, OPEN_CLIP_CONFIG) is not None
+    if whole:
+        return _create_open_clip(name, source, **kwargs)
     if config is not None and "architecture" in config and config.get("model_type") is None:
         return _create_timm(source, architecture=config["architecture"], **kwargs)
     if config is not None and "model_type" in config:
@@ -164,8 +169,8 @@ def _create(name: BackboneName, **kwargs: Any) -> Any:
             return _create_timm(source, architecture=config["architecture"], **kwargs)
         return _create_transformers(name, config, **kwargs)
     raise ValueError(
-        f"backbone: {name.value} has no config.json of timm's or of transformers'; load the model "
-        "by its own library and pass it"
+        f"backbone: {name.value} has no config.json of timm's or of transformers', and no "
+        f"{OPEN_CLIP_CONFIG}; load the model by its own library and pass it"
     )
 
 
@@ -231,6 +236,23 @@ def _create_transformers(
         original = reader.load(location, revision, config, pretrained)
     if "processor" not in kwargs:
         kwargs["processor"] = reader.processor_settings(name.value, hub.download)
+    twin = _twin(original, **kwargs)
+    recorded = name.value if name.kind == "hub" else None
+    twin.origin = dataclasses.replace(twin.origin, name=recorded)
+    return twin
+
+
+def _create_open_clip(
+    name: BackboneName, source: str, *, pretrained: bool = True, **kwargs: Any
+) -> Any:
+    """The twin of the image tower of an open_clip model in a folder or on the hub."""
+    _need("open_clip", f"{name.value} is a model of open_clip")
+    import open_clip
+
+    with hub.asked(f"backbone: the weights of {name.value!r}"):
+        original = open_clip.create_model(
+            source, load_weights=pretrained, require_pretrained=pretrained
+        )
     twin = _twin(original, **kwargs)
     recorded = name.value if name.kind == "hub" else None
     twin.origin = dataclasses.replace(twin.origin, name=recorded)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..train.checks import HEADS
 
 if TYPE_CHECKING:
     import torch
 
 DATA_HELP = (
     "a folder with one sub-folder a class (with train/, val/, test/ above them, or without), a "
-    "name of timm's such as torch/cifar10, hfds/NAME or wds/NAME, or 'digits'"
+    "name of timm's such as torch/cifar10, hfds/NAME or wds/NAME, a paper's data set such as "
+    "vtab/caltech101, pgn/dtd or fgvc/cub, or 'digits'"
 )
 
 
@@ -128,6 +130,30 @@ class KeyValues(argparse.Action):
                 pairs[key] = text
         # beside what other flags have set: --img-size and --model-kwargs go together
         setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **pairs})
+
+
+def add_words_arguments(group: argparse._ArgumentGroup) -> None:
+    """The head, and the words of one that is made of class names."""
+    group.add_argument(
+        "--head",
+        choices=HEADS,
+        help="a new linear layer, or zero_shot: the classes' names through the text tower of the "
+        "model that the backbone is part of (default: linear)",
+    )
+    group.add_argument(
+        "--class-names", metavar="FILE", help="zero_shot: their names (default: the data's own)"
+    )
+    group.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help='zero_shot: "a photo of a {}." (default), or others; given several times: averaged',
+    )
+    group.add_argument(
+        "--text-model",
+        metavar="NAME",
+        help="zero_shot: the whole model, where --model does not lead to it",
+    )
 
 
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from ._options import (
     KeyValues,
     add_data_arguments,
     add_device_argument,
+    add_words_arguments,
     data_fields,
     pick_device,
 )
@@ -56,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--train-split", metavar="NAME", help="default: train, or the whole folder")
     data.add_argument("--val-split", metavar="NAME", help="default: val/, or carved from train")
-    data.add_argument("--test-split", metavar="NAME", help="default: test/ where there is one")
+    data.add_argument(
+        "--test-split",
+        metavar="NAME",
+        help="default: test/ where there is one; none: it is not read",
+    )
     add_field(data, "val_fraction", float, "share of train that is carved, where there is no val")
     data.add_argument(
         "-j",
@@ -89,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="further arguments of the method's constructor, such as layers=[0,1] of vpt-deep",
     )
+    add_words_arguments(model)
     model.add_argument(
         "--head-init",
         choices=HEAD_INITS,
@@ -197,6 +203,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=float, nargs=3, metavar="X", help="(default: the backbone's own)"
         )
     pixels.add_argument("--crop-pct", type=float, metavar="X", help="of the evaluation's crop")
+    pixels.add_argument(
+        "--crop-mode",
+        choices=("center", "squash", "border"),
+        help="of the evaluation; squash with --no-aug: of training, too",
+    )
     pixels.add_argument("--interpolation", metavar="NAME", help="(default: the backbone's own)")
 
     run = parser.add_argument_group("run")

@@ -28,6 +28,7 @@ SCHEDULES = (
 TASKS = ("multiclass", "multilabel")
 EVAL_METRICS = ("top1", "top5", "mean_class", "map", "auc", "loss")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+HEADS = ("linear", "zero_shot")
 HEAD_INITS = ("probe", "zero", "official")
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -37,9 +38,11 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "layout": ("border", "enlarged"),
     "interpolation": (None, *INTERPOLATIONS),
     "activation": ("softmax", "sigmoid"),
+    "head": HEADS,
     "head_init": HEAD_INITS,
     "mixup_mode": ("batch", "pair", "elem"),
     "remode": ("const", "rand", "pixel"),
+    "crop_mode": (None, "center", "squash", "border"),
     "train_crop_mode": (None, "rrc", "rkrc", "rkrr"),
     "train_interpolation": (None, "random", *INTERPOLATIONS),
     "eval_metric": EVAL_METRICS,
@@ -124,6 +127,7 @@ def check(config: TrainConfig) -> None:
     _check_task(config)
     for name in config.tracker:
         check_choice("tracker", name, TRACKERS)
+    _check_words(config)
     if config.seed >= 2**63:
         raise UserError(f"`seed` is {config.seed}; give less than 2**63.")
     if not 0 <= config.val_fraction < 1:
@@ -203,3 +207,11 @@ def _check_deployment(config: TrainConfig) -> None:
             f"`deploy` rgb trains `method` pgn with `activation` softmax, got {config.method} "
             f"and {config.activation}. VPT-Shallow needs no training of its own: pgn-fast invert."
         )
+
+
+def _check_words(config: TrainConfig) -> None:
+    given = [n for n in ("class_names", "template", "text_model") if getattr(config, n)]
+    if given and config.head != "zero_shot":
+        raise UserError(f"`{given[0]}` is for a head of words: add `head` zero_shot.")
+    if config.head == "zero_shot" and config.init_from is not None:
+        raise UserError("`init_from` brings its own head: leave `head` out.")

@@ -35,7 +35,7 @@ class TrainConfig:
     data_dir: str | None = None  # root of a named data set
     train_split: str | None = None
     val_split: str | None = None
-    test_split: str | None = None
+    test_split: str | None = None  # "none": the test images are not read
     val_fraction: float = 0.1  # carved from train where there is no validation split
     dataset_download: bool = False
     input_key: str | None = None  # column of a Hugging Face data set
@@ -67,6 +67,10 @@ class TrainConfig:
     server: dict[str, Any] = field(default_factory=dict)  # fields of ServerSpec that differ
     fast: bool = True
     backend: str | None = None
+    head: str = "linear"  # or "zero_shot": similarity to the classes' names
+    class_names: str | None = None  # a file of names; None: the data's own
+    template: tuple[str, ...] = ()  # sentences around a name; (): the data's, or CLIP's
+    text_model: str | None = None  # the whole model, where `model` does not lead to it
     head_init: str = "probe"  # "probe", "zero" or "official"
     init_from: str | None = None  # an adapter whose trained parts are the start
     sync_bn: bool = True  # BatchNorm sees the images of all processes
@@ -149,6 +153,7 @@ class TrainConfig:
     mean: tuple[float, ...] | None = None  # None: the backbone's own
     std: tuple[float, ...] | None = None
     crop_pct: float | None = None
+    crop_mode: str | None = None  # of the evaluation; "squash" with no_aug: of training, too
     interpolation: str | None = None
 
     # the run

@@ -1,4 +1,4 @@
-"""The splits that a configuration names: a folder, a data set by timm's name, or the digits."""
+"""The splits that a configuration names: a folder, a data set by name, or the digits."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..digits import LEVELS, load_digits
 from ..errors import UserError
+from . import protocols
 from .classes import count_classes, match_classes, streamed_classes
 from .folders import (
     describe,
@@ -54,7 +55,8 @@ def load_splits(config: TrainConfig) -> Splits:
         if test is not None and not test.streamed:
             test = match_classes(test, train.class_names, train.origin)
             count_classes(test, num_classes)
-        if validation is None and config.val_fraction > 0:
+        everything = protocols.is_named(config.data) and protocols.trains_on_all(config)
+        if validation is None and config.val_fraction > 0 and not everything:
             train, validation = carve_validation(train, config.val_fraction, config.seed)
     return Splits(train, validation, test, num_classes, train.class_names)
 
@@ -71,6 +73,8 @@ def load_split(config: TrainConfig, name: str) -> Split:
         "test": config.test_split,
     }.get(name)
     prefix = config.data.partition("/")[0].lower()
+    if protocols.is_named(config.data):
+        return protocols.load(config, name, wanted)
     if prefix in NAMED and not Path(config.data).exists():
         return _named(config, name, wanted)
     if config.labels is not None:
@@ -91,12 +95,16 @@ def load_split(config: TrainConfig, name: str) -> Split:
 
 
 def _optional(config: TrainConfig, name: str, wanted: str | None) -> Split | None:
-    """A split that may be missing, unless the user named it."""
+    """A split that may be missing, unless the user named it; "none" says that there is none."""
+    if wanted == "none":
+        return None
     if wanted is not None:
         return load_split(config, name)
     if config.labels is not None:
         there = has_split(Path(config.data), config.labels, config.task, name)
         return load_split(config, name) if there else None
+    if protocols.is_named(config.data):
+        return load_split(config, name) if name in protocols.parts_of(config) else None
     if config.data == "digits":
         return load_split(config, name) if name == "test" else None
     root = Path(os.path.normpath(config.data))
@@ -187,7 +195,7 @@ def _folder(root: Path, name: str, wanted: str | None) -> Split:
         what = "is a file, not a folder of images" if root.exists() else "does not exist"
         raise UserError(
             f"data: {root} {what}. Give a folder with one sub-folder a class, 'digits', or a name "
-            f"that begins with {'/, '.join(NAMED)}/."
+            f"that begins with {'/, '.join((*NAMED, *protocols.SUITES))}/."
         )
     notes: tuple[str, ...] = ()
     if wanted is not None:

@@ -32,6 +32,7 @@ _NOT_HERE = (
     *("method", "method_kwargs", "num_prompts", "library_size", "generator", "generator_kwargs"),
     *("resolution", "activation", "prompt_dropout", "project_dim", "deploy", "layout", "fast"),
     *("image_grid", "canvas_grid", "allow_blank", "compensate", "server", "backend", "init_from"),
+    *("head", "template", "text_model"),
 )
 _DATA = "given from Python"
 

@@ -51,7 +51,7 @@ class Unreadable(NamedTuple):
 
 def preprocessing(backbone: torch.nn.Module, config: TrainConfig) -> dict[str, Any]:
     """The backbone's own preprocessing, with what the configuration overrides."""
-    names = ("mean", "std", "crop_pct", "interpolation")
+    names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
     return backbone_pixels(backbone, **{name: getattr(config, name) for name in names})
 
 
@@ -70,6 +70,8 @@ def train_transform(
     """
     from timm.data import create_transform
 
+    if config.no_aug and config.crop_mode == "squash":
+        return eval_transform(pixels)
     with _named_policy(config.aa):
         transform = create_transform(
             pixels["input_size"],

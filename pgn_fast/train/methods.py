@@ -113,12 +113,14 @@ def build_model(
     num_classes: int,
     *,
     token_library: nn.Module | None = None,
+    head: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model of ``config.method``, freshly initialized from torch's generator.
 
     Args:
         backbone: from ``load_backbone``; "full" trains it.
         token_library: a module that yields PGN's library (K, D); None: a plain parameter.
+        head: arguments of the constructor that make its head; None: a new linear layer.
 
     Raises:
         UserError: values that the model refuses, or a named backend that cannot run here.
@@ -132,4 +134,9 @@ def build_model(
         values |= {name: getattr(config, name) for name in ("backend", "fast") if name in known}
         if token_library is not None:
             values["token_library"] = token_library
-        return row.build(backbone, num_classes, **values | config.method_kwargs)
+        if head and "head" not in known:
+            raise UserError(
+                f"`head` {head['head']} has nothing to train with `method` {row.name}: use a "
+                "method with prompts, such as pgn or vpt-deep."
+            )
+        return row.build(backbone, num_classes, **values | dict(head or {}) | config.method_kwargs)

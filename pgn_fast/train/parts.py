@@ -12,6 +12,7 @@ import torch
 
 from ..adapters import from_pretrained
 from ..errors import UserError
+from .class_texts import class_texts
 from .config import TrainConfig
 from .data import load_splits
 from .loader import preprocessing
@@ -54,7 +55,9 @@ def assemble(config: TrainConfig) -> Parts:
         UserError: data, backbone or method cannot be had or do not fit each other.
     """
     seed_everything(config.seed)
-    splits = load_splits(config)
+    splits, texts = load_splits(config), None
+    if config.head == "zero_shot":
+        texts, splits = class_texts(config, splits)
     backbone = load_backbone_for(config)
     pixels = preprocessing(backbone, config)
     if config.init_from is not None:
@@ -62,7 +65,8 @@ def assemble(config: TrainConfig) -> Parts:
         _check_start(config, model, splits)
         return Parts(splits, model, pixels, fresh=False)
     library = deployment_library(config, backbone, pixels)
-    model = build_model(config, backbone, splits.num_classes, token_library=library)
+    head = None if texts is None else texts.head(config, backbone)
+    model = build_model(config, backbone, splits.num_classes, token_library=library, head=head)
     return Parts(splits, model, pixels)
 
 
