@@ -28,6 +28,7 @@ _ORDER = (
     "export",
     "push",
     "verify",
+    "reproduce",
     "bench",
     "autotune",
     "env",
