@@ -71,7 +71,7 @@ def train_transform(
     from timm.data import create_transform
 
     if config.no_aug and config.crop_mode == "squash":
-        return eval_transform(pixels)
+        return eval_transform(pixels, normalize=normalize)
     with _named_policy(config.aa):
         transform = create_transform(
             pixels["input_size"],
