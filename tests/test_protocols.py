@@ -191,6 +191,18 @@ def test_one_zip_file_of_many_tasks(tmp_path):
                     archive.write(file, f"vtab-1k/{file.relative_to(tmp_path).as_posix()}")
     assert max(labels_of(splits_of("vtab/cifar100", tmp_path / "all.zip").train)) == 1
     assert max(labels_of(splits_of("vtab/dtd", tmp_path / "all.zip").train)) == 2
+    with pytest.raises(UserError, match="does not hold vtab/kitti"):
+        splits_of("vtab/kitti", tmp_path / "all.zip")
+
+
+def test_the_folder_of_another_task_is_not_taken(tmp_path):
+    """All tasks have lists of the same names, so that a folder is known by its own name alone."""
+    folder = write_lists(tmp_path / "dtd")
+    assert len(splits_of("vtab/dtd", folder).train) == 6
+    zipped(folder, tmp_path / "svhn.zip")
+    for other in (folder, tmp_path / "svhn.zip"):
+        with pytest.raises(UserError, match="does not hold vtab/cifar100"):
+            splits_of("vtab/cifar100", other)
 
 
 def test_a_zip_file_that_is_none(tmp_path):

@@ -94,7 +94,7 @@ def _from_rows(path: Path, rows: list[list[str]]) -> list[str] | dict[str, str]:
     if widths == {1} and all(_WORDNET.fullmatch(line) for line in lines):
         rows = [list(m.groups()) for line in lines if (m := _WORDNET.fullmatch(line))]
     elif widths == {1}:
-        return _without_numbers(lines)
+        return _without_numbers(path, lines)
     elif widths != {2}:
         odd = next(row for row in rows if len(row) != len(rows[0]) or len(row) > 2)
         raise UserError(
@@ -109,15 +109,25 @@ def _from_rows(path: Path, rows: list[list[str]]) -> list[str] | dict[str, str]:
     return found
 
 
-def _without_numbers(lines: list[str]) -> list[str]:
-    """Names without their numbers, where the lines count from 0 or from 1 without a gap."""
-    matches = [_NUMBERED.fullmatch(line) for line in lines]
-    numbers = [int(m[1]) for m in matches if m]
-    if len(lines) > 1 and numbers in (
-        list(range(len(lines))),
-        list(range(1, len(lines) + 1)),
-    ):
-        return [m[2] for m in matches if m]
+def _without_numbers(path: Path, lines: list[str]) -> list[str]:
+    """Names without their numbers, where the lines count from 0 or from 1.
+
+    Raises:
+        UserError: the lines count, but a number is missing.
+    """
+    matches = [m for line in lines if (m := _NUMBERED.fullmatch(line))]
+    numbers = [int(m[1]) for m in matches]
+    if len(numbers) < len(lines) or len(lines) < 2:
+        return lines
+    first = numbers[0]
+    if first in (0, 1) and numbers == list(range(first, first + len(lines))):
+        return [m[2] for m in matches]
+    if len(lines) > 2 and numbers == sorted(set(numbers)):
+        raise UserError(
+            f"`class_names`: the lines of {path} count {numbers[0]}, {numbers[1]}, ..., "
+            f"{numbers[-1]}, and there are {len(lines)}: a class is missing, or the numbers are "
+            "part of the names; then give a .json list."
+        )
     return lines
 
 
@@ -152,6 +162,12 @@ def names_for(
     if classes is None:
         return list(given), []
     at = {same_name(name): label for label, name in enumerate(classes)}
+    keys = [re.match(r"(.+?)\s*[,;:=|]\s*\S", name) for name in given]
+    if all(key and same_name(key[1]) in at for key in keys):
+        raise UserError(
+            f"`class_names`: {shown(given[0])} begins with a class of {whose}: put a tab between "
+            "folder and name, in every line."
+        )
     places = [at.get(same_name(name)) for name in given]
     moved = [i for i, place in enumerate(places) if place is not None and place != i]
     if not moved:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...errors import UserError
 from ..folders import find_classes, same_word, split_folders
 from ..split import FolderImages, NamedImages, Split
-from .places import Place, find_place, inside
+from .places import Place, find_place, inside, is_called
 from .readers import READERS
 from .table import DATA_SETS, SUITES, DataSet, pgn_words
 
@@ -131,13 +131,15 @@ def _layout(data: DataSet, config: TrainConfig) -> Layout:
             return own
     else:
         reader = READERS[data.reader]
-        place = find_place(root, data.folders, reader.marker(data))
+        named = data.reader == "lists"  # of all of VTAB's tasks alike
+        place = find_place(root, data.folders, reader.marker(data), named=named)
         if place is not None:
             return _read_place(data, place)
-    saved = find_place(root, data.folders, _SAVED)
+    saved = find_place(root, data.folders, _SAVED, named=True)
     if saved is not None:
         return _hugging_face(data, saved)
-    for folder in (root, *(root / name for name in data.folders)):
+    own = [root] if is_called(root, data.folders) else []
+    for folder in (*own, *(root / name for name in data.folders)):
         if folder.is_dir() and {"train", "test"} <= set(split_folders(folder)):
             return _class_folders(data, folder)
     raise UserError(f"data: {root} does not hold {data.name}; `data_dir` is {_wanted(data)}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -105,35 +105,46 @@ class ZipImages:
         return f"{self.path}: {self.members[index]}"
 
 
-def find_place(root: Path, folders: Iterable[str], marker: str) -> Place | None:
+def find_place(
+    root: Path, folders: Sequence[str], marker: str, *, named: bool = False
+) -> Place | None:
     """The first folder or zip file among ``root`` and ``root/NAME`` that holds ``marker``.
 
     Args:
         root: what the user gave: the data set's own folder, the one above, or a zip file.
         folders: names of the data set's own folder.
         marker: a file or folder in it, by which it is known.
+        named: other data sets have such a file, too, so that ``root`` itself counts only where it
+            has one of these names.
     """
-    places = [root, *(root / name for name in folders)]
-    for place in places:
+    own = not named or is_called(root, folders)
+    for place in [*([root] if own else []), *(root / name for name in folders)]:
         if place.is_dir() and (place / marker).exists():
             return Folder(place)
-    zips = [root] if root.is_file() else [root / f"{name}.zip" for name in folders]
-    for path in zips:
-        if path.is_file() and (found := _in_zip(path, list(folders), marker)):
+    for path in [root] if root.is_file() else [root / f"{name}.zip" for name in folders]:
+        if path.is_file() and (found := _in_zip(path, folders, marker, named)):
             return found
     return None
 
 
-def _in_zip(path: Path, folders: list[str], marker: str) -> Zip | None:
+def is_called(path: Path, folders: Sequence[str]) -> bool:
+    """Whether a folder or a zip file has one of these names."""
+    name = Path(os.path.abspath(path)).name
+    return name.removesuffix(".zip").casefold() in {f.casefold() for f in folders}
+
+
+def _in_zip(path: Path, folders: Sequence[str], marker: str, named: bool) -> Zip | None:
     names = _archive(path).NameToInfo
     # a marker that is a folder may have no entry of its own
     roots = {name.partition(f"{marker}/")[0] for name in names if f"/{marker}/" in f"/{name}"}
     roots |= {name.removesuffix(marker) for name in names if f"/{name}".endswith(f"/{marker}")}
-    if not roots:
-        return None
     # an archive of several data sets: the one of the right name
-    named = [root for root in roots if PurePosixPath(root).name in folders]
-    return Zip(path, min(named or roots, key=lambda root: (root.count("/"), root)))
+    right = [root for root in roots if root and is_called(Path(root), folders)]
+    alone = len(roots) == 1 and (not named or is_called(path, folders))
+    chosen = right or (list(roots) if alone or not named else [])
+    if not chosen:
+        return None
+    return Zip(path, min(chosen, key=lambda root: (root.count("/"), root)))
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
