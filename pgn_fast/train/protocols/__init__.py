@@ -138,8 +138,8 @@ def _layout(data: DataSet, config: TrainConfig) -> Layout:
     saved = find_place(root, data.folders, _SAVED, named=True)
     if saved is not None:
         return _hugging_face(data, saved)
-    own = [root] if is_called(root, data.folders) else []
-    for folder in (*own, *(root / name for name in data.folders)):
+    itself = [root] if is_called(root, data.folders) else []
+    for folder in (*itself, *(root / name for name in data.folders)):
         if folder.is_dir() and {"train", "test"} <= set(split_folders(folder)):
             return _class_folders(data, folder)
     raise UserError(f"data: {root} does not hold {data.name}; `data_dir` is {_wanted(data)}.")
