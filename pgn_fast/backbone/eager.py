@@ -19,12 +19,20 @@ from .families import Family
 from .families.base import heads
 from .inputs import normalized
 from .readout import EVERYTHING, Readout
-from .schedule import KeyValues, Mixture, Position, PromptFunction, PromptSchedule, call
+from .schedule import (
+    FrozenTokens,
+    KeyValues,
+    Mixture,
+    Position,
+    PromptFunction,
+    PromptSchedule,
+    call,
+)
 
 
 def encode_eager(
     backbone: Any,
-    images: Tensor,
+    images: Tensor | FrozenTokens,
     schedule: PromptSchedule,
     readout: Readout = EVERYTHING,
     *,
@@ -35,7 +43,8 @@ def encode_eager(
 
     Args:
         backbone: a timm vision transformer (see ``load_backbone``).
-        images: normalized images (B, C, H, W), in the backbone's dtype, or uint8.
+        images: normalized images (B, C, H, W), in the backbone's dtype, or uint8; or the tokens
+            that enter a block, whose turn it is then.
         schedule: the prompts; those of another dtype are cast to the tokens'.
         readout: which tokens are read.
         backend: which backend mixes a ``Mixture``.
@@ -49,9 +58,13 @@ def encode_eager(
     family = families.of(backbone)
     num_prefix, position = backbone.num_prefix_tokens, schedule.position
     check_schedule(backbone, schedule, images.shape[0])
-    x, rope = embed(backbone, images, schedule.patch_weight)
+    begin = 0
+    if isinstance(images, FrozenTokens):
+        x, rope, begin = half_way(backbone, images, schedule)
+    else:
+        x, rope = embed(backbone, images, schedule.patch_weight)
     inside = 0  # prompt tokens in the sequence
-    for i in range(len(backbone.blocks)):
+    for i in range(begin, len(backbone.blocks)):
         tokens, keys = schedule.parts(i)
         if i in schedule.entries and position == "add":
             x = x + tokens.to(x.dtype)  # type: ignore[union-attr]
@@ -132,6 +145,27 @@ def embed(
         stand_in = {"proj.weight": weight} | ({} if bias is None else {"proj.bias": bias})
         patches = torch.func.functional_call(backbone.patch_embed, stand_in, (images,))
     return families.of(backbone).tokens(backbone, patches)
+
+
+def half_way(
+    backbone: Any, frozen: FrozenTokens, schedule: PromptSchedule
+) -> tuple[Tensor, Tensor | None, int]:
+    """Tokens that enter a block, the rotary embedding of ``embed``, and the block's index.
+
+    Raises:
+        ValueError: the schedule has prompts below that block, or changes the embedding.
+    """
+    x, block = frozen.tokens, frozen.block
+    if (schedule.entries and schedule.first < block) or schedule.patch_weight is not None:
+        raise ValueError(
+            f"tokens that enter block {block} are given, but prompts enter block {schedule.first}; "
+            "give the images"
+        )
+    if getattr(backbone, "rope", None) is None:
+        return x, None, block
+    # images of one size have it in common
+    none = x.new_zeros(0, backbone.in_chans, *backbone.patch_embed.img_size)
+    return x, embed(backbone, none)[1], block
 
 
 def add_prompts(x: Tensor, prompts: Tensor, position: Position, num_prefix: int) -> Tensor:

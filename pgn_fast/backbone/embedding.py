@@ -18,12 +18,12 @@ from .cache import BackboneCache
 from .entering import mixed_rows
 from .inputs import mean_and_std
 from .options import FastOptions
-from .schedule import Mixture, PromptSchedule
+from .schedule import FrozenTokens, Mixture, PromptSchedule
 from .steps import block_steps
 
 
 class Embedded(NamedTuple):
-    """The sequence that enters block 0, before ``norm_pre``.
+    """The sequence that enters block 0, before ``norm_pre``, or a block above.
 
     Attributes:
         x: (B, S + N, D), or (B, S + N + P, D) with prompts ``inside``.
@@ -33,6 +33,7 @@ class Embedded(NamedTuple):
             through; None where it goes through all of x. Not inside: the prompts that are to join,
             or None.
         inside: the prompts of block 0 are the last rows of x.
+        block: that the sequence enters.
     """
 
     x: Tensor
@@ -40,6 +41,7 @@ class Embedded(NamedTuple):
     rope: Tensor | None
     prompts: Tensor | None
     inside: bool
+    block: int = 0
 
 
 class Embedding:
@@ -48,12 +50,17 @@ class Embedding:
     def __init__(self, cache: BackboneCache, options: FastOptions, backend: str | None) -> None:
         self.cache, self.options, self.backend = cache, options, backend
 
-    def __call__(self, images: Tensor, schedule: PromptSchedule, reads: bool) -> Embedded:
-        """Images, and the prompts of block 0.
+    def __call__(
+        self, images: Tensor | FrozenTokens, schedule: PromptSchedule, reads: bool
+    ) -> Embedded:
+        """Images, and the prompts of block 0; or the tokens that enter a block above.
 
         Args:
             reads: prompts that are left after the last block are read.
         """
+        if isinstance(images, FrozenTokens):
+            x, rope, block = eager.half_way(self.cache.backbone, images, schedule)
+            return Embedded(x, x.shape[1], rope, None, inside=False, block=block)
         if self.prompts_apart(schedule, reads, images.device.type) is None:
             return self._with_prompts(images, schedule)
         below = images.requires_grad or schedule.patch_weight is not None

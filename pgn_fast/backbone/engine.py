@@ -21,7 +21,7 @@ from .embedding import Embedded, Embedding
 from .entering import project_whole
 from .options import FastOptions
 from .readout import EVERYTHING, Readout
-from .schedule import PromptSchedule
+from .schedule import FrozenTokens, PromptSchedule
 from .steps import BlockStep, block_steps
 from .weights import BlockWeights
 
@@ -75,7 +75,7 @@ class FastBackbone:
 
     def encode(
         self,
-        images: Tensor,
+        images: Tensor | FrozenTokens,
         schedule: PromptSchedule,
         readout: Readout = EVERYTHING,
         *,
@@ -84,7 +84,7 @@ class FastBackbone:
         """Images and prompts to tokens after the final norm.
 
         Args:
-            images: normalized images (B, C, H, W), or uint8 ones.
+            images: normalized images (B, C, H, W), or uint8 ones; or the tokens that enter a block.
             schedule, readout, taken: as for ``encode_eager``.
 
         Returns:
@@ -124,9 +124,10 @@ class FastBackbone:
             reads: prompts that are left after the last block are read.
         """
         backbone, family, folds = self.backbone, self.cache.family, self.cache.folds
-        x, num_tokens, rope, prompts, inside = embedded
-        norm_pre = family.norm_pre(backbone)
-        x, prompts = norm_pre(x), None if prompts is None else norm_pre(prompts)
+        x, num_tokens, rope, prompts, inside, begin = embedded
+        if begin == 0:
+            norm_pre = family.norm_pre(backbone)
+            x, prompts = norm_pre(x), None if prompts is None else norm_pre(prompts)
         device_type, dtype = x.device.type, x.dtype
         autocast = torch.is_autocast_enabled(device_type)
         if autocast and dtype != torch.float64:
@@ -136,7 +137,8 @@ class FastBackbone:
 
         # folded weights are in autocast's dtype already; live ones are cast by autocast
         with torch.autocast(device_type, dtype, enabled=autocast and not folds):
-            for i, step in enumerate(block_steps(schedule, len(weights), reads, rows)):
+            steps = block_steps(schedule, len(weights), reads, rows)
+            for i, step in enumerate(steps[begin:], begin):
                 if i > 0:
                     x = x[:, :num_tokens] if step.enters else x
                     prompts, inside = None, False

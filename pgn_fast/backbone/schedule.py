@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from ..ops import mix_prompts
 
@@ -47,6 +47,35 @@ class KeyValues:
 
     k: Tensor
     v: Tensor
+
+
+@dataclass(frozen=True)
+class FrozenTokens:
+    """What a frozen backbone makes of images before a block that is the first with prompts.
+
+    It takes the images' place in ``encode`` and in the models, where the prompts do not depend on
+    the images: nothing below the block changes in training, so it need be computed only once.
+
+    Attributes:
+        tokens: (B, S + N, D) that enter ``block``; pooled features (B, D) for a linear probe.
+        block: from 1; the number of blocks where all have run.
+    """
+
+    tokens: Tensor
+    block: int
+
+    @property
+    def shape(self) -> Size:
+        """Of the tokens; B is its first number, as it is of images."""
+        return self.tokens.shape
+
+    def to(self, *args: Any, **kw: Any) -> FrozenTokens:
+        """As ``Tensor.to``."""
+        return FrozenTokens(self.tokens.to(*args, **kw), self.block)
+
+    def is_floating_point(self) -> bool:
+        """True: they are no pixels, which would have to be normalized."""
+        return True
 
 
 # called with the block's input tokens (B, S + N, D), prompts not among them: (B, P, D)

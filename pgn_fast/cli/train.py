@@ -182,6 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="X",
             help=with_default(name, "of random crops"),
         )
+    add_field(pixels, "views", int, "augmented views of an image that take turns; 0: ever new ones")
     add_field(pixels, "hflip", float, "probability")
     add_field(pixels, "vflip", float, "probability")
     add_field(pixels, "color_jitter", float, "strength")
@@ -241,6 +242,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--stats", action="store_true", default=None, help="where the time of a step goes"
+    )
+    run.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where what the blocks below all prompts make of each image is kept, so that they run "
+        "once: auto (in --output, while the run lasts), off, or a folder that runs share "
+        "(default: auto)",
+    )
+    run.add_argument(
+        "--cache-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="half of the size; the run says the error (default: as it is computed)",
     )
     add_trackers(run)
 

@@ -15,10 +15,11 @@ from ..backbone.explain import backend_of, explain
 from ..backbone.inputs import normalized
 from ..backbone.options import FastOptions
 from ..backbone.readout import EVERYTHING, Readout, pool, pool_mean, rows_read
-from ..backbone.schedule import Mixture, PromptSchedule
+from ..backbone.schedule import FrozenTokens, Mixture, PromptSchedule
 from ..ops.dispatch import BACKENDS
 from ..prompts import Prompter, PromptGenerator
 from .adapter_interface import AdapterInterface
+from .frozen import FrozenBelow
 from .heads import KeptHead, count_classes, trained_dtype
 from .outputs import classifier_output
 from .timm_interface import TimmInterface
@@ -26,7 +27,7 @@ from .timm_interface import TimmInterface
 POOLS = ("original", "img_pool", "prompt_pool", "imgprompt_pool")
 
 
-class PromptedViT(TimmInterface, AdapterInterface):
+class PromptedViT(TimmInterface, FrozenBelow, AdapterInterface):
     """A frozen timm vision transformer, something that makes prompts for it, and a head.
 
     Images (B, C, H, W), normalized as the backbone wants them, to logits (B, num_classes); uint8
@@ -126,12 +127,12 @@ class PromptedViT(TimmInterface, AdapterInterface):
 
     def forward(
         self,
-        images: Tensor | None = None,
+        images: Tensor | FrozenTokens | None = None,
         *,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Any:
-        """Images (B, C, H, W) to logits (B, num_classes).
+        """Images (B, C, H, W), or what ``below`` made of them, to logits (B, num_classes).
 
         With ``pixel_values``, transformers' name for the images, or ``labels``, class indices (B,)
         or probabilities (B, C): an output with ``.loss`` and ``.logits`` in place of the logits.
@@ -143,8 +144,8 @@ class PromptedViT(TimmInterface, AdapterInterface):
             return logits
         return classifier_output(logits, labels)
 
-    def _logits(self, images: Tensor) -> Tensor:
-        if self._disabled:
+    def _logits(self, images: Tensor | FrozenTokens) -> Tensor:
+        if self._disabled and isinstance(images, Tensor):
             return self.backbone(normalized(self.backbone, images))
         images, schedule = self._prompted(images, self.backend)
         readout = self.readout
@@ -226,14 +227,18 @@ class PromptedViT(TimmInterface, AdapterInterface):
         self.backbone.requires_grad_(False)
         return self
 
-    def _prompted(self, images: Tensor, backend: str | None) -> tuple[Tensor, PromptSchedule]:
+    def _prompted(self, images: Any, backend: str | None) -> tuple[Any, PromptSchedule]:
         """Check the images; the images that the backbone gets, and which prompts enter where."""
+        if isinstance(images, FrozenTokens):
+            if getattr(self.prompter, "reads_images", True):
+                raise ValueError("these prompts depend on the image: give the images")
+            return images, self.prompter.schedule(images)
         self.prompter.check_images(images, self.backbone)
         return self.prompter.prompt(images, self.backbone, backend)
 
     def _encode(
         self,
-        images: Tensor,
+        images: Tensor | FrozenTokens,
         schedule: PromptSchedule,
         readout: Readout = EVERYTHING,
         taken: dict[int, Tensor] | None = None,

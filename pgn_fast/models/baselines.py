@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._stored import plain_name
 from ..backbone.load import load_backbone
+from ..backbone.schedule import FrozenTokens
 from .heads import linear_head
 
 
@@ -42,12 +43,22 @@ class LinearProbe(nn.Module):
         self.backbone.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to logits (B, C)."""
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks come before anything that is trained: all."""
+        return len(self.backbone.blocks)
+
+    def below(self, images: Tensor) -> FrozenTokens:
+        """Images (B, 3, H, W) to pooled features (B, D), which the model takes in their place."""
         with torch.no_grad():
             features = self.backbone.forward_features(images)
             pooled = self.backbone.forward_head(features, pre_logits=True)
-        return self.classify(pooled)
+        return FrozenTokens(pooled, self.frozen_blocks)
+
+    def forward(self, images: Tensor | FrozenTokens) -> Tensor:
+        """Images (B, 3, H, W), or what ``below`` made of them, to logits (B, C)."""
+        frozen = images if isinstance(images, FrozenTokens) else self.below(images)
+        return self.classify(frozen.tokens)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Pooled features (B, D) to logits (B, C)."""

@@ -32,7 +32,13 @@ class Prompter(nn.Module):
     Its parameters and buffers are what is trained and saved, beside the head; they are float32 on a
     half-precision backbone. Do not keep the backbone as an attribute: it would become a part of the
     prompter.
+
+    Attributes:
+        reads_images: whether ``schedule`` looks at the pixels, or needs no more than their number;
+            False lets training keep what the backbone makes of an image below the first prompts.
     """
+
+    reads_images = True
 
     def schedule(self, images: Tensor) -> PromptSchedule:
         """Which prompts enter where, for these images.

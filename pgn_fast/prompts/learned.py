@@ -35,6 +35,8 @@ class VisualPrompts(Prompter):
     Source: Jia et al., arXiv:2203.12119, section 3.2; the official code's behavior.
     """
 
+    reads_images = False
+
     def __init__(
         self,
         embed_dim: int,

@@ -49,6 +49,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "task": TASKS,
     "clip_mode": ("norm", "value", "agc"),
     "lr_base_scale": ("", "linear", "sqrt"),
+    "cache_dtype": (None, "float32", "bfloat16", "float16"),
 }
 _AT_LEAST = {
     "num_prompts": 1,
@@ -77,6 +78,7 @@ _AT_LEAST = {
     "val_interval": 1,
     "checkpoint_hist": 0,
     "validation_batch_size": 1,
+    "views": 0,
 }
 _ABOVE_ZERO = (
     "lr",

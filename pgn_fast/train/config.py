@@ -156,6 +156,11 @@ class TrainConfig:
     crop_mode: str | None = None  # of the evaluation; "squash" with no_aug: of training, too
     interpolation: str | None = None
 
+    # what frozen blocks make of an image, kept
+    cache: str = "auto"  # "auto", "off", or a folder that runs may share
+    cache_dtype: str | None = None  # None: as it is computed
+    views: int = 0  # augmented views of an image that take turns; 0: a new one every epoch
+
     # the run
     amp: bool = False
     amp_dtype: str = "bfloat16"

@@ -150,7 +150,8 @@ class Normalize:
 
 
 class Samples(Dataset):
-    """Transformed images; a key is (epoch, position in the split)."""
+    """Transformed images; a key is (view, position in the split), a view being an epoch's number,
+    or an earlier one's whose images are shown again."""
 
     def __init__(self, split: Split, transform: Transform, seed: int | None = None) -> None:
         """``seed`` makes the transform's randomness; None: the transform has none."""
@@ -160,12 +161,12 @@ class Samples(Dataset):
         return len(self.split)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any, int] | Unreadable:
-        epoch, position = key
+        view, position = key
         index = self.split.indices[position]
         if self.seed is None:
             return self._sample(index)
         # around the opening too: other people's data sets may augment there
-        with seeded(self.seed, epoch, index):
+        with seeded(self.seed, view, index):
             return self._sample(index)
 
     def _sample(self, index: int) -> tuple[Tensor, Any, int] | Unreadable:
@@ -194,6 +195,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     Attributes:
         starts: the number of the first batch of each step.
+        views: how many epochs look at the images differently, before they look so again; 0: all do.
     """
 
     def __init__(
@@ -204,10 +206,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        views: int = 0,
     ):
         # a split smaller than one batch is one batch
         self.batch_size = max(1, min(batch_size, size // world))
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed, self.rank, self.world, self.views = seed, rank, world, views
         self.size, self.epoch, self.start = size, 0, 0
         whole = batch_size * world * accumulate
         ends = [*range(whole, size, whole), size]
@@ -244,7 +247,8 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).numpy()
         for batch in self._batches[self.start :]:
             own = np.array_split(order[batch], self.world)[self.rank]
-            yield [(self.epoch, i) for i in own.tolist()]
+            view = self.epoch % self.views if self.views else self.epoch
+            yield [(view, i) for i in own.tolist()]
 
 
 class OrderedBatches(Sampler[list[tuple[int, int]]]):
@@ -261,16 +265,20 @@ class OrderedBatches(Sampler[list[tuple[int, int]]]):
             yield [(0, i) for i in self.positions[begin : begin + self.batch_size]]
 
 
+def stack_labels(labels: list[Any]) -> Tensor:
+    """The labels of a batch: (B,) int64, or (B, C) of multi-label images."""
+    if labels and isinstance(labels[0], Tensor):
+        return torch.stack(labels)
+    return torch.tensor(labels, dtype=torch.int64)
+
+
 def collate(samples: list[tuple[Tensor, Any, int] | Unreadable]) -> Batch:
     """One batch; unreadable images leave it, by name."""
     good = [s for s in samples if not isinstance(s, Unreadable)]
     images = torch.stack([s[0] for s in good]) if good else torch.empty(0)
-    vectors = bool(good) and isinstance(good[0][1], Tensor)
     return Batch(
         images,
-        torch.stack([s[1] for s in good])
-        if vectors
-        else torch.tensor([s[1] for s in good], dtype=torch.int64),
+        stack_labels([s[1] for s in good]),
         torch.tensor([s[2] for s in good], dtype=torch.int64),
         [s.message for s in samples if isinstance(s, Unreadable)],
     )
@@ -298,12 +306,14 @@ def make_loader(
     world: int = 1,
     at_least: int | None = None,
     accumulate: int = 1,
+    views: int = 0,
 ) -> DataLoader:
     """Batches of a split, every image once: shuffled by ``seed`` for training, else in order.
 
     Args:
         workers: processes that read images; None: ``default_workers``.
         accumulate: batches of an optimizer step, in training.
+        views: as for ``EpochBatches``.
         at_least: what ``pixels_to_keep`` says, for files; None: every JPEG is decoded whole.
     """
     if workers is None:
@@ -323,5 +333,5 @@ def make_loader(
     if seed is None:
         ordered = OrderedBatches(len(split), batch_size, rank, world)
         return DataLoader(Samples(split, transform), batch_sampler=ordered, **options)
-    shuffled = EpochBatches(len(split), batch_size, seed, rank, world, accumulate)
+    shuffled = EpochBatches(len(split), batch_size, seed, rank, world, accumulate, views)
     return DataLoader(Samples(split, transform, seed), batch_sampler=shuffled, **options)

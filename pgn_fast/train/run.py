@@ -19,6 +19,7 @@ from .config import TrainConfig
 from .distributed import Processes
 from .evaluation import Autocast, evaluate
 from .failures import out_of_memory, what_is_kept
+from .frozen import FrozenCache
 from .head_init import start_head
 from .objective import Objective
 from .parts import Parts, seed_everything
@@ -70,6 +71,7 @@ class Run:
             self.model.backbone.set_grad_checkpointing(True)
         self.source = Source(config, self.splits, self.pixels, processes)
         self._try_out()
+        self._keep_frozen()
         if parts.fresh and state is None:
             self._start_head()
         objective = parts.objective or Objective(config, self.splits.num_classes, self.device)
@@ -107,6 +109,19 @@ class Run:
             except torch.OutOfMemoryError as error:
                 raise TrainingStopped(out_of_memory(config, self.output, error)) from error
         self.model.train()
+
+    def _keep_frozen(self) -> None:
+        """Compute once what the frozen blocks make of the images that every epoch sees."""
+        self.frozen = FrozenCache(self)
+        if self.frozen.reason is not None:
+            return
+        # what cannot work is said before anything is written
+        Schedule(
+            self.config, make_optimizer(self.model, self.config), self.source.updates_per_epoch
+        )
+        for split in (self.splits.train, self.splits.validation):
+            if split is not None:
+                self.source.keep(self.frozen.keep, split)
 
     def _start_head(self) -> None:
         # augmented as in the first epoch: on clean images the probe would be too sure of itself
@@ -368,4 +383,5 @@ class Run:
             plot_learning_curve(
                 self.output, record.history, f"{self.config.method} on {self.config.model}"
             )
+        self.frozen.close()
         return summary

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 from ..errors import UserError
 from .config import TrainConfig
 from .distributed import Processes
+from .frozen import views_of
 from .given import GivenLoader
 from .loader import (
     Batch,
@@ -71,7 +72,15 @@ class Source:
             world=processes.world,
             accumulate=config.grad_accum_steps,
             at_least=pixels_to_keep(config, self.pixels),
+            views=views_of(config, self.splits.train),
         )
+
+    def keep(self, kept: Callable[[Any], Any], split: Split) -> None:
+        """Let the batches of a split come from what ``kept`` makes of their loader."""
+        if split is self.splits.train:
+            self.loader = kept(self.loader)
+        else:
+            self._in_order[split.name] = kept(self.in_order(split))
 
     @property
     def _sampler(self) -> EpochBatches | None:

@@ -12,6 +12,7 @@ from .config import TrainConfig
 
 # choices that do not change what is computed; a resumed run may differ in them
 FREE = {
+    "cache",
     "data_dir",
     "dataset_download",
     "workers",
