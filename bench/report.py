@@ -5,7 +5,7 @@
     python bench/report.py --write                  write the tables into the pages' blocks
     python bench/report.py --plot bench/results/cost_of_prompts.svg
 
-A block of README.md or docs/performance.md begins with ``<!-- figures: NAME -->`` and ends with
+A block of a page in PAGES begins with ``<!-- figures: NAME -->`` and ends with
 ``<!-- end -->``; what is between them is written here and nowhere else (tests/test_figures.py).
 """
 
@@ -21,7 +21,7 @@ import rows
 from rows import Row
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/training.md")
 PLAIN = ("eager", "compile")
 PEERS = ("timm", "timm compiled", "official")
 Group = dict[str, Row]
@@ -231,6 +231,20 @@ def plain_table(suite: str) -> Callable[[list[Row]], list[str]]:
     return table
 
 
+def cache_table(kept: list[Row]) -> list[str]:
+    """A step from the files beside one from the images."""
+    lines = [
+        "| training step | uncached | cached | ratio | an image |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for (_, _, case), group in groups(kept, "cache").items():
+        ours, plain = group["ours"], group["uncached"]
+        ratio, size = plain.value / ours.value, ours.facts["bytes an image"] / 1e3
+        cells = f"{figure(plain)} | {figure(ours)} | {ratio:.2f}× | {size:.0f} kB"
+        lines.append(f"| {case.removesuffix(', training step')} | {cells} |")
+    return lines
+
+
 def demo_table(kept: list[Row]) -> list[str]:
     """Accuracy, size and cost of each method in the demonstration."""
     lines = [
@@ -255,6 +269,7 @@ BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
     "ops": ops_table,
     "tasks": plain_table("tasks"),
     "storage": storage_table,
+    "cache": cache_table,
     "inversion": plain_table("inversion"),
     "server": plain_table("server"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import multiprocessing
 import os
 import signal
 import threading
@@ -59,6 +60,7 @@ def configure(world, **changes):
         "lr": 0.02,
         "workers": 0,
         "no_aug": True,
+        "head_init": "zero",
         "cache": str(world / "cache"),
         **LAST,
     }
@@ -168,8 +170,8 @@ def test_prompts_that_see_all_blocks_or_the_image_keep_nothing():
     "changes",
     [
         LAST,
-        {"method": "linear", "head_init": "zero"},
-        {**LAST, "no_aug": False, "views": 2, "prompt_dropout": 0.3},
+        {"method": "linear", "method_kwargs": {}},
+        {**LAST, "no_aug": False, "views": 2, "prompt_dropout": 0.3, "head_init": "probe"},
         {**LAST, "fast": False, "grad_accum_steps": 2},
     ],
     ids=["last block", "linear", "two views", "plain, accumulated"],
@@ -295,7 +297,7 @@ def test_tokens_that_do_not_fit_half_precision_are_not_kept(world, capsys):
     path = world / "large.safetensors"
     safetensors.torch.save_file(vit.state_dict(), path)
     kwargs = configure(world).model_kwargs | {"checkpoint_path": str(path)}
-    config = configure(world, model_kwargs=kwargs, cache_dtype="float16")
+    config = configure(world, model_kwargs=kwargs, cache_dtype="float16", fast=False)
     assert train(config, world / "run", show=True)["validation"]
     assert "do not fit into float16" in capsys.readouterr().out
 
@@ -447,16 +449,17 @@ def test_two_writers_take_turns_and_write_each_row_once(tmp_path):
     assert (stores[0].folder / "tokens.bin").stat().st_size == rows.nbytes
 
 
-def test_two_runs_share_a_folder_at_once(world, counted):
+def test_two_runs_share_a_folder_at_once(world):
     """Both begin with nothing kept; what one has written the other reads."""
+    fork = multiprocessing.get_context("fork")
     runs = [
-        threading.Thread(target=train, args=(configure(world, lr=lr), world / str(lr)))
+        fork.Process(target=train, args=(configure(world, lr=lr), world / str(lr)))
         for lr in (0.02, 0.1)
     ]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join()
     summaries = [losses(world / str(lr)) for lr in (0.02, 0.1)]
     assert len(summaries[0]) == len(summaries[1]) == 3
     for lr in (0.02, 0.1):

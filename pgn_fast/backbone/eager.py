@@ -163,9 +163,10 @@ def half_way(
         )
     if getattr(backbone, "rope", None) is None:
         return x, None, block
+    vit: Any = backbone
     # images of one size have it in common
-    none = x.new_zeros(0, backbone.in_chans, *backbone.patch_embed.img_size)
-    return x, embed(backbone, none)[1], block
+    none = x.new_zeros(0, vit.in_chans, *vit.patch_embed.img_size)
+    return x, embed(vit, none)[1], block
 
 
 def add_prompts(x: Tensor, prompts: Tensor, position: Position, num_prefix: int) -> Tensor:

@@ -20,6 +20,7 @@ from ._flags import in_flags, unknown_arguments
 _ORDER = (
     "demo",
     "train",
+    "tune",
     "eval",
     "predict",
     "tasks",

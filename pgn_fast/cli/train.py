@@ -258,7 +258,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trackers(run)
 
 
-def run(args: argparse.Namespace) -> int:
+def given_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``TrainConfig`` that were given, by flags or by the file of ``-c``."""
     given: dict[str, Any] = {
         name: getattr(args, name)
         for name in DEFAULTS
@@ -266,6 +267,11 @@ def run(args: argparse.Namespace) -> int:
     } | data_fields(args)
     if args.config:
         given = read_settings(args.config, tuple(DEFAULTS)) | given
+    return given
+
+
+def run(args: argparse.Namespace) -> int:
+    given = given_fields(args)
     if args.experiment:
         args.output = str(Path(args.output or "runs") / args.experiment)
     output, config = _output_and_config(args, given)
@@ -274,7 +280,7 @@ def run(args: argparse.Namespace) -> int:
 
     summary = train(config, output, device=pick_device(args.device), resume=args.resume is not None)
     if os.environ.get("RANK", "0") == "0":
-        _print_results(summary, output)
+        print_results(summary, output)
     return 0
 
 
@@ -306,7 +312,8 @@ def _run_folder(path: str) -> Path:
     return named.parent if inside else named
 
 
-def _print_results(summary: dict[str, Any], output: Path) -> None:
+def print_results(summary: dict[str, Any], output: Path) -> None:
+    """The scores of a run, each with the images that it is of."""
     print(f"best epoch {summary['best_epoch']}, chosen by {summary['chosen_by']}")
     for name in ("train", "validation", "test"):
         if summary[name]:

@@ -34,6 +34,7 @@ from .split import Split
 from .token_store import TokenStore, row_key, size_text
 
 if TYPE_CHECKING:
+    from .parts import Parts
     from .run import Run
 
 # "auto" keeps nothing below this share of the blocks: reading would cost what it saves
@@ -88,7 +89,7 @@ class FrozenCache:
             is narrower than what is computed; else None.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, parts: Parts) -> None:
         """Of a run that has its model, its data and its device.
 
         Raises:
@@ -97,21 +98,25 @@ class FrozenCache:
         self.run, self.config, self.model = run, run.config, run.model
         self.autocast = Autocast(run.device, run.config.amp, run.config.amp_dtype)
         self.rounding: float | None = None
-        self.own = self.config.cache == "auto"
-        self.root = run.output / "frozen" if self.own else Path(self.config.cache)
+        self.reason: str | None
+        self.auto = self.config.cache == "auto"
+        self.own = self.auto and parts.keep is None
+        self.root = (parts.keep or run.output / "frozen") if self.auto else Path(self.config.cache)
         self._facts: dict[str, Any] = {}
         if self.config.views and run.splits.train.streamed:
             raise UserError("`views`: streamed images have no numbers to choose a view by.")
-        self.reason = self._reason()
+        self.reason = "the objective may look at images"
+        if parts.objective is None:
+            self.reason = self._reason()
 
     def _reason(self) -> str | None:
         config, blocks = self.config, getattr(self.model, "frozen_blocks", 0)
         if config.cache == "off":
             return "`cache` is off"
         reason = refusal(config, self.model, self.run.splits.train, self.run.processes.world)
-        if reason is None and not self.own:
+        if reason is None and not self.auto:
             return None
-        if not self.own:
+        if not self.auto:
             raise UserError(f"`cache` {config.cache}: nothing can be kept: {reason}.")
         if blocks < _WORTH * len(self.model.backbone.blocks):
             return "too few blocks are frozen below the prompts"

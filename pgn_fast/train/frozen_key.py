@@ -173,7 +173,7 @@ def image_digest(images: Any, index: int) -> tuple[str, Any]:
         return f"unreadable: {type(error).__name__}", None
     if isinstance(image, Tensor):
         found.update(f"{image.dtype} {tuple(image.shape)}".encode())
-        found.update(image.detach().cpu().contiguous().view(torch.uint8).numpy())
+        found.update(image.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     else:
         found.update(f"{image.mode} {image.size}".encode() + image.tobytes())
     return found.hexdigest(), label

@@ -48,6 +48,12 @@ def train(
     return run(config, output, lambda: assemble(config), device, resume, show)
 
 
+def whole(run: Run) -> dict[str, Any]:
+    """Train to the last epoch and touch the test images; the summary."""
+    run.fit()
+    return run.finish()
+
+
 def run(
     config: TrainConfig,
     output: Path,
@@ -55,8 +61,13 @@ def run(
     device: torch.device | None,
     resume: bool,
     show: bool,
-) -> dict[str, Any]:
-    """``train`` with parts from ``make_parts``, which is called once ``output`` may be used."""
+    work: Callable[[Run], Any] = whole,
+) -> Any:
+    """``train`` with parts from ``make_parts``, which is called once ``output`` may be used.
+
+    Args:
+        work: what is done with the run.
+    """
     with (
         Processes(device or torch.device("cpu")) as processes,
         RunFolder(output, resume=resume, writes=processes.first) as folder,
@@ -64,13 +75,12 @@ def run(
     ):
         try:
             state = checkpoints.load(output) if resume else None
-            whole = Run(config, folder, processes, make_parts(), state, stop, show)
-            folder.create(whole.config.as_dict())
+            run = Run(config, folder, processes, make_parts(), state, stop, show)
+            folder.create(run.config.as_dict())
             try:
-                whole.fit()
-                return whole.finish()
+                return work(run)
             finally:
-                whole.trackers.close()
+                run.trackers.close()
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory(config, output, error)) from error
         except RuntimeError as error:

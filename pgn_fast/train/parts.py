@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Parts:
         fresh: whether the head is new, so that ``TrainConfig.head_init`` is its start.
         objective: in the place of the ``Objective`` that the configuration describes.
         rates: number of the update, from 0 -> learning rate, in the place of the schedule.
+        keep: where ``cache`` "auto" keeps its files, for several runs; None: in the run's folder.
     """
 
     splits: Splits
@@ -39,6 +41,7 @@ class Parts:
     fresh: bool = True
     objective: Any = None
     rates: Callable[[int], float] | None = None
+    keep: Path | None = None
 
 
 def seed_everything(seed: int) -> None:
@@ -48,17 +51,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def assemble(config: TrainConfig) -> Parts:
+def assemble(config: TrainConfig, splits: Splits | None = None, backbone: Any = None) -> Parts:
     """The parts that a configuration names; the data first, they are sooner found to be wrong.
+
+    Args:
+        splits, backbone: where other runs have them already.
 
     Raises:
         UserError: data, backbone or method cannot be had or do not fit each other.
     """
     seed_everything(config.seed)
-    splits, texts = load_splits(config), None
+    splits, texts = splits or load_splits(config), None
     if config.head == "zero_shot":
         texts, splits = class_texts(config, splits)
-    backbone = load_backbone_for(config)
+    backbone = backbone if backbone is not None else load_backbone_for(config)
+    # what is trained begins alike, whatever making the backbone drew
+    seed_everything(config.seed)
     pixels = preprocessing(backbone, config)
     if config.init_from is not None:
         model = from_pretrained(config.init_from, backbone, trainable=True)

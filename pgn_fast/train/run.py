@@ -71,7 +71,7 @@ class Run:
             self.model.backbone.set_grad_checkpointing(True)
         self.source = Source(config, self.splits, self.pixels, processes)
         self._try_out()
-        self._keep_frozen()
+        self._keep_frozen(parts)
         if parts.fresh and state is None:
             self._start_head()
         objective = parts.objective or Objective(config, self.splits.num_classes, self.device)
@@ -110,9 +110,9 @@ class Run:
                 raise TrainingStopped(out_of_memory(config, self.output, error)) from error
         self.model.train()
 
-    def _keep_frozen(self) -> None:
+    def _keep_frozen(self, parts: Parts) -> None:
         """Compute once what the frozen blocks make of the images that every epoch sees."""
-        self.frozen = FrozenCache(self)
+        self.frozen = FrozenCache(self, parts)
         if self.frozen.reason is not None:
             return
         # what cannot work is said before anything is written
@@ -138,8 +138,9 @@ class Run:
         """Of the whole run; some schedules make it longer than was asked for."""
         return self.schedule.epochs
 
-    def fit(self) -> None:
-        """Train from where the run stands to its last epoch."""
+    def fit(self, until: int | None = None) -> Record:
+        """Train from where the run stands to its last epoch, or pause after epoch ``until``."""
+        end = self.epochs if until is None else min(until, self.epochs)
         begin = self.position
         # after the folder is there, which nothing that was refused before has made
         if self.processes.first:
@@ -149,13 +150,14 @@ class Run:
         with ProgressReport(total, done, self.show) as report:
             for line in announcement(self):
                 report.say(line)
-            while self.position.epoch < self.epochs:
+            while self.position.epoch < end:
                 self._train_epoch(report)
                 row = self._close_epoch(report)
                 report.epoch(row, self.epochs)
                 self.trackers.log(row, self.position.updates)
                 if times := self.stepper.times.line():
                     report.say(times)
+        return self.record
 
     def _train_epoch(self, report: ProgressReport) -> None:
         config, position = self.config, self.position

@@ -60,6 +60,7 @@ class TokenStore:
         self.shape, self.dtype = tuple(shape), dtype
         self.row_bytes = prod(shape) * dtype.itemsize
         self._places: dict[bytes, int] = {}  # key -> row
+        self._looked_at = 0  # records
         # as bytes: NumPy has no bfloat16
         self._rows: np.ndarray | None = None
 
@@ -74,12 +75,11 @@ class TokenStore:
             raise NoRoom(f"{size_text(need)} are needed in {place}, {size_text(free)} are free")
 
     def open(self) -> None:
-        """Look at what is there: rows whose record and checksum are whole.
+        """Look at what is there, or has come since: rows whose record and checksum are whole.
 
         Raises:
             OSError: the folder cannot be read.
         """
-        self._places, self._rows = {}, None
         try:
             index = (self.folder / _INDEX).read_bytes()
             found = (self.folder / _TOKENS).stat().st_size // self.row_bytes
@@ -91,9 +91,11 @@ class TokenStore:
             return
         path = self.folder / _TOKENS
         self._rows = np.memmap(path, np.uint8, "r", shape=(found, self.row_bytes))
-        for place, (key, checksum) in enumerate(zip(*_columns(records), strict=True)):
+        for place in range(self._looked_at, len(records)):
+            key, checksum = records[place].tolist()
             if checksum == _checksum(self._rows[place]):
                 self._places[key] = place
+        self._looked_at = len(records)
 
     @contextmanager
     def writing(self, waits: Callable[[], None]) -> Iterator[None]:
@@ -126,8 +128,8 @@ class TokenStore:
         Raises:
             OSError: the disk is full, or the folder cannot be written; rows that were there stay.
         """
-        data = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8)
-        data = data.reshape(len(keys), self.row_bytes).numpy()
+        plain = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8)
+        data = plain.reshape(len(keys), self.row_bytes).numpy()
         with (
             open(self.folder / _TOKENS, "ab") as tokens,
             open(self.folder / _INDEX, "ab") as index,
@@ -145,17 +147,17 @@ class TokenStore:
 
     def read(self, keys: Iterable[bytes]) -> Tensor:
         """Rows (n, *shape) by their keys, which must be there."""
-        assert self._rows is not None
         places = [self._places[key] for key in keys]
-        data = torch.from_numpy(np.ascontiguousarray(self._rows[places]))
+        if not places:
+            return torch.empty(0, *self.shape, dtype=self.dtype)
+        assert self._rows is not None
+        data = torch.from_numpy(self._rows[places])
         return data.view(self.dtype).reshape(len(places), *self.shape)
 
 
 def row_key(*parts: object) -> bytes:
     """16 bytes of SHA-256 of the parts' texts."""
-    # a byte string of fixed length must not end in zero, which NumPy would strip
-    digest = hashlib.sha256("\n".join(map(str, parts)).encode()).digest()
-    return digest[:15] + bytes([digest[15] | 1])
+    return _digest("\n".join(map(str, parts)).encode())
 
 
 def size_text(nbytes: float) -> str:
@@ -176,9 +178,10 @@ def _lock(descriptor: int) -> bool:
 
 
 def _checksum(row: np.ndarray) -> bytes:
-    digest = hashlib.sha256(row).digest()
-    return digest[:15] + bytes([digest[15] | 1])
+    return _digest(row)
 
 
-def _columns(records: np.ndarray) -> tuple[list[bytes], list[bytes]]:
-    return records["key"].tolist(), records["checksum"].tolist()
+def _digest(content: Any) -> bytes:
+    """16 bytes, of which the last is not zero: NumPy strips zeros from byte strings."""
+    found = hashlib.sha256(content).digest()
+    return found[:15] + bytes([found[15] | 1])

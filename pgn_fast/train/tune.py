@@ -1,0 +1,377 @@
+"""A search for the method, its size and its rates, under a budget of time or of trials.
+
+Optuna proposes and judges: its TPE sampler from the scores so far, its successive halving after an
+epoch's share of the run, then after more of it. A trial is an ordinary run that pauses there and
+goes on to the bit. Scores are of the validation images; the test images are touched once, by the
+best trial, at the end.
+
+The search is a function of its seed and of the scores alone, and scores are kept on disk: after a
+kill it is played again up to where it was, without training anything twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .._files import write_files
+from ..errors import TrainingStopped, UserError
+from ..methods import find_method
+from .config import TrainConfig
+from .data import load_splits
+from .loop import run
+from .methods import load_backbone_for
+from .parts import Parts, assemble
+from .run import Run
+from .signals import Interrupted
+from .state import FREE
+from .tune_report import plot_trials
+
+METHODS = ("linear", "vpt-shallow", "vpt-deep", "pgn")
+PROMPTS = (4, 8, 16, 32)
+# blocks that get prompts in VPT-Deep, from the last one down: below them everything is kept
+SHARES = {"all": 1.0, "half": 0.5, "quarter": 0.25}
+DECAYS = (0.0, 1e-4, 1e-2)
+# times the method's own rate
+RATES = (0.1, 10.0)
+# of the trials go on after each rung, with as many times the epochs
+REDUCTION = 3
+# trials whose values are drawn before any is proposed from scores
+DRAWN = 8
+STATE = "tune.json"
+
+T = TypeVar("T")
+
+
+@dataclass
+class Trial:
+    """What is known of one trial.
+
+    Attributes:
+        given: the fields of ``TrainConfig`` that it tries.
+        scores: epochs, as a string -> the best validation score by then, larger is better.
+        failed: why it could not be trained to its end; None otherwise.
+    """
+
+    number: int
+    given: dict[str, Any]
+    scores: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    failed: str | None = None
+
+    @property
+    def best(self) -> float:
+        """The score at the end of what was trained."""
+        return max(self.scores.values(), default=float("-inf"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The end of a search.
+
+    Attributes:
+        given: fields of ``TrainConfig`` that repeat the best trial as a run of its own.
+        summary: of that run, the test score included.
+        trials: all of them.
+    """
+
+    best: Trial
+    given: dict[str, Any]
+    summary: dict[str, Any]
+    trials: list[Trial]
+
+
+def tune(
+    given: Mapping[str, Any],
+    output: Path,
+    *,
+    seconds: float | None = None,
+    trials: int | None = None,
+    methods: Sequence[str] = METHODS,
+    device: torch.device | None = None,
+    resume: bool = False,
+    show: bool = True,
+) -> Found:
+    """Search, and finish the best trial.
+
+    Args:
+        given: fields of ``TrainConfig`` that hold for all trials. A method, a rate, a decay, a
+            number of prompts or layers among them is not searched.
+        output: folder for ``tune.json``, ``tune.png``, ``trials/``, and the best run's ``best/``
+            and ``summary.json``.
+        seconds: begins nothing new after so many; the best trial is finished in any case.
+        trials: how many at most.
+        methods: that are tried.
+        device: the CPU where None.
+        resume: go on with the search in ``output``; its answer is that of an undisturbed one.
+        show: print a line for each step.
+
+    Raises:
+        UserError: Optuna is not there, no budget, no validation images, or ``output`` holds
+            another search; nothing was created.
+        TrainingStopped: a signal asked to stop, or no trial could be trained.
+    """
+    if seconds is None and trials is None:
+        raise UserError("tune needs a `budget`, such as 20m, or a number of `trials`.")
+    search = _Search(dict(given), output, tuple(methods), device or torch.device("cpu"), show)
+    search.load(resume)
+    search.go(seconds, trials)
+    return search.finish()
+
+
+class _Search:
+    def __init__(
+        self,
+        given: dict[str, Any],
+        output: Path,
+        methods: tuple[str, ...],
+        device: torch.device,
+        show: bool,
+    ) -> None:
+        self.given, self.output, self.methods = given, output, methods
+        self.device, self.show = device, show
+        self.base = TrainConfig.make(**{"method": methods[0]} | given)
+        given.setdefault("epochs", self.base.epochs)
+        for method in methods:
+            TrainConfig.make(**given | {"method": given.get("method", method)})
+        for name in ("recipe", "init_from", "deploy"):
+            if given.get(name):
+                raise UserError(f"`{name}` {given[name]}: tune chooses a method's start itself.")
+        splits = load_splits(self.base)
+        if splits.validation is None:
+            raise UserError("tune chooses by validation images: give `val_fraction` above 0.")
+        self.splits, self.backbone = splits, load_backbone_for(self.base)
+        self.trials: list[Trial] = []
+        epochs = self.base.epochs
+        first = max(1, round(epochs / REDUCTION**2))
+        self.rungs = [first]
+        while self.rungs[-1] * REDUCTION < epochs / 1.5:
+            self.rungs.append(self.rungs[-1] * REDUCTION)
+        if self.rungs[-1] < epochs:
+            self.rungs.append(epochs)
+
+    # --- what is kept
+
+    def load(self, resume: bool) -> None:
+        """Take over what an earlier process has found."""
+        path = self.output / STATE
+        if not path.exists():
+            return
+        if not resume:
+            raise UserError(
+                f"`output`: {self.output} holds a search already ({STATE}). Add `resume=True` to "
+                "go on with it, or give another folder."
+            )
+        try:
+            state = json.loads(path.read_text())
+            found = [Trial(**trial) for trial in state["trials"]]
+            settings = state["settings"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"`resume`: {path} is damaged: {error}") from error
+        for name, now in self._settings().items():
+            if settings.get(name) != now:
+                raise UserError(
+                    f"`resume`: the search in {self.output} has {name} {settings.get(name)!r}, now "
+                    f"{now!r} is asked for; start a new one with `output`."
+                )
+        self.trials = found
+
+    def _settings(self) -> dict[str, Any]:
+        given = {k: v for k, v in self.given.items() if k not in FREE}
+        about = {"given": given, "methods": self.methods, "optuna": _optuna().__version__}
+        return dict(_plain(about))
+
+    def _save(self) -> None:
+        content = {
+            "settings": self._settings(),
+            "rungs": self.rungs,
+            "trials": [dataclasses.asdict(trial) for trial in self.trials],
+        }
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_files({self.output / STATE: (json.dumps(content, indent=1) + "\n").encode()})
+
+    def _folder(self, trial: Trial) -> Path:
+        return self.output / "trials" / f"{trial.number:04d}"
+
+    # --- the search
+
+    def go(self, seconds: float | None, trials: int | None) -> None:
+        """Propose, train and judge until the budget is spent."""
+        optuna = _optuna()
+        halving = optuna.pruners.SuccessiveHalvingPruner(self.rungs[0], REDUCTION)
+        study = optuna.create_study(direction="maximize", pruner=halving)
+        number = 0
+        while trials is None or number < trials:
+            # a sampler of its own for each trial: its draws do not depend on a kill in between
+            study.sampler = optuna.samplers.TPESampler(
+                seed=self.base.seed + number, n_startup_trials=DRAWN
+            )
+            asked = study.ask()
+            trial = self._known(number, self._propose(asked))
+            try:
+                pruned = self._climb(asked, trial, seconds)
+            except _BudgetSpent:
+                if not trial.scores:
+                    self.trials.remove(trial)
+                break
+            if trial.failed is not None or pruned:
+                states = optuna.trial.TrialState
+                study.tell(asked, state=states.FAIL if trial.failed else states.PRUNED)
+                shutil.rmtree(self._folder(trial), ignore_errors=True)
+            else:
+                study.tell(asked, trial.best)
+            self._say_judged(trial, pruned)
+            number += 1
+
+    def _propose(self, asked: Any) -> dict[str, Any]:
+        """The fields of ``TrainConfig`` that a trial tries; those that are given are not tried."""
+        given, tried = self.given, dict[str, Any]()
+        method = given.get("method") or asked.suggest_categorical("method", self.methods)
+        tried["method"] = method
+        row = find_method(method)
+        if "lr" not in given and "lr_base" not in given:
+            usual = row.training.get("lr", TrainConfig.lr)
+            factor = asked.suggest_float("rate", *RATES, log=True)
+            tried["lr"] = float(f"{usual * factor:.3g}")
+        if "weight_decay" not in given:
+            tried["weight_decay"] = asked.suggest_categorical("decay", DECAYS)
+        if "num_prompts" in row.options.values() and "num_prompts" not in given:
+            tried["num_prompts"] = asked.suggest_categorical("P", PROMPTS)
+        if method == "vpt-deep" and "method_kwargs" not in given:
+            share = SHARES[asked.suggest_categorical("layers", list(SHARES))]
+            depth = len(self.backbone.blocks)
+            first = depth - max(1, round(share * depth))
+            if first > 0:
+                tried["method_kwargs"] = {"layers": list(range(first, depth))}
+        return tried
+
+    def _known(self, number: int, given: dict[str, Any]) -> Trial:
+        """The trial of that number, as an earlier process left it or new."""
+        if number == len(self.trials):
+            self.trials.append(Trial(number, given))
+        trial = self.trials[number]
+        if trial.given != given:
+            raise UserError(
+                f"`resume`: trial {number} in {self.output} tried {trial.given}, and now {given} "
+                "would be tried: other versions of the packages. Start a new search with `output`."
+            )
+        return trial
+
+    def _climb(self, asked: Any, trial: Trial, seconds: float | None) -> bool:
+        """Train from rung to rung as long as halving lets it; whether it was stopped below the top.
+
+        Raises:
+            _BudgetSpent: before something would be trained beyond it.
+        """
+        for epochs in self.rungs:
+            if trial.failed is None and str(epochs) not in trial.scores:
+                self._check_budget(trial, epochs, seconds)
+                self._train(trial, epochs)
+            if trial.failed is not None:
+                return False
+            asked.report(trial.scores[str(epochs)], epochs)
+            if epochs < self.rungs[-1] and asked.should_prune():
+                return True
+        return False
+
+    def _check_budget(self, trial: Trial, epochs: int, seconds: float | None) -> None:
+        if seconds is None or self.trials[0] is trial:
+            return  # one trial there has to be
+        left = seconds - sum(one.seconds for one in self.trials)
+        done = max(map(int, trial.scores), default=0)
+        needed = trial.seconds / done * (epochs - done) if done else 0.0
+        if left <= 0 or needed > left:
+            raise _BudgetSpent
+
+    def _train(self, trial: Trial, epochs: int) -> None:
+        """Go on with a trial until it has had so many epochs, and keep its score."""
+        start = time.perf_counter()
+        try:
+            trial.scores[str(epochs)] = self._run(trial, lambda run: run.fit(epochs).best_score)
+        except Interrupted:
+            raise
+        except TrainingStopped as error:
+            trial.failed = str(error)
+        trial.seconds += round(time.perf_counter() - start, 3)
+        self._save()
+
+    def _run(self, trial: Trial, work: Callable[[Run], T], show: bool = False) -> T:
+        config = TrainConfig.make(**self.given | trial.given)
+        own = find_method(config.method).trains_backbone
+        backbone = load_backbone_for(config) if own else self.backbone
+
+        def parts() -> Parts:
+            return dataclasses.replace(
+                assemble(config, self.splits, backbone), keep=self.output / "frozen"
+            )
+
+        folder = self._folder(trial)
+        return run(config, folder, parts, self.device, folder.exists(), show, work)
+
+    def finish(self) -> Found:
+        """Take the best trial to its end, and to the test images."""
+        whole = [trial for trial in self.trials if str(self.rungs[-1]) in trial.scores]
+        pool = whole or [trial for trial in self.trials if trial.scores]
+        if not pool:
+            reasons = "; ".join(sorted({trial.failed or "" for trial in self.trials}))
+            raise TrainingStopped(f"no trial could be trained: {reasons}")
+        best = max(pool, key=lambda trial: (trial.best, -trial.number))
+        folder = self._folder(best)
+        try:
+            summary = json.loads((folder / "summary.json").read_text())
+        except FileNotFoundError:
+            if not whole:
+                self._say(f"no trial had all epochs: number {best.number} is finished")
+            summary = self._run(best, lambda run: (run.fit(), run.finish())[1])
+        for name in ("best", "summary.json", "args.yaml"):
+            copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
+            if not (self.output / name).exists():
+                copy(folder / name, self.output / name)
+        plot_trials(self.output / "tune.png", self.trials, best, self.base)
+        shutil.rmtree(self.output / "frozen", ignore_errors=True)
+        given = {k: v for k, v in self.given.items() if k != "method"} | best.given
+        return Found(best, given, summary, self.trials)
+
+    def _say(self, text: str) -> None:
+        if self.show:
+            print(text, flush=True)
+
+    def _say_judged(self, trial: Trial, pruned: bool) -> None:
+        tried = " ".join(f"{name}={value}" for name, value in trial.given.items())
+        if trial.failed is not None:
+            self._say(f"trial {trial.number}: {tried}: {trial.failed}")
+            return
+        epochs = max(map(int, trial.scores))
+        ended = f"stopped after {epochs} epochs" if pruned else f"all {epochs} epochs"
+        self._say(f"trial {trial.number}: {tried}: {trial.best:.2f}, {ended}")
+
+
+class _BudgetSpent(Exception):
+    """Nothing more may be trained."""
+
+
+def _optuna() -> Any:
+    """Optuna, without its own log.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("tune needs the package optuna: pip install 'pgn_fast[tune]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def _plain(values: Any) -> Any:
+    """Values as they come back from JSON."""
+    return json.loads(json.dumps(values))

@@ -1,0 +1,231 @@
+"""The search: budgets, halving by exact pauses, one answer whatever the kills, one look at test."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import torch
+from small_world import MODEL, tiny_vit_kwargs, write_images
+
+from pgn_fast.adapters import read_adapter
+from pgn_fast.cli import build_parser, main
+from pgn_fast.cli import train as train_command
+from pgn_fast.cli import tune as tune_command
+from pgn_fast.errors import TrainingStopped, UserError
+from pgn_fast.train import loop, run
+from pgn_fast.train.config import TrainConfig
+from pgn_fast.train.step import Stepper
+from pgn_fast.train.tune import METHODS, tune
+
+pytest.importorskip("optuna")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    for name, count in (("train", 9), ("test", 3)):
+        # two classes of each tint: no method gets all of them right
+        write_images(root / "data" / name, count, tuple("abcdef"), seed=len(name))
+    tiny_vit_kwargs(root)
+    return root
+
+
+def given(world, **changes):
+    return {
+        "data": str(world / "data"),
+        "model": MODEL,
+        "model_kwargs": tiny_vit_kwargs(world),
+        "epochs": 9,
+        "batch_size": 12,
+        "head_init": "zero",
+        "library_size": 4,
+        "no_aug": True,
+        "workers": 0,
+        "val_fraction": 0.34,
+    } | changes
+
+
+def search(world, output, **options):
+    options = {"trials": 5, "show": False, "methods": ("linear", "vpt-deep")} | options
+    changes = options.pop("given", {})
+    return tune(given(world, **changes), output, device=CPU, **options)
+
+
+def trials(output):
+    """What a search has tried and found, but for what a clock says."""
+    told = json.loads((output / "tune.json").read_text())["trials"]
+    return [{k: v for k, v in trial.items() if k != "seconds"} for trial in told]
+
+
+@pytest.fixture(scope="module")
+def done(world, tmp_path_factory):
+    """A search that nothing disturbed."""
+    output = tmp_path_factory.mktemp("done") / "tune"
+    return output, search(world, output)
+
+
+def test_halving_pauses_and_the_best_is_whole(world, done):
+    output, found = done
+    epochs = [sorted(map(int, trial["scores"])) for trial in trials(output)]
+    assert len(epochs) == 5 and all(row == [1, 3, 9][: len(row)] for row in epochs)
+    assert any(len(row) < 3 for row in epochs) and any(len(row) == 3 for row in epochs)
+    whole = [trial for trial in found.trials if "9" in trial.scores]
+    assert found.best is max(whole, key=lambda trial: trial.best)
+    # scores of validation images, the test images once
+    assert found.summary["validation"]["top1"] == pytest.approx(found.best.best)
+    assert found.summary["test"]["images"] == 18
+    assert {p.name for p in output.iterdir()} >= {"best", "tune.png", "tune.json", "summary.json"}
+    assert not (output / "frozen").exists()
+
+
+def test_a_trial_that_paused_is_the_run_that_did_not(world, done, tmp_path):
+    output, found = done
+    loop.train(TrainConfig.make(**found.given), tmp_path / "again", device=CPU, show=False)
+    mine, theirs = (read_adapter(folder / "best")[1] for folder in (tmp_path / "again", output))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_only_the_best_trial_sees_the_test_images(world, tmp_path, monkeypatch):
+    seen = []
+    evaluate = run.Run._evaluate
+
+    def noted(self, split):
+        seen.append(split.name)
+        return evaluate(self, split)
+
+    monkeypatch.setattr(run.Run, "_evaluate", noted)
+    search(world, tmp_path / "tune", trials=2)
+    assert seen.count("test") == 1 and seen[-1] == "test"
+
+
+@pytest.mark.parametrize("at", [1, 9, 30])
+def test_a_search_that_was_killed_finds_the_same(world, done, tmp_path, monkeypatch, at):
+    step, calls = Stepper.step, []
+
+    def killed(self, *args):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Stepper, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        search(world, tmp_path / "tune")
+    found = search(world, tmp_path / "tune", resume=True)
+    whole = done[1]
+    assert found.best.given == whole.best.given and found.summary["test"] == whole.summary["test"]
+    assert trials(tmp_path / "tune") == trials(done[0])
+    # nothing but the epoch that was cut off was trained twice
+    steps = sum(3 * max(map(int, trial["scores"])) for trial in trials(done[0]))
+    assert steps <= len(calls) - 1 <= steps + 3
+    # and once more: nothing is left to do
+    again = search(world, tmp_path / "tune", resume=True)
+    assert again.summary == found.summary
+
+
+def test_more_trials_go_on_from_where_it_stood(world, tmp_path):
+    search(world, tmp_path / "tune", trials=2)
+    first = trials(tmp_path / "tune")
+    with pytest.raises(UserError, match="holds a search already"):
+        search(world, tmp_path / "tune", trials=3)
+    search(world, tmp_path / "tune", trials=3, resume=True)
+    assert trials(tmp_path / "tune")[:2] == first and len(trials(tmp_path / "tune")) == 3
+    with pytest.raises(UserError, match=r"has given .*now .*is asked for"):
+        search(world, tmp_path / "tune", trials=3, resume=True, given={"batch_size": 5})
+
+
+def test_what_is_given_is_not_searched(world, tmp_path):
+    fixed = {"method": "vpt-deep", "num_prompts": 2, "weight_decay": 0.5}
+    found = search(world, tmp_path / "tune", trials=3, given={**fixed, "epochs": 1})
+    tried = [trial.given for trial in found.trials]
+    assert all(row["method"] == "vpt-deep" and "weight_decay" not in row for row in tried)
+    assert all("num_prompts" not in row for row in tried)
+    assert len({row["lr"] for row in tried}) == 3
+    assert all(found.given[name] == value for name, value in fixed.items())
+
+
+def test_a_budget_of_time_ends_the_search_and_the_best_is_finished(world, tmp_path, capsys):
+    found = search(world, tmp_path / "tune", trials=None, seconds=1e-3, show=True)
+    (trial,) = found.trials  # the first is always begun, and its rungs are its own
+    assert found.summary["test"] and trial.scores
+
+
+def test_a_trial_that_fails_is_no_end(world, tmp_path, monkeypatch):
+    step = Stepper.step
+
+    def broken(self, *args):
+        if self.config.method == "linear":
+            raise TrainingStopped("the loss is nan")
+        return step(self, *args)
+
+    monkeypatch.setattr(Stepper, "step", broken)
+    found = search(world, tmp_path / "tune", trials=6, given={"epochs": 1})
+    failed = [trial for trial in found.trials if trial.failed]
+    assert failed and all(trial.given["method"] == "linear" for trial in failed)
+    assert found.best.given["method"] == "vpt-deep"
+    with pytest.raises(TrainingStopped, match="no trial could be trained: the loss is nan"):
+        search(world, tmp_path / "none", trials=2, given={"epochs": 1, "method": "linear"})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"trials": None}, "needs a `budget`"),
+        ({"given": {"val_fraction": 0}}, "give `val_fraction` above 0"),
+        ({"given": {"init_from": "runs/x"}}, "tune chooses a method's start itself"),
+        ({"methods": ("vpt-deeep",)}, "`method` is 'vpt-deeep'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_work_is_said_before_anything_is_written(world, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        search(world, tmp_path / "tune", **options)
+    assert not (tmp_path / "tune").exists()
+
+
+def test_the_command_and_the_command_that_it_prints(world, tmp_path, capsys):
+    kwargs = [f"{k}={v!r}" for k, v in tiny_vit_kwargs(world).items()]
+    words = ["tune", str(world / "data"), "--model", MODEL, "--model-kwargs", *kwargs]
+    words += ["--trials", "2", "--epochs", "2", "-b", "12", "--no-aug", "-j", "0", "--seed", "3"]
+    words += ["--device", "cpu", "--output", str(tmp_path / "tune"), "--methods", "vpt-deep"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith("again: ")]
+    told = shlex.split(line.removeprefix("again: "))
+    assert told[:2] == ["pgn-fast", "train"]
+    parsed = build_parser("train").parse_args(told[1:])
+    again = TrainConfig.make(**train_command.given_fields(parsed))
+    summary = json.loads((tmp_path / "tune" / "summary.json").read_text())
+    config = again.as_dict()
+    assert {k: v for k, v in summary["config"].items() if v != config[k]} == {}
+    assert main([*words[:2], "--budget", "soon"]) == 2
+    assert "give a time such as 90s, 20m or 1.5h" in capsys.readouterr().err
+    assert tune_command.seconds("1.5h") == 5400 and tune_command.seconds("90s") == 90
+
+
+def test_every_kind_of_value_survives_the_command():
+    values = {
+        "data": "a folder",
+        "method": "pgn",
+        "generator_kwargs": {"max_pool": False, "channels": 8},
+        "scale": (0.5, 1.0),
+        "amp": True,
+        "fast": False,
+        "aa": "rand-m9",
+        "lr": 3e-4,
+    }
+    parsed = build_parser("train").parse_args(shlex.split(tune_command.command(values))[1:])
+    assert TrainConfig.make(**train_command.given_fields(parsed)) == TrainConfig.make(**values)
+    assert set(METHODS) <= {"linear", "vpt-shallow", "vpt-deep", "pgn"}
