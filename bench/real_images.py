@@ -6,7 +6,7 @@
 1,000 training and 2,000 test images of CIFAR-10, 98 x 98 pixels; the ViT-S/14 of real_weights.py.
 ``--data``: an .npz of x_train, y_train, x_test, y_test, classes, or a folder for torchvision's
 CIFAR-10, which is downloaded there; of that the first 100 and 200 images of each class are taken.
-Rate and decay of each method are searched by ``pgn_fast.train.tune`` on a validation split that is
+The rate of each method is searched by ``pgn_fast.train.tune`` on a validation split that is
 carved from the training images by the first seed; the test images are read once a run, at its end.
 What was done is found again in ``--work``; rows are written after every run.
 """
@@ -35,9 +35,9 @@ from pgn_fast.train.loop import train
 from pgn_fast.train.tune import tune
 
 CASE = "CIFAR-10, 1,000 photos to train, 2,000 to test, 98 px, ViT-S/14"
-DEPTH, SEEDS = 12, (0, 1, 2)
-# Student's t, 97.5 %, two degrees of freedom: three seeds
-T = 4.303
+DEPTH = 12
+# Student's t, 97.5 %: seeds -> of one less degrees of freedom
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 @pgn_fast.register_method("feature-pgn", training={"lr": 0.003})
@@ -71,13 +71,15 @@ def last(k: int) -> dict[str, Any]:
     return {"method": "vpt-deep", "num_prompts": 10, "method_kwargs": layers}
 
 
-# contender -> fields of TrainConfig; the cheap ones first
+# contender -> fields of TrainConfig; what answers most comes first
 STUDY: dict[str, dict[str, Any]] = {
-    "linear": {"method": "linear"},
-    **{f"VPT-Deep in the last {k}, P=10": last(k) for k in (1, 2, 4)},
-    "feature-fed PGN in the last 4, P=8, K=64": {"method": "feature-pgn"},
+    "linear": {"method": "linear", "epochs": 100},  # from the files, and next to nothing each
+    "VPT-Deep in the last 4, P=10": last(4),
     "VPT-Deep, P=10": {"method": "vpt-deep", "num_prompts": 10},
     "PGN, P=8, K=64": {"method": "pgn", "num_prompts": 8, "library_size": 64},
+    "feature-fed PGN in the last 4, P=8, K=64": {"method": "feature-pgn"},
+    "VPT-Deep in the last 2, P=10": last(2),
+    "VPT-Deep in the last 1, P=10": last(1),
     "VPT-Shallow, P=10": {"method": "vpt-shallow", "num_prompts": 10},
     "fine-tuning": {"method": "full"},
 }
@@ -119,11 +121,15 @@ def study(work: Path, names: Sequence[str], seeds: Sequence[int], epochs: int, t
         "no_aug": True,
         "workers": 0,
         "warmup_epochs": 1,
+        "weight_decay": 0.0,
+        "amp": True,
     }
-    runs: dict[str, list[dict[str, Any]]] = {}
     for name in names:
-        folder = work / name.replace(" ", "_").replace(",", "").replace("=", "")
+        done = []
+        folder = row_file(work, name).parent
         given = fixed | STUDY[name] | {"seed": seeds[0]}
+        if STUDY[name]["method"] in ("linear", "feature-pgn") or "method_kwargs" in STUDY[name]:
+            given["cache"] = str(work / "frozen")  # what lies below the prompts, for all seeds
         state = folder / "search" / "tune.json"
         found = tune(given, folder / "search", trials=trials, resume=state.exists())
         kept = {**found.summary, "searched": len(found.trials)}
@@ -141,9 +147,17 @@ def study(work: Path, names: Sequence[str], seeds: Sequence[int], epochs: int, t
                 told = train(config, path, resume=path.exists(), show=False)
                 told["peak"] = resident("VmHWM") - before
                 summary.write_text(json.dumps(told, indent=1))
-            runs.setdefault(name, []).append(told)
+            done.append(told)
             print(f"{name}, seed {seed}: test {told['test']['top1']:.2f} %", flush=True)
-        rows.write(work / "real.jsonl", [row(n, done) for n, done in runs.items()])
+            rows.write(folder / "row.jsonl", [row(name, done)])
+    written = [row_file(work, name) for name in STUDY]
+    found = [path.read_text() for path in written if path.exists()]
+    (work / "real.jsonl").write_text("".join(found))
+
+
+def row_file(work: Path, name: str) -> Path:
+    """Where a contender's row is, in the folder of its runs."""
+    return work / name.replace(" ", "_").replace(",", "").replace("=", "") / "row.jsonl"
 
 
 def row(name: str, done: list[dict[str, Any]]) -> rows.Row:
@@ -157,7 +171,7 @@ def row(name: str, done: list[dict[str, Any]]) -> rows.Row:
         "top1": scores,
         "validation": [run["validation"]["top1"] for run in done],
         # of the mean, 95 %: the seeds', and what 2,000 images can tell
-        "interval": None if sd is None else T * sd / math.sqrt(len(scores)),
+        "interval": None if sd is None else T[len(scores)] * sd / math.sqrt(len(scores)),
         "sampling": 196
         * math.sqrt(statistics.mean(scores) * (100 - statistics.mean(scores)))
         / 100
@@ -171,7 +185,9 @@ def row(name: str, done: list[dict[str, Any]]) -> rows.Row:
         "peak bytes": max(peaks, default=None),
     }
     mean = statistics.mean(scores)
-    return rows.Row("real", CASE, name, mean, "%", rounds=len(scores), dtype="float32", facts=facts)
+    return rows.Row(
+        "real", CASE, name, mean, "%", rounds=len(scores), dtype="bfloat16", facts=facts
+    )
 
 
 def forget_peak() -> None:
@@ -194,6 +210,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--trials", type=int, default=12, help="of each search")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=STUDY, metavar="NAME", default=list(STUDY))
     parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines to write")
     args = parser.parse_args()
@@ -202,7 +219,7 @@ def main() -> None:
     write_photos(args.data, args.work / "photos")
     if not (args.work / "vit_s14.safetensors").exists():
         convert(args.wheel, args.work / "vit_s14.safetensors")
-    study(args.work, args.only, SEEDS, args.epochs, args.trials)
+    study(args.work, args.only, range(args.seeds), args.epochs, args.trials)
     print(f"{time.perf_counter() - start:.0f} s")
     if args.rows:
         args.rows.write_text((args.work / "real.jsonl").read_text())

@@ -371,6 +371,8 @@ class Run:
         load_best(self)
         test = None
         if splits.test is not None:
+            if not self.frozen.auto:  # other runs that share the folder look at them, too
+                self.source.keep(self.frozen.keep, splits.test)
             test = self._evaluate(splits.test, details=True)
             record.unreadable = self.processes.gather(record.unreadable + test.unreadable)
         summary = summarize(self, test)

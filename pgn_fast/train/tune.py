@@ -208,12 +208,15 @@ class _Search:
         optuna = _optuna()
         halving = optuna.pruners.SuccessiveHalvingPruner(self.rungs[0], REDUCTION)
         study = optuna.create_study(direction="maximize", pruner=halving)
-        number = 0
+        number, given_method = 0, self.given.get("method")
         while trials is None or number < trials:
             # a sampler of its own for each trial: its draws do not depend on a kill in between
             study.sampler = optuna.samplers.TPESampler(
                 seed=self.base.seed + number, n_startup_trials=DRAWN
             )
+            if number < len(tried := [given_method] if given_method else self.methods):
+                # first of all each method as it is by default
+                study.enqueue_trial({"method": tried[number], "rate": 1.0, "layers": "all"})
             asked = study.ask()
             trial = self._known(number, self._propose(asked))
             try:
