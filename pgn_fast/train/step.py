@@ -168,7 +168,8 @@ class Stepper:
             if present:
                 images, targets = self.objective.mix(images, labels, epoch)
             last = i == len(group) - 1
-            if self._graphed is not None and isinstance(total, int):
+            pixels = isinstance(images, Tensor)  # tokens from files have no graph
+            if self._graphed is not None and isinstance(total, int) and pixels:
                 with self.times.phase("forward"):  # and the backward, which is in the same graph
                     loss, logits = self._pass_graphed(images, targets, total, last)
             else:
