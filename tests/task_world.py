@@ -20,6 +20,7 @@ FAMILIES = {
     "dinov2 with registers": ("vit_small_patch14_reg4_dinov2", {"init_values": 1.0}),
     "average pool": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
     "rotary": ("vit_small_patch16_rope_224", {}),
+    "relative position bias": ("beit_base_patch16_224", {}),
 }
 
 

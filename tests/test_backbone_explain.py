@@ -32,7 +32,7 @@ def test_ops_are_named_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attention: backend cpu" in vpt().explain()
     named = pgn_fast.VPT(backbone(), 5, num_prompts=3, backend="reference").explain()
     assert "attention: plain torch" in named
-    assert "matrix products: backend cpu" in vpt().explain()
+    assert "linear layers: backend cpu" in vpt().explain()
     monkeypatch.setattr(dispatch, "BEATS_PLAIN_ATTENTION", ())
     assert "attention with prompts: backend cpu" in vpt().explain()
     shallow = pgn_fast.VPT(backbone(depth=3), 5, num_prompts=2, deep=False).explain()

@@ -70,7 +70,7 @@ def test_every_op_runs_in_the_engine_unless_plain_torch_is_named(build) -> None:
     backbone, images = wide("vit_base_patch16_224"), torch.randn(4, 3, 96, 96)
     for backend, runs in ((None, "backend cpu"), ("reference", "plain torch")):
         model = build(backbone, 5, num_prompts=3, backend=backend)
-        assert f"matrix products: {runs}" in model.explain()
+        assert f"linear layers: {runs}" in model.explain()
         assert f"residual and norm: {runs}" in model.explain()
         with Called() as called:
             model(images)

@@ -17,7 +17,7 @@ from .steps import block_steps
 _NOT_WANTED = "switched off"
 _OPS = {
     "prompted_patch_embed": "embedding",
-    "frozen_linear": "matrix products",
+    "frozen_linear": "linear layers",
     "add_layer_norm": "residual and norm",
 }
 _MEMORY = {

@@ -13,7 +13,7 @@ from .schedule import PromptSchedule
 
 @dataclass(frozen=True)
 class Readout:
-    """Which tokens are read. What nobody reads, the engine does not compute.
+    """Which tokens are read. The engine does not compute what is not.
 
     Attributes:
         rows: the leading tokens that are read after the final norm; None all.
@@ -32,7 +32,7 @@ class Readout:
         puts them after ``num_prefix`` prefix tokens."""
         if not (self.prompts and schedule.keep):
             return False
-        # appended prompts come after all others, of which nobody asks for a number
+        # appended prompts come after all other tokens, and ``rows`` never counts that far
         return self.rows is None or (schedule.position == "prepend" and self.rows > num_prefix)
 
     def prompts_left(self, schedule: PromptSchedule) -> int:

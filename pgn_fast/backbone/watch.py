@@ -129,7 +129,7 @@ def copies_refusal(backbone: nn.Module) -> str | None:
 
 def foreign_code(backbone: nn.Module) -> str | None:
     """Who changes what the modules compute without a trace in them: a hook on all modules, or a
-    class whose forward was replaced. None where nobody does."""
+    class whose forward was replaced. None where there is none."""
     for name, hooks in zip(_GLOBAL_HOOKS, _global_hooks(), strict=True):
         if any(getattr(hook, "__module__", None) not in _LOOKS_ON for hook in hooks):
             return f"a hook is registered on all modules ({name.removeprefix('_')})"
