@@ -88,6 +88,18 @@ def test_tasks_come_back_for_a_call_in_inference_mode(demo):
     assert not any(p.is_inference() for p in parameters)
 
 
+def test_what_leaves_memory_leaves_the_disk_with_its_task(demo):
+    vit, made, _ = demo
+    bank = TaskBank(vit, max_bytes=1)
+    bank.add("cats", made["cats"])
+    bank.add("dogs", made["dogs"])
+    folders = [task.source for task in bank._residents.tasks()]
+    assert all((folder / CONFIG_FILE).exists() for folder in folders)
+    bank.remove("cats")
+    gc.collect()
+    assert [folder.exists() for folder in folders] == [False, True]
+
+
 def test_an_adapter_that_was_replaced_on_disk_is_not_taken_for_the_old_one(demo):
     vit, _, root = demo
     bank = TaskBank(vit, max_bytes=1)
@@ -269,7 +281,19 @@ def test_a_head_that_the_bank_has_not_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"task 'own': .*head was a .*pass from_pretrained"):
         bank.add("own", tmp_path / "own")
     bank.add("own", pgn_fast.from_pretrained(tmp_path / "own", bare, head=own.head))
-    assert bank.names == ("own",)
+    # code cannot come back from disk: with a limit such a task stays where it is
+    bank.max_bytes = 1
+    for n in range(2):
+        bank.add(str(n), VPT(bare, 2, num_prompts=2))
+    with_limit = TaskBank(bare, max_bytes=1)
+    with_limit.add("own", own.eval())
+    with_limit.add("0", VPT(bare, 2, num_prompts=2))
+    batch = images(1)
+    with torch.no_grad():
+        expected = own(batch)
+    for some in (bank, with_limit):
+        assert torch.allclose(some(batch, ["own"])[0], expected[0], atol=1e-5)
+        assert some.resident_bytes == some.nbytes("own") + some.nbytes("0")
 
 
 def test_a_task_from_the_hub(demo, tmp_path, monkeypatch):
@@ -315,7 +339,7 @@ def test_never_the_wrong_task_while_tasks_come_and_go():
 
     PGN_FAST_CANARY says how many requests are made at least (`make canary`: 100,000).
     """
-    vit, at_once, askers = backbone(), 32, 4
+    vit, at_once, askers = backbone(), 64, 4
     rounds = -(-int(os.environ.get("PGN_FAST_CANARY", "400")) // (at_once * askers))
     batch, count, wrong, asked = images(at_once), 24, [], []
     bank = TaskBank(vit)

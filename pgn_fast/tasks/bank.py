@@ -44,8 +44,8 @@ class TaskBank:
     Args:
         backbone: as for ``PGN``; it is frozen in place.
         max_bytes: of the tasks that are in memory (``nbytes``); beyond it those that were used
-            least recently go back to disk and are loaded again when they are asked for. None: all
-            stay in memory.
+            least recently go back to disk and are loaded again when they are asked for, but for
+            those that no adapter can hold, such as a head of your own code. None: all stay.
         backend, fast: of the ops and the engine, as for ``PGN``.
 
     Attributes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import itertools
+import json
 import shutil
 import tempfile
 import threading
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import from_pretrained, save_pretrained
+from ..adapters import CONFIG_FILE, from_pretrained, save_pretrained
+from ..adapters.schema import GIVEN
 from ..backbone.schedule import PromptSchedule
 from ..errors import UserError
 from .steps import Step
@@ -84,6 +86,7 @@ class Task:
     resident: Resident | None
     nbytes: int
     digest: str | None = None  # of its tensors, once it may leave memory
+    stays: bool = False  # in memory: no adapter holds all of it, such as a head of the user's code
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -144,12 +147,15 @@ class Residents:
             model.method,
             resident,
             resident.nbytes,
-            None if self.max_bytes is None else _digest(model),
         )
+        if self.max_bytes is not None:
+            self._prepare(task)
         with self._lock:
             if name in self._tasks:
                 raise ValueError(taken(name))
-            self._tasks[name] = self._recent[name] = task
+            self._tasks[name] = task
+            if not task.stays:
+                self._recent[name] = task
             self.nbytes += task.nbytes
             self._shrink(keep=name)
 
@@ -160,7 +166,8 @@ class Residents:
             if self._tasks.get(name) is not task:
                 raise UnknownTask(f"no task {name!r} any more: it was removed meanwhile")
             del self._tasks[name]
-            if self._recent.pop(name, None) is not None:
+            self._recent.pop(name, None)
+            if task.resident is not None:
                 self.nbytes -= task.nbytes
 
     def get(self, names: Iterable[str]) -> dict[str, Resident]:
@@ -197,29 +204,42 @@ class Residents:
 
     def _shrink(self, keep: str) -> None:
         """Let the tasks that were used least recently go while there are too many bytes."""
-        while self.max_bytes is not None and self.nbytes > self.max_bytes:
+        while self.max_bytes is not None and self.nbytes > self.max_bytes and self._recent:
             name, task = next(iter(self._recent.items()))
             if name == keep:
                 return  # the last of them
-            if task.digest is None:
-                assert task.resident is not None
-                task.digest = _digest(task.resident.model)
-            if task.source is None:
-                task.source = self._spill(task)
+            self._prepare(task)
             del self._recent[name]
+            if task.stays:
+                continue
             task.resident = None
             self.nbytes -= task.nbytes
 
-    def _spill(self, task: Task) -> Path:
-        """Save a task that was added as a model."""
-        if self._spilled is None:
-            self._spilled = tempfile.TemporaryDirectory(prefix="pgn_fast_tasks_")
+    def _prepare(self, task: Task) -> None:
+        """Let a task be able to leave memory: know its tensors again, and have them on disk.
+
+        Where there is a limit this is done when a task is added, and nobody waits for it.
+        """
         assert task.resident is not None
+        model = task.resident.model
+        if task.digest is None:
+            task.digest = _digest(model)
+        if task.source is not None:
+            return
+        with self._lock:
+            if self._spilled is None:
+                self._spilled = tempfile.TemporaryDirectory(prefix="pgn_fast_tasks_")
         folder = Path(self._spilled.name, str(next(self._folders)))
-        save_pretrained(task.resident.model, folder, class_names=task.class_names)
         # once the task is removed and nobody has it in hand any more
         weakref.finalize(task, shutil.rmtree, folder, ignore_errors=True)
-        return folder
+        try:
+            save_pretrained(model, folder, class_names=task.class_names)
+        except (TypeError, ValueError):
+            task.stays = True
+            return
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        task.stays = any(isinstance(v, str) and v.startswith(GIVEN) for v in config.values())
+        task.source = folder
 
 
 def load(source: Path, backbone: Any, *, strict: bool = False) -> Any:
