@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,10 @@ def draw_png(width: float, height: float, draw: Callable[[Any], None], *, dpi: i
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    draw(figure)
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=dpi)
+    with warnings.catch_warnings():
+        # matplotlib's font lacks 风景, and draws boxes; the names stand in the files beside it
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        draw(figure)
+        figure.savefig(image, format="png", dpi=dpi)
     return image.getvalue()

@@ -17,6 +17,12 @@ def test_a_png_is_drawn(tmp_path):
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_name_that_the_font_lacks_is_no_warning(tmp_path):
+    plot_learning_curve(tmp_path, HISTORY, "风景")
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
     found = importlib.util.find_spec
     hidden = lambda name, *rest: None if name == "matplotlib" else found(name, *rest)
