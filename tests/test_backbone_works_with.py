@@ -144,6 +144,16 @@ def fork_two(port: int, folder: str) -> None:
     )
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("make", [vpt, pgn])
+def test_traces_alike_with_gradients_and_without(make, gradients: bool) -> None:
+    model, images = make().eval(), torch.randn(2, 3, 32, 32)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(model, images)
+        others = torch.randn(3, 3, 32, 32)
+        assert relative(traced(others), model(others)) <= 1e-5
+
+
 def test_trains_under_ddp_without_unused_parameters(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -258,6 +268,18 @@ def test_changed_blocks_go_the_reference_path() -> None:
     assert "forward of attn was replaced" in FastBackbone(vit).cache.refusal
     model.backbone.requires_grad_(True)
     assert "require a gradient" in model.engine.cache.refusal
+
+
+def test_large_activations_are_no_mistake_of_the_engine() -> None:
+    vit = backbone()
+    with torch.no_grad():
+        vit.pos_embed.add_(1e4)
+    model, images = pgn_fast.VPT(vit, 5, num_prompts=3).eval(), torch.randn(2, 3, 32, 32)
+    assert model.engine.cache.refused is None
+    exact = copy.deepcopy(model).double().forward_reference(images.double())
+    timms = relative(model.forward_reference(images), exact)
+    assert timms > 1e-4  # such a backbone rounds that much by itself
+    assert relative(model(images), exact) <= 4 * timms
 
 
 def test_engine_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:

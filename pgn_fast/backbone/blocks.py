@@ -236,11 +236,17 @@ def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> tuple[Tensor, Tensor
 def mlp(w: BlockWeights, y: Tensor, n: Tensor) -> Tensor:
     """Tokens (B, M, D) and their norm through the second half of the block."""
     u = w.fc1(n)
-    return add(y, w.fc2(hidden(w, u, overwrite=not u.requires_grad)), w.ls2)
+    return add(y, w.fc2(hidden(w, u, overwrite=_spent(u))), w.ls2)
 
 
 def add(x: Tensor, y: Tensor, gain: Tensor | None) -> Tensor:
     """x + gain * y, in the place of y where it has the sum's dtype."""
     if gain is not None:
         return x + y * gain
-    return y.add_(x) if y.dtype == x.dtype and not y.requires_grad else x + y
+    return y.add_(x) if y.dtype == x.dtype and _spent(y) else x + y
+
+
+def _spent(t: Tensor) -> bool:
+    """Whether ``t`` may be overwritten. Not in torch.jit.trace, whose graph is to be the same with
+    gradients and without."""
+    return not (t.requires_grad or torch.jit.is_tracing())

@@ -214,12 +214,12 @@ class PromptSchedule:
     def first(self) -> int:
         """The lowest block that gets prompts. Below it nothing needs a gradient, unless the images
         do (prompts in pixel space)."""
-        return min(self.entries, default=0)
+        return min(self.entries) if self.entries else 0
 
     @property
     def last(self) -> int:
         """The highest block that gets prompts."""
-        return max(self.entries, default=-1)
+        return max(self.entries) if self.entries else -1
 
     @property
     def num_prompts_left(self) -> int:

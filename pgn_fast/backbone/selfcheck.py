@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +31,30 @@ def is_cheap(backbone: Any) -> bool:
 def check(engine: FastBackbone) -> None:
     """Compare with the eager path, by prompts that come, change and stay.
 
+    Backbones with huge activations round a lot, timm's own code too. Rounding shrinks with the
+    precision and a mistake does not, so where they differ both run once more in float64.
+
     Raises:
         RuntimeError: the results disagree; that would be an error of this package, or of a backbone
             whose own code differs from its class's.
     """
+    dtype = next(engine.backbone.parameters()).dtype
+    error = _difference(engine)
+    if not error > max(min(1000 * torch.finfo(dtype).eps, 0.2), 1e-9):
+        return  # NaN too: what the backbone itself computes is not at issue
+    if dtype != torch.float64:
+        exact = copy.deepcopy(engine)
+        exact.backbone.double()
+        if _difference(exact) <= 1e-6 * error:
+            return
+    raise RuntimeError(
+        f"the fast path of {type(engine.backbone).__name__} differs from timm's own blocks by "
+        f"{error:.1e} of the largest value. Use fast=False, and please report the backbone"
+    )
+
+
+def _difference(engine: FastBackbone) -> float:
+    """The largest one between the two paths, in units of the largest value."""
     backbone, random = engine.backbone, torch.Generator().manual_seed(0)
     size = backbone.in_chans, *backbone.patch_embed.img_size
     like = next(backbone.parameters())
@@ -47,9 +68,4 @@ def check(engine: FastBackbone) -> None:
         expected = encode_eager(backbone, images, schedule, readout).double()
         actual = engine.encode(images, schedule, readout).double()
     engine.cache.forget_prompts()
-    error = float((actual - expected).abs().max() / expected.abs().max())
-    if error > min(1000 * torch.finfo(like.dtype).eps, 0.2):
-        raise RuntimeError(
-            f"the fast path of {type(backbone).__name__} differs from timm's own blocks by "
-            f"{error:.1e} of the largest value. Use fast=False, and please report the backbone"
-        )
+    return float((actual - expected).abs().max() / expected.abs().max())

@@ -128,7 +128,6 @@ class PromptedViT(TimmInterface, FrozenBelow, AdapterInterface):
     def forward(
         self,
         images: Tensor | FrozenTokens | None = None,
-        *,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> Any:
