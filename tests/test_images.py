@@ -8,6 +8,7 @@ import random
 import tracemalloc
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,7 +131,10 @@ def test_cmyk_and_first_frames():
     cmyk = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
     assert np.abs(pixels(cmyk) - (255, 0, 0)).max() <= 2
     frames = [Image.new("RGB", (9, 7), color) for color in ("red", "lime", "blue")]
-    for kind in ("GIF", "PNG", "TIFF", "WEBP", "MPO"):
+    kinds = ["GIF", "PNG", "TIFF", "WEBP"]
+    if int(PIL.__version__.split(".")[0]) >= 11:  # older ones write an MPO that they cannot read
+        kinds.append("MPO")
+    for kind in kinds:
         data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
         assert np.abs(pixels(data) - (255, 0, 0)).max() <= 8, kind
 

@@ -14,7 +14,7 @@ from pgn_fast.backbone import support
 from pgn_fast.backbone.load import load_backbone
 from pgn_fast.backbone.twins import TwinRefused
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 from pgn_fast.backbone.twins import transformers as reader  # noqa: E402
 
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}

@@ -44,7 +44,9 @@ def weights_file(model: str, path: str) -> dict[str, Any]:
         raise UserError(f"`pretrained_path`: there is no file {path}.")
     if model == DEMO_NAME:
         raise UserError(f"`pretrained_path`: {model} has its weights inside; name another `model`.")
-    return {"pretrained_cfg_overlay": {"file": str(path)}}
+    # older timm reads every file of these models as NumPy's, whatever it is
+    overlay = {"file": str(path), "custom_load": Path(path).suffix == ".npz"}
+    return {"pretrained_cfg_overlay": overlay}
 
 
 def any_size(model: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
