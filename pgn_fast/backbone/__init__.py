@@ -4,7 +4,7 @@
 ``schedule`` and ``readout``: which prompts enter where, and which tokens are read at the end;
 ``eager``: timm's own blocks, with ``written`` for what their forwards do not take;
 ``engine``: the same faster, by ``embedding`` (images to tokens), ``steps`` (what each block has to
-do), ``blocks``, ``entering`` and ``recompute`` (how it does it), with ``weights`` that ``fold`` and
-``packed`` prepare, ``cache`` keeps and ``watch`` renews;
+do), ``blocks``, ``splitting``, ``entering`` and ``recompute`` (how it does it), with ``weights``
+that ``fold`` and ``packed`` prepare, ``cache`` keeps and ``watch`` renews;
 ``support`` and ``explain``: what the engine runs, and what it saves.
 """

@@ -6,6 +6,8 @@ width, h heads, d head width, A = h d.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from timm.layers import activations, apply_rot_embed_cat
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from ..ops import prompt_attention
 from ..ops.add_layer_norm import with_rstd
 from .schedule import KeyValues
+from .splitting import split_projection
 from .weights import BlockWeights, Norm
 
 Projected = tuple[Tensor, Tensor, Tensor]
@@ -33,10 +36,10 @@ def project(w: BlockWeights, x: Tensor, num_queries: int, separate: bool = False
     """
     n = w.norm1(x)
     if num_queries == x.shape[-2] and not separate:
-        q, k, v = w.qkv(n).unflatten(-1, (3, w.num_heads, -1)).transpose(-4, -2).unbind(-3)
+        q, k, v = split_projection(w.qkv(n), 3, w.num_heads)
     else:
         q = split_heads(w.q(n[..., :num_queries, :]), w.num_heads)
-        k, v = w.kv(n).unflatten(-1, (2, w.num_heads, -1)).transpose(-4, -2).unbind(-3)
+        k, v = split_projection(w.kv(n), 2, w.num_heads)
     return _normalize(w.q_norm, q), _normalize(w.k_norm, k), v
 
 
@@ -56,8 +59,7 @@ def project_entering(w: BlockWeights, x: Tensor, prompts: Tensor) -> Projected:
 
 def prompt_keys_values(w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Prompts (P, D) or (B, P, D) to keys and values (h, P, d) or (B, h, P, d)."""
-    kv = w.kv(w.norm1(prompts)).unflatten(-1, (2, w.num_heads, -1))
-    k, v = kv.transpose(-4, -2).unbind(-3)
+    k, v = split_projection(w.kv(w.norm1(prompts)), 2, w.num_heads)
     return _normalize(w.k_norm, k), v
 
 
@@ -220,17 +222,30 @@ def hidden(w: BlockWeights, u: Tensor, overwrite: bool = False) -> Tensor:
     return _normalize(w.hidden_norm, u)
 
 
-def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tokens (B, M, D) plus the projected attention output (B, M, A): the sum, normed for the MLP.
+class Residual(NamedTuple):
+    """Tokens after attention.
 
-    Returns:
-        The sum and its norm, (B, M, D), and 1 / std (B, M) where one op computed them all.
+    Attributes:
+        sum: (B, M, D).
+        norm: of the sum, (B, M, D).
+        rstd: 1 / std (B, M), where one op computed all three; else None.
+        statistics: mean and 1 / std of a LayerNorm that ran apart, (B, M, 1); else None.
     """
+
+    sum: Tensor
+    norm: Tensor
+    rstd: Tensor | None
+    statistics: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
+def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> Residual:
+    """Tokens (B, M, D) plus the projected attention output (B, M, A), normed for the MLP."""
     p = w.out(o)
     if w.ls1 is None and w.norm2.can_fuse_residual(x, p):
-        return with_rstd(x, p, w.norm2.eps, w.norm2.backend)
+        return Residual(*with_rstd(x, p, w.norm2.eps, w.norm2.backend))
     y = add(x, p, w.ls1)
-    return y, w.norm2(y), None
+    n, *statistics = w.norm2.with_statistics(y)
+    return Residual(y, n, None, tuple(statistics))  # type: ignore[arg-type]
 
 
 def mlp(w: BlockWeights, y: Tensor, n: Tensor) -> Tensor:

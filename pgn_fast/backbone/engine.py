@@ -22,6 +22,7 @@ from .entering import project_whole
 from .options import FastOptions
 from .readout import EVERYTHING, Readout
 from .schedule import FrozenTokens, PromptSchedule
+from .splitting import HOST_BOUND_TOKENS, all_keys_values, one_product_refusal
 from .steps import BlockStep, block_steps
 from .weights import BlockWeights
 
@@ -136,18 +137,24 @@ class FastBackbone:
         rows = readout.rows if self.options.last_rows else None
 
         # folded weights are in autocast's dtype already; live ones are cast by autocast
+        steps = block_steps(schedule, len(weights), reads, rows)
         with torch.autocast(device_type, dtype, enabled=autocast and not folds):
-            steps = block_steps(schedule, len(weights), reads, rows)
+            ready = self._keys_values_at_once(x, weights, steps, schedule)
             for i, step in enumerate(steps[begin:], begin):
                 if i > 0:
                     x = x[:, :num_tokens] if step.enters else x
                     prompts, inside = None, False
-                    if (tokens := schedule.parts(i).tokens) is not None:
+                    tokens = schedule.parts(i).tokens
+                    if i in ready:
+                        assert isinstance(tokens, Tensor)
+                        prompts = tokens
+                    elif tokens is not None:
                         prompts = prompt_tokens(i, tokens, x, self.backend)
                         if schedule.position == "add":
                             x, prompts = x + prompts, None
                 here = family.block_rope(backbone, rope, i)
-                x = self._block(i, weights[i], x, here, step, prompts, inside, num_tokens)
+                given = ready.get(i)
+                x = self._block(i, weights[i], x, here, step, prompts, given, inside, num_tokens)
                 if taken is not None and i in readout.after:
                     taken[i] = x[:, :num_tokens]
                 if i == readout.stop:
@@ -162,6 +169,7 @@ class FastBackbone:
         rope: Tensor | None,
         step: BlockStep,
         prompts: Tensor | None,
+        ready: tuple[Tensor, Tensor] | None,
         inside: bool,
         num_tokens: int,
     ) -> Tensor:
@@ -169,21 +177,50 @@ class FastBackbone:
 
         Args:
             prompts: those that enter here, (P, D) or (B, P, D).
+            ready: their keys and values, where they were made before.
             inside: they are the last rows of x already (block 0).
         """
         trade = "min" if self.backbone.grad_checkpointing else self.options.memory
 
         def run(x: Tensor) -> Tensor:
-            if step.rows is not None and self.absorbs(i, step.rows):
+            if ready is None and step.rows is not None and self.absorbs(i, step.rows):
                 own = x if prompts is None else x[:, :num_tokens]
                 o = blocks.attend_absorbed(w, own, step.rows, prompts, step.keys)
                 return recompute.finish_block(w, x[:, : step.rows], o, trade)
-            x, o = self._attend(i, w, x, rope, step, prompts, inside, num_tokens)
+            x, o = self._attend(i, w, x, rope, step, prompts, ready, inside, num_tokens)
             return recompute.finish_block(w, x, o, trade)
 
         again = trade == "min" and torch.is_grad_enabled()
         x = recompute.run_again(run, x) if again else run(x)
         return x[:, :num_tokens] if step.kv_only else x
+
+    def _keys_values_at_once(
+        self,
+        x: Tensor,
+        weights: list[BlockWeights],
+        steps: list[BlockStep],
+        schedule: PromptSchedule,
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values of the prompts of all blocks that use nothing else of them, in one
+        product, by block; none where this saves no launch."""
+        # where copies of the weights are made they are the host's own, and nothing is launched
+        if self.cache.copies_refusal is None or not self.options.kv_only:
+            return {}
+        if torch.compiler.is_compiling() or leaves_this_package() or transformed():
+            return {}
+        few = x.shape[0] * x.shape[1] <= HOST_BOUND_TOKENS
+        found: dict[int, Any] = {}
+        normed = not isinstance(self.cache.family.norm_pre(self.backbone), nn.Identity)
+        for i, step in enumerate(steps):
+            absorbed = not few and step.rows is not None and self.absorbs(i, step.rows)
+            if step.tokens and step.kv_only and not absorbed and not (i == 0 and normed):
+                found[i] = schedule.parts(i).tokens
+        if one_product_refusal([weights[i] for i in found], list(found.values())):
+            return {}
+        tokens = torch.stack(list(found.values())).to(x.dtype)
+        images = x.shape[0] if few and not self.fuses(x, True) else None
+        made = all_keys_values([weights[i] for i in found], tokens, images)
+        return dict(zip(found, made, strict=True))
 
     def _attend(
         self,
@@ -193,6 +230,7 @@ class FastBackbone:
         rope: Tensor | None,
         step: BlockStep,
         prompts: Tensor | None,
+        ready: tuple[Tensor, Tensor] | None,
         inside: bool,
         num_tokens: int,
     ) -> tuple[Tensor, Tensor]:
@@ -212,9 +250,11 @@ class FastBackbone:
         elif prompts is None or kv_only:
             M = num_tokens if step.rows is None and kv_only else M
             if prompts is not None:
-                own = self.cache.prompt_keys_values(i, w, prompts)
+                own = ready or self.cache.prompt_keys_values(i, w, prompts)
                 keys = blocks.join(own, keys)
-            copied = keys is not None and not self.fuses(keys[0], True)
+            # few tokens: one product is worth more than the memory of the queries beside the keys
+            many = x.shape[0] * x.shape[1] > HOST_BOUND_TOKENS
+            copied = many and keys is not None and not self.fuses(keys[0], True)
             q, k, v = blocks.project(w, x, M, separate=copied)
         else:
             together = torch.cat([x, prompts.expand(x.shape[0], -1, -1)], dim=1)

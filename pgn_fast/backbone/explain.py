@@ -12,6 +12,7 @@ from . import packed, support
 from .engine import ABSORB_ROWS, FastBackbone
 from .readout import Readout
 from .schedule import PromptSchedule
+from .splitting import HOST_BOUND_TOKENS
 from .steps import block_steps
 
 _NOT_WANTED = "switched off"
@@ -103,9 +104,10 @@ def _savings(
     reason = reason or support.absorb_refusal(family, engine.backbone, depth - 1)
     if reason is None and rows is not None and rows > ABSORB_ROWS:
         reason = f"{rows} rows are read, it pays up to {ABSORB_ROWS}"
+    above = "" if engine.cache.copies_refusal is None else f" above {HOST_BOUND_TOKENS} tokens"
     yield (
         "absorb",
-        f"block {depth - 1} forms no keys and values",
+        f"block {depth - 1} forms no keys and values{above}",
         off(options.absorb and options.last_rows, reason),
     )
 

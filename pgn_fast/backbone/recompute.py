@@ -32,8 +32,8 @@ def finish_block(w: BlockWeights, x: Tensor, o: Tensor, memory: Memory) -> Tenso
     """Residual, projection and MLP: tokens (B, M, D), attention output (B, M, A) -> (B, M, D)."""
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or o.requires_grad)
     if not needs_grad:
-        y, n, _ = blocks.add_attention(w, x, o)
-        return blocks.mlp(w, y, n)
+        residual = blocks.add_attention(w, x, o)
+        return blocks.mlp(w, residual.sum, residual.norm)
     if torch.compiler.is_compiling() or leaves_this_package() or transformed():
         # a compiler sees torch's own operations and plans memory around the checkpoint
         run = lambda y: blocks.mlp(w, y, w.norm2(y))
@@ -60,12 +60,12 @@ class _SecondHalf(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, o: Tensor, w: BlockWeights, keep_hidden: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        y, n, rstd = blocks.add_attention(w, x, o)
+        y, n, rstd, statistics = blocks.add_attention(w, x, o)
         u = w.fc1(n)
         kept = y if rstd is None else n
         ctx.w, ctx.dtype = w, o.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(kept, rstd, u if keep_hidden else None)
+        ctx.save_for_backward(kept, rstd, u if keep_hidden else None, *statistics)
         z = w.fc2(blocks.hidden(w, u, overwrite=not keep_hidden))
         return blocks.add(y, z, w.ls2), kept, rstd
 
@@ -73,7 +73,7 @@ class _SecondHalf(torch.autograd.Function):
     def backward(
         ctx: Any, grad_z: Tensor | None, grad_kept: Tensor | None, grad_rstd: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        w, (kept, rstd, u) = ctx.w, ctx.saved_tensors
+        w, (kept, rstd, u, *statistics) = ctx.w, ctx.saved_tensors
         grad_n = None
         if grad_z is not None:
             if u is None or torch.is_grad_enabled():  # u as a function of what is kept
@@ -84,7 +84,9 @@ class _SecondHalf(torch.autograd.Function):
             del u, grad_hidden
             grad_n = w.fc1.input_gradient(grad_u)
         if rstd is None:
-            through = None if grad_n is None else w.norm2.input_gradient(kept, grad_n)
+            through = None
+            if grad_n is not None:
+                through = w.norm2.input_gradient(kept, grad_n, *statistics)
             grad_y = _sum(through, grad_z, grad_kept)
         else:
             grad_n = _sum(grad_n, grad_kept)

@@ -48,8 +48,25 @@ class Norm:
         plain = not self.rms and self.weight is None and self.bias is None
         return plain and x.dtype == y.dtype and self.backend not in (None, "reference")
 
-    def input_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
-        """The gradient of x from that of the output; the statistics are computed again.
+    def with_statistics(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The norm of x, and LayerNorm's mean and 1 / std (..., 1), for ``input_gradient``."""
+        if self.rms:
+            return self(x), None, None
+        dtype = x.dtype
+        x = x if self.weight is None else x.to(self.weight.dtype)
+        shape = x.shape[-1:]
+        n, mean, rstd = torch.native_layer_norm(x, shape, self.weight, self.bias, self.eps)
+        return n.to(dtype), mean, rstd
+
+    def input_gradient(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        mean: Tensor | None = None,
+        rstd: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient of x from that of the output; statistics that are not given, or that this
+        gradient is differentiated through, are computed again.
 
         With n the normalized x and g = grad * weight, means over the last dimension:
         LayerNorm (g - mean(g) - n mean(g n)) / std, RMSNorm (g - n mean(g n)) / rms.
@@ -64,7 +81,8 @@ class Norm:
             g = grad if self.weight is None else grad * self.weight
             return ((g - n * (g * n).mean(dim=-1, keepdim=True)) * inverse).to(dtype)
         shape = x.shape[-1:]
-        _, mean, rstd = torch.native_layer_norm(x, shape, self.weight, self.bias, self.eps)
+        if mean is None or rstd is None or torch.is_grad_enabled():
+            _, mean, rstd = torch.native_layer_norm(x, shape, self.weight, self.bias, self.eps)
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, shape, mean, rstd, self.weight, self.bias, [True, False, False]
         )
