@@ -1,20 +1,25 @@
-"""Everything that only a GPU can tell about this library, in one call of under nine minutes.
+"""Everything that only a GPU can tell about this library, in one call of nine minutes.
 
     python bench/gpu.py [--json FILE] [--budget SECONDS] [--only STEP ...] [--dry-run]
 
-Builds, runs the tests that touch a GPU, looks for wrong memory accesses and races with
-compute-sanitizer, then measures: first what this machine can do at all (copy, GEMM), then every op
-beside plain torch, each figure with the share of the ceiling that binds it. Each step is a process
-of its own with a time limit: one that hangs or dies costs its own results only. The JSON is written
-after every step; "assumptions" in it stands beside the figures that the design had to guess.
+Builds, runs every kernel once, measures what this machine can do at all (copy, GEMM), holds the
+kernels to float64 at full size, then measures: whole models eager and as CUDA graphs, every op
+beside plain torch, each figure with its error against float64, whether two runs give the same bits,
+and the share of the ceiling that binds it. Then the tests that touch a GPU, the memory and race
+checks of compute-sanitizer, and last the peers that have to be compiled. Each step is a process of
+its own with a time limit, each compiled peer too: one that hangs or dies costs its own results.
+The JSON is written after every step; "assumptions" in it stands beside the figures that the design
+had to guess.
 
-``--dry-run`` walks through the same steps on the CPU with tiny shapes and runs no command.
+``--dry-run`` walks through the same steps on the CPU with tiny shapes: every measurement's code
+runs, the sanitizers' problems by Triton's interpreter; it builds nothing and runs no test.
 Exit code: 0 if every step passed, 1 if one did not, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -32,6 +37,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
+import gpu_common  # noqa: E402
 import gpu_steps  # noqa: E402
 
 DEVICE_TESTS = ("test_mix_prompts", "test_prompt*", "test_feedback_round", "test_triton_[km]*")
@@ -43,6 +49,7 @@ class Step(NamedTuple):
     name: str
     seconds: int  # never longer
     commands: Callable[[Path], list[list[str]]]  # from the file where its results belong
+    each: float = float("inf")  # seconds for one command
 
 
 class Outcome(NamedTuple):
@@ -51,8 +58,9 @@ class Outcome(NamedTuple):
     output: str  # the end of what it printed
 
 
-def _measure(name: str) -> Callable[[Path], list[list[str]]]:
-    return lambda part: [[sys.executable, str(HERE / "gpu_steps.py"), name, str(part)]]
+def _measure(*names: str) -> Callable[[Path], list[list[str]]]:
+    script = str(HERE / "gpu_steps.py")
+    return lambda part: [[sys.executable, script, name, str(part)] for name in names]
 
 
 def _build(part: Path) -> list[list[str]]:
@@ -64,15 +72,21 @@ def _tests(part: Path) -> list[list[str]]:
     files = sorted(str(f) for name in DEVICE_TESTS for f in (ROOT / "tests").glob(f"{name}.py"))
     pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     pytest += ["--continue-on-collection-errors"]  # a test package may be missing there
-    return [[*pytest, *files], [*pytest, "-m", "gpu", str(ROOT / "tests")]]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", "8"]  # a new Triton kernel takes seconds to compile
+    return [[*pytest, "-m", "gpu", str(ROOT / "tests")], [*pytest, *files]]
+
+
+# names of our kernels: mangled with the namespace in C++, the functions' own in Triton
+OUR_KERNELS = r"pgn_fast|^_[a-z_]+_kernel"
 
 
 def _sanitizer(tool: str) -> Callable[[Path], list[list[str]]]:
     def commands(part: Path) -> list[list[str]]:
         found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         flags = ["--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
-        # ours, in CUDA and in Triton, and torch's cheapest: cuBLAS under a sanitizer takes minutes
-        flags += ["--kernel-regex", "kns=_kernel"]
+        # ours alone: cuBLAS under a sanitizer takes minutes
+        flags += ["--kernel-regex", f"kns={OUR_KERNELS}"]
         return [[found, *flags, *_measure("small")(part)[0]]]
 
     return commands
@@ -80,26 +94,33 @@ def _sanitizer(tool: str) -> Callable[[Path], list[list[str]]]:
 
 # By worth: what is cut off at the end of the budget is what matters least. The limits sum to it.
 STEPS = [
-    Step("build", 100, _build),
-    Step("ceilings", 15, _measure("ceilings")),
-    Step("tests", 100, _tests),
-    Step("models", 150, _measure("models")),
-    Step("prompt_attention", 45, _measure("prompt_attention")),
-    Step("prompted_patch_embed", 25, _measure("prompted_patch_embed")),
-    Step("mix_prompts", 25, _measure("mix_prompts")),
+    Step("build", 90, _build),
+    Step("smoke", 20, _measure("small")),
+    Step("ceilings", 10, _measure("ceilings")),
+    Step("full size", 20, _measure("full_size")),
+    Step("models", 100, _measure("models")),
+    Step("prompt_attention", 35, _measure("prompt_attention")),
+    Step("prompted_patch_embed", 20, _measure("prompted_patch_embed")),
+    Step("mix_prompts", 15, _measure("mix_prompts")),
     Step("add_layer_norm", 10, _measure("add_layer_norm")),
+    Step("tests", 70, _tests),
     Step("memcheck", 20, _sanitizer("memcheck")),
     Step("racecheck", 15, _sanitizer("racecheck")),
+    Step("synccheck", 10, _sanitizer("synccheck")),
+    Step("initcheck", 10, _sanitizer("initcheck")),
     Step("gemm", 10, _measure("gemm")),
-    Step("sdpa", 15, _measure("sdpa")),
+    Step("sdpa", 10, _measure("sdpa")),
+    Step("compiled peers", 75, _measure(*gpu_steps.COMPILED), each=40),
 ]
-BUDGET = 530.0
+BUDGET = 540.0
 
 
 def run_command(command: Sequence[str], seconds: float) -> Outcome:
     """Run one command in a process group of its own, and end the whole group when time is up."""
     begin = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(HERE)])}
+    if "--tiny" in command:
+        environment["TRITON_INTERPRET"] = "1"  # the Triton kernels on the CPU
     try:
         process = subprocess.Popen(
             command,
@@ -127,19 +148,29 @@ def run_step(step: Step, seconds: float, part: Path) -> Outcome:
     outcomes: list[Outcome] = []
     for command in step.commands(part):
         left = min(step.seconds, seconds) - sum(outcome.seconds for outcome in outcomes)
-        outcomes.append(run_command(command, left))
+        if left < 2:
+            outcomes.append(Outcome("timed out", 0.0, f"not reached: {' '.join(command)}"))
+        else:
+            outcomes.append(run_command(command, min(left, step.each)))
     worst = next((o.status for o in outcomes if o.status != "passed"), "passed")
     return Outcome(worst, sum(o.seconds for o in outcomes), "\n".join(o.output for o in outcomes))
 
 
 def rehearse_step(step: Step, seconds: float, part: Path) -> Outcome:
-    """The same step without a GPU: measurements in tiny sizes in this process, no command."""
+    """The same step without a GPU: its measurements in tiny sizes, in this process, but for the
+    Triton kernels, whose interpreter is chosen before they are imported. Building, testing and the
+    sanitizers, whose program the smoke step has run, are only named."""
+    commands = step.commands(part)
+    script = str(HERE / "gpu_steps.py")
+    if commands[0][1] != script:
+        return Outcome("passed", 0.0, "would run: " + " ".join(commands[0]))
+    names = [command[2] for command in commands]
+    if "small" in names:
+        return run_command([*commands[0], "--tiny"], seconds)
     begin = time.monotonic()
-    (command, *_) = step.commands(part)
-    if str(HERE / "gpu_steps.py") not in command or "compute-sanitizer" in command[0]:
-        return Outcome("passed", 0.0, "would run: " + " ".join(command))
     try:
-        gpu_steps.measure(command[-2], part, tiny=True)
+        for name in names:
+            gpu_steps.measure(name, part, tiny=True)
     except Exception as error:
         return Outcome("failed", time.monotonic() - begin, repr(error))
     return Outcome("passed", time.monotonic() - begin, "")
@@ -181,7 +212,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the steps within ``budget`` seconds; the report is on disk after every one of them."""
     begin = time.monotonic()
-    report: dict[str, Any] = {"environment": gpu_steps.environment(), "steps": {}}
+    report: dict[str, Any] = {"environment": gpu_common.environment(), "steps": {}}
     report |= {"figures": [], "errors": []}
     part = path.with_suffix(".part")
     for step in steps:
@@ -208,11 +239,15 @@ def print_figures(report: dict[str, Any]) -> None:
     for error in report["errors"]:
         print(error)
     for figure in report["figures"]:
-        share = figure.get("share_of_ceiling")
+        share, error = figure.get("share_of_ceiling"), figure.get("error")
         print(
             f"{figure['group']:64s}{figure['name']:24s}{figure['ms']:10.4f} ms"
+            + (f"  error {error:.1e}" if error is not None else "")
+            + ("  NOT THE SAME TWICE" if figure.get("repeats") is False else "")
             + (f"{share:7.0%} of the ceiling" if share else "")
         )
+    for group, lines in report.get("graphs", {}).items():
+        print(f"{group}: {'; '.join(lines)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -44,9 +45,14 @@ def test_rehearsal_walks_through_every_step(gpu, tmp_path):
     }
     assert report["errors"] == []
     groups = {figure["group"].split()[0] for figure in report["figures"]}
-    ops = {"mix_prompts", "prompted_patch_embed", "prompt_attention"}
-    assert groups == {"gemm", "sdpa", "VPT", *ops}
-    assert all(figure["ms"] > 0 for figure in report["figures"])
+    ops = {"mix_prompts", "prompted_patch_embed", "prompt_attention", "add_layer_norm"}
+    assert groups == {"gemm", "sdpa", "VPT", "full", *ops}
+    for figure in report["figures"]:
+        assert figure["ms"] > 0
+        if "with its optimizer" not in figure["group"]:
+            assert figure["error"] < 1e-4 and figure["repeats"], figure
+    names = {figure["name"] for figure in report["figures"]}
+    assert {"timm", "pgn_fast", "pgn_fast.capture", "timm, torch.compile reduce-overhead"} <= names
     assert set(report["assumptions"]) == {
         *gpu.gpu_steps.ASSUMED_SHARES,
         *gpu.gpu_steps.ASSUMED_RATES,
@@ -89,6 +95,43 @@ def test_steps_without_time_are_named_as_such(gpu, tmp_path):
     step = gpu.Step("late", 5, lambda p: [python("pass")])
     report = gpu.run([step], 1, tmp_path / "report.json", gpu.run_step)
     assert report["steps"]["late"]["status"] == "no time left"
+
+
+def test_a_command_that_hangs_leaves_time_for_the_next(gpu, tmp_path):
+    hangs, works = python("import time; time.sleep(60)"), python("print('reached')")
+    step = gpu.Step("many", 20, lambda part: [hangs, works], each=1)
+    outcome = gpu.run_step(step, 20, tmp_path / "part")
+    assert outcome.status == "timed out" and "reached" in outcome.output
+    step = gpu.Step("many", 1, lambda part: [works])
+    assert gpu.run_step(step, 20, tmp_path / "part").output.startswith("not reached: ")
+
+
+def test_a_figure_that_is_wrong_or_restless_says_so(gpu, tmp_path):
+    bench = gpu.gpu_common.Bench(tmp_path / "part", tiny=True)
+    x = torch.ones(3)
+    bench.record("a group", "wrong", lambda: x * 1.5, truth=[x.double()])
+    bench.record("a group", "restless", lambda: torch.rand(3))
+    bench.record("a group", "fails", lambda: x.view(2, 2))
+    wrong, restless = json.loads((tmp_path / "part").read_text())["figures"]
+    assert wrong["error"] == pytest.approx(0.5) and wrong["repeats"]
+    assert not restless["repeats"] and restless["error"] is None
+    (error,) = bench.report["errors"]
+    assert error.startswith("a group, fails: RuntimeError: ")
+
+
+def test_the_sanitizers_look_at_every_kernel_of_ours_and_at_no_other(gpu):
+    """In C++ by the namespace that is part of every mangled name, in Triton by the function."""
+    pattern = re.compile(gpu.OUR_KERNELS)
+    sources = (Path(__file__).parents[1] / "kernels/pgn_triton").glob("*.py")
+    text = "".join(path.read_text() for path in sources)
+    triton = re.findall(r"@triton\.jit\ndef (_\w*kernel)\(", text)
+    assert len(triton) >= 13 and all(map(pattern.search, triton))
+    assert pattern.search("_ZN8pgn_fast4cuda16mix_prompts_kernelI6__halfEEvNS0_10MixPromptsEb")
+    for other in (
+        "_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_11FillFunctorIfEEEEviT0_T1_",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_cublas",
+    ):
+        assert not pattern.search(other)
 
 
 def figure(gpu, **changes):

@@ -1,0 +1,158 @@
+"""Whole models on a GPU: this library against timm's own blocks, eager, as graphs and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from gpu_common import Bench, Truth, backends, gradients, without_gradients
+from torch import Tensor
+
+# method, backbone, images, prompts
+CASES = [
+    ("VPT", "vit_base_patch16_224", 64, 50),
+    ("VPT", "vit_base_patch16_224", 8, 50),
+    ("PGN", "vit_base_patch32_224", 128, 16),
+    ("PGN", "vit_base_patch16_224", 64, 16),
+]
+CHECKED = 4  # images of the batch whose results are held against float64
+
+
+class Case:
+    """One method on one backbone, and what its results should be.
+
+    Args:
+        index: in ``CASES``; a rehearsal has one of its own.
+    """
+
+    def __init__(self, bench: Bench, index: int) -> None:
+        import timm
+
+        given = ("VPT", "test_vit", 2, 3) if bench.tiny else CASES[index]
+        self.bench, (self.method, name, B, self.P) = bench, given
+        torch.manual_seed(index)
+        self.backbone = timm.create_model(name, pretrained=False)
+        self.backbone.to(bench.device, bench.dtype)
+        size = self.backbone.pretrained_cfg["input_size"][1]
+        self.images = bench.draw(B, 3, size, size)
+        self.labels = torch.arange(B, device=bench.device) % 100
+        self.group = f"{self.method} {name}, B={B}, P={self.P}"
+        self.model = self.build(None)
+        self.truths = self._truths()
+
+    def build(self, backend: str | None) -> Any:
+        import pgn_fast
+
+        torch.manual_seed(0)
+        make = getattr(pgn_fast, self.method)
+        model = make(self.backbone, num_classes=100, num_prompts=self.P, backend=backend)
+        torch.nn.init.normal_(model.head.weight, std=0.02)
+        return model.to(self.bench.device, self.bench.dtype).train()
+
+    def loss(self, call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        labels = self.labels[: len(images)]
+        return torch.nn.functional.cross_entropy(call(images).float(), labels)
+
+    def step(self, model: Any, call: Callable[[Tensor], Tensor], images: Tensor) -> Any:
+        """Forward and backward."""
+        loss = lambda *_: self.loss(call, images)
+        return gradients(loss, list(model.trainable_parameters()))
+
+    def _truths(self) -> tuple[Truth, Truth]:
+        import copy
+
+        wide = copy.deepcopy(self.model).double()
+        images = self.images[:CHECKED].double()
+        call = wide.forward_reference
+
+        def step() -> Any:
+            loss = torch.nn.functional.cross_entropy(call(images), self.labels[:CHECKED])
+            return torch.autograd.grad(loss, list(wide.trainable_parameters()))
+
+        logits = self.bench.truth(self.group, without_gradients(call, [images]))
+        return logits, self.bench.truth(self.group, step)
+
+    def record(self, which: str, model: Any, call: Callable[[Tensor], Tensor]) -> None:
+        """Time a training step and an inference, and note the memory at their peak."""
+        bench, few = self.bench, self.images[:CHECKED]
+        step = self.step(model, call, self.images)
+        check = self.step(model, call, few)
+        bench.record(f"{self.group}, training step", which, step, truth=self.truths[1], check=check)
+        forward, check = (without_gradients(call, [x]) for x in (self.images, few))
+        bench.record(f"{self.group}, inference", which, forward, truth=self.truths[0], check=check)
+        if not bench.tiny:
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            peak = bench.report.get("peak_bytes", {})
+            peak[f"{self.group}, {which}"] = torch.cuda.max_memory_allocated()
+            bench.save(peak_bytes=peak)
+
+
+def models(bench: Bench) -> None:
+    """Every case: timm's blocks, ours, and ours by each backend; then what graphs make of them."""
+    for index in range(1 if bench.tiny else len(CASES)):
+        case = Case(bench, index)
+        case.record("timm", case.model, case.model.forward_reference)
+        case.record("pgn_fast", case.model, case.model.forward)
+        for backend in backends(bench, "prompt_attention", case.images):
+            named = case.build(backend)
+            case.record(f"pgn_fast, {backend}", named, named.forward)
+        _as_users_train(bench, case)
+
+
+def _as_users_train(bench: Bench, case: Case) -> None:
+    """Steps with their optimizer: eager with the launches, captured, and as training runs them."""
+    import pgn_fast
+    from pgn_fast.cuda_graphs import CALLS_TO_PROVE, graphed
+
+    model = case.build(None)
+    fused = {} if bench.tiny else {"capturable": True}
+    optimizer = torch.optim.AdamW(model.trainable_parameters(), lr=1e-3, **fused)
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    group, inputs = f"{case.group}, step with its optimizer", (case.images, case.labels)
+    captured = step if bench.tiny else pgn_fast.capture(step)
+    for which, call in (("eager", step), ("pgn_fast.capture", captured)):
+        try:
+            for _ in range(5):
+                call(*inputs)
+            ms = bench.eager_milliseconds(lambda call=call: call(*inputs))
+        except Exception as error:
+            bench.fail(f"{group}, {which}", error)
+            continue
+        figure = {"group": group, "name": which, "ms": ms, "flops": 0.0, "bytes": 0.0}
+        bench.report["figures"].append(figure | {"error": None, "repeats": None})
+        bench.save()
+
+    told: list[str] = []
+
+    def passed(images: Tensor, labels: Tensor) -> dict[str, Any]:
+        loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, [p for _, p in named])
+        return {"loss": loss.detach(), "gradient of": dict(zip(dict(named), grads, strict=True))}
+
+    half = bench.dtype != torch.float32
+    state = lambda: dict(model.named_buffers())
+    proved = graphed(passed, model, what="training step", tell=told.append, state=state, half=half)
+    for _ in range(CALLS_TO_PROVE + 3):
+        proved(*inputs)
+    graphs = bench.report.get("graphs", {})
+    bench.save(graphs=graphs | {case.group: told})
+
+
+def compiled_models(bench: Bench, index: int) -> None:
+    """One case compiled, timm's blocks or ours: by torch.compile's default, and as its graphs."""
+    case = Case(bench, index // 2)
+    which = ("timm", "pgn_fast")[index % 2]
+    call = case.model.forward_reference if index % 2 == 0 else case.model.forward
+    for mode in (None, "reduce-overhead"):
+        name = f"{which}, torch.compile" + (f" {mode}" if mode else "")
+        case.record(name, case.model, bench.compile(call, mode))
