@@ -4,25 +4,30 @@ pytest bench/ --benchmark-only                  the chosen cases, a few minutes 
 PGN_FAST_BENCH=all pytest bench/ --benchmark-only      every case
 pytest bench/ --benchmark-only --rows FILE.jsonl       keep the figures (see rows.py)
 pytest bench/ --benchmark-disable                      run each case once, as small as can be
+
+A default run that takes longer than ``level.BUDGET`` begins no further case and says which it left.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import level
 import pytest
 import report
 import rows
 import torch
-from rows import DEVICE, Row
+from models_common import alternate
+from rows import Row
 
-ALL = os.environ.get("PGN_FAST_BENCH") == "all"
+# ops and models come first: where time runs out, their ratios are there
+ORDER = ("bench_ops", "bench_models")
 _measured = pytest.StashKey[list[Row]]()
+_began = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,16 +35,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: measured with PGN_FAST_BENCH=all alone")
     config.stash[_measured] = []
     config.option.benchmark_quiet = True  # the closing table says what its tables say
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", level.DTYPES, ids=level.name)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not ALL:
-        for item in items:
-            if "full" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="measured with PGN_FAST_BENCH=all"))
+    items.sort(key=lambda item: item.path.stem not in ORDER)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = time.monotonic() - _began
+    timed = not item.config.getoption("--benchmark-disable")
+    if timed and level.LEVEL == "chosen" and seconds > level.BUDGET:
+        pytest.skip(f"{level.BUDGET:.0f} s are over; PGN_FAST_BENCH=all measures every case")
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """No dots: every case has its own lines."""
+    if report.when == "call" and report.passed:
+        return "passed", "", "PASSED"
+    return None
 
 
 @pytest.fixture(scope="session")
@@ -59,61 +79,65 @@ def record(request: pytest.FixtureRequest, quick: bool) -> Callable[[Row], None]
         terminal = request.config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:
             terminal.ensure_newline()
-            terminal.write_line(f"{row.case}: {row.contender} {report.figure(row)}")
+            dtype = f", {row.dtype}" if row.dtype else ""
+            terminal.write_line(f"{row.case}{dtype}: {row.contender} {report.figure(row)}")
+            terminal.flush()
 
     return keep
 
 
 @pytest.fixture
-def measure(benchmark: Any, quick: bool, record: Callable[[Row], None]) -> Callable[..., None]:
-    """``measure(run, suite=..., case=..., contender=..., flops=..., bytes=...)``: time ``run()``.
+def measure(
+    benchmark: Any, quick: bool, record: Callable[[Row], None]
+) -> Callable[..., dict[str, float]]:
+    """``measure({contender: run}, suite=..., case=..., dtype=..., **facts)``: time each ``run()``.
 
-    Rounds are started by a warm-up and ended by a synchronization. ``flops`` and ``bytes`` are the
-    least that the task needs (each tensor once), not what an implementation happens to do.
+    Returns the contenders' median seconds. Their rounds alternate, so that whatever slows the
+    machine down meets all of them alike; a round of a quick run is as many calls as fill 20 ms.
+    ``facts`` such as flops and bytes are the least that the task needs (each tensor once), not what
+    an implementation happens to do.
     """
 
     def timed(
-        run: Callable[[], object],
+        runs: Mapping[str, Callable[[], object]],
         *,
         suite: str,
         case: str,
-        contender: str,
         dtype: torch.dtype | None = None,
         **facts: Any,
-    ) -> None:
-        def once() -> None:
-            run()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-
+    ) -> dict[str, float]:
+        first = next(iter(runs.values()))
         if quick:
-            benchmark(once)  # disabled: runs once
-            return
-        for _ in range(3):
-            once()
-        benchmark.pedantic(once, rounds=rounds_for(once), warmup_rounds=1)
-        seconds = benchmark.stats.stats.data
-        record(
-            Row(
-                suite,
-                case,
-                contender,
-                statistics.median(seconds),
-                spread=rows.spread(seconds),
-                rounds=len(seconds),
-                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-                facts=facts,
+            alternate(dict(runs), rounds=0)  # once each
+            benchmark(first)  # disabled: runs once
+            return {}
+        once = {who: _once(run) for who, run in runs.items()}
+        calls = {who: max(1, int(0.02 / seconds)) for who, seconds in once.items()}
+        longest = max(calls[who] * seconds for who, seconds in once.items())
+        rounds = min(15, max(3, int(0.4 / longest)))
+        seconds = alternate(dict(runs), rounds, calls)
+        for who, times in seconds.items():
+            record(
+                Row(
+                    suite,
+                    case,
+                    who,
+                    statistics.median(times),
+                    spread=rows.spread(times),
+                    rounds=len(times) * calls[who],
+                    dtype=None if dtype is None else level.name(dtype),
+                    facts=facts,
+                )
             )
-        )
+        benchmark.pedantic(first, rounds=1, iterations=1)
+        return {who: statistics.median(times) for who, times in seconds.items()}
 
     return timed
 
 
-def rounds_for(once: Callable[[], object], seconds: float = 0.4) -> int:
-    """As many rounds as fit into ``seconds``, between 5 and 2000."""
-    start = time.perf_counter()
-    once()
-    return int(min(2000, max(5, seconds / max(time.perf_counter() - start, 1e-6))))
+def _once(run: Callable[[], object]) -> float:
+    """Seconds of a call after a first one, which may compile or fill caches."""
+    return alternate({"run": run}, rounds=1)["run"][0]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

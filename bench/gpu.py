@@ -144,7 +144,7 @@ def run_command(command: Sequence[str], seconds: float) -> Outcome:
 
 
 def run_step(step: Step, seconds: float, part: Path) -> Outcome:
-    """Run a step's commands one after the other, also behind one that failed."""
+    """Run a step's commands one after the other, also after one that failed."""
     outcomes: list[Outcome] = []
     for command in step.commands(part):
         left = min(step.seconds, seconds) - sum(outcome.seconds for outcome in outcomes)

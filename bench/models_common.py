@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,9 +89,12 @@ def set_fused_attention(backbone: nn.Module, fused: bool) -> None:
             module.fused_attn = fused
 
 
-def alternate(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    steps: dict[str, Step], rounds: int, calls: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
     """Seconds of each step in each round; forward, backward and so on through the list, so that
-    whatever slows the machine down meets all of them alike."""
+    whatever slows the machine down meets all of them alike. Where ``calls`` says so, a round is the
+    mean of several calls."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
@@ -99,11 +102,13 @@ def alternate(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     for round_ in range(rounds):
         names = list(steps) if round_ % 2 == 0 else list(steps)[::-1]
         for name in names:
+            step, count = steps[name], (calls or {}).get(name, 1)
             synchronize()
             start = time.perf_counter()
-            steps[name]()
+            for _ in range(count):
+                step()
             synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / count)
     return seconds
 
 

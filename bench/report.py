@@ -2,8 +2,7 @@
 
     python bench/report.py                          every table, from bench/results/*.jsonl
     python bench/report.py FILE.jsonl ...           from these files
-    python bench/report.py --write                  write the tables into the pages' blocks
-    python bench/report.py --plot bench/results/cost_of_prompts.svg
+    python bench/report.py --write                  write the pages' blocks and their picture
 
 A block of a page in PAGES begins with ``<!-- figures: NAME -->`` and ends with
 ``<!-- end -->``; what is between them is written here and nowhere else (tests/test_figures.py).
@@ -24,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/training.md")
 PLAIN = ("eager", "compile")
 PEERS = ("timm", "timm compiled", "official")
+PICTURE = ROOT / "docs/pictures/cost_of_prompts.svg"
 Group = dict[str, Row]
 
 
@@ -52,7 +52,7 @@ def groups(kept: Iterable[Row], suite: str | None = None) -> dict[tuple[str, str
 
 def ours_and_peer(group: Group) -> tuple[Row, Row] | None:
     """The row of this package and the fastest honest peer's, if the group has both."""
-    peers = [r for name, r in group.items() if name in (*PLAIN, "timm", "timm compiled")]
+    peers = [r for name, r in group.items() if name in (*PLAIN, "timm", "timm compiled", "own")]
     ours = [r for name, r in group.items() if name in ("ours", "cpu", "triton", "cuda")]
     timed = all(r.unit == "s" for r in (*peers, *ours))
     if not (peers and ours and timed):
@@ -60,18 +60,55 @@ def ours_and_peer(group: Group) -> tuple[Row, Row] | None:
     return min(ours, key=lambda r: r.value), min(peers, key=lambda r: r.value)
 
 
+def ratio_of(group: Group) -> float | None:
+    """How many times as fast as the fastest honest peer ours is."""
+    pair = ours_and_peer(group)
+    return pair and pair[1].value / pair[0].value
+
+
 def closing_table(kept: Iterable[Row]) -> list[str]:
-    """One line a case: our time, the fastest peer's, and how many times as fast ours is."""
+    """By op, by model and by other task: how many times as fast ours is as the fastest peer."""
+    kept = list(kept)
+    sections = {
+        "by op": [row for row in kept if "op" in row.facts],
+        "by model": [row for row in kept if row.suite == "models"],
+        "other tasks": [row for row in kept if row.suite != "models" and "op" not in row.facts],
+    }
     lines = []
-    for (_, dtype, case), group in groups(kept).items():
-        if pair := ours_and_peer(group):
-            ours, peer = pair
-            name = f"{case}, {dtype}" if dtype else case
-            lines.append(
-                f"{peer.value / ours.value:6.2f}x  {name}: {figure(ours)} "
-                f"({peer.contender}: {figure(peer)})"
-            )
+    for title, chosen in sections.items():
+        found = []
+        for (_, dtype, case), group in groups(chosen).items():
+            if pair := ours_and_peer(group):
+                ours, peer = pair
+                name = ", ".join(filter(None, (_step(case), dtype)))
+                found.append(
+                    f"{ratio_of(group):6.2f}x  {name}: {figure(ours)} "
+                    f"({peer.contender}: {figure(peer)})"
+                )
+        lines += [title, *found] if found else []
     return lines
+
+
+def per_op(kept: list[Row]) -> list[str]:
+    """Every op and direction over the faster of eager and compiled torch: least and most."""
+    ratios: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (device, dtype, _), group in groups(kept, "ops").items():
+        if (ratio := ratio_of(group)) is not None:
+            facts = next(iter(group.values())).facts
+            ratios[f"{facts['op']}, {facts['direction']}"][device, dtype].append(ratio)
+    columns = list(dict.fromkeys(column for found in ratios.values() for column in found))
+    heads = [f"{machine_name(device)}, {dtype}" for device, dtype in columns]
+    lines = [f"| op | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(columns)]
+    for name, found in ratios.items():
+        cells = [_range(found[column]) if column in found else "" for column in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _range(ratios: list[float]) -> str:
+    """ "0.85×", "1.17× to 2.64×"."""
+    least, most = f"{min(ratios):.2f}×", f"{max(ratios):.2f}×"
+    return least if least == most else f"{least} to {most}"
 
 
 def machine_name(device: str) -> str:
@@ -118,16 +155,11 @@ def models_table(kept: list[Row]) -> list[str]:
 
 README_STEPS = [
     f"{case} {mode}"
-    for case in (
-        "deep-base/16-P10-B8",
-        "deep-base/16-P50-B8",
-        "deep-base/16-P100-B8",
-        "deep-base/16-P200-B8",
-        "shallow-base/16-P50-B8",
-        "pgn-base/32-P16-B16",
-        "pgn-base/16-P16-B4",
-    )
     for mode in ("train", "infer")
+    for case in (
+        *(f"deep-base/16-P{P}-B8" for P in (10, 50, 100, 200)),
+        "pgn-base/32-P16-B16",
+    )
 ]
 
 
@@ -283,6 +315,7 @@ BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
     "demo": demo_table,
     "summary": models_summary,
     "models": models_table,
+    "per_op": per_op,
     "memory": memory_table,
     "ops": ops_table,
     "tasks": plain_table("tasks"),
@@ -305,41 +338,42 @@ def fill_blocks(text: str, kept: list[Row]) -> str:
 
 
 def plot_cost(kept: list[Row], path: Path) -> None:
-    """A training step's time against the number of prompts: ours is flat."""
+    """A training step's time against the number of prompts, one panel a machine: ours is flat."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     pattern = re.compile(r"deep-base/16-P(\d+)-B8 train")
-    deep = {
-        int(match[1]): group
-        for (_, dtype, case), group in groups(kept, "models").items()
-        if dtype == "float32" and (match := pattern.fullmatch(case)) and "ours" in group
-    }
-    picture = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = picture.subplots()
-    for name in ("timm", "timm compiled", "ours"):
-        points = sorted((P, group[name].value) for P, group in deep.items() if name in group)
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    device = next(iter(deep.values()))["ours"].machine["device"]
-    axes.set(xlabel="prompt tokens per layer", ylabel="training step (s)", ylim=(0, None))
-    axes.set_title(f"VPT-Deep, ViT-B/16, batch 8, float32, {machine_name(device)}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    picture.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    machines: dict[str, dict[int, Group]] = defaultdict(dict)
+    for (device, dtype, case), group in groups(kept, "models").items():
+        if dtype == "float32" and (match := pattern.fullmatch(case)) and "ours" in group:
+            machines[device][int(match[1])] = group
+    picture = Figure(figsize=(1 + 4 * len(machines), 3.2), layout="constrained")
+    panels = picture.subplots(1, len(machines), squeeze=False)[0]
+    for axes, (device, deep) in zip(panels, machines.items(), strict=True):
+        for name, label in (("timm", "timm"), ("timm compiled", "timm, compiled"), ("ours",) * 2):
+            points = sorted((P, group[name].value) for P, group in deep.items() if name in group)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        axes.set(xlabel="prompt tokens per layer", ylim=(0, None))
+        axes.set_title(machine_name(device), fontsize=10)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("training step (s)")
+    panels[0].legend()
+    picture.suptitle("VPT-Deep, ViT-B/16, batch 8, float32, two CPU cores", fontsize=11)
+    with matplotlib.rc_context({"svg.hashsalt": "pgn_fast"}):  # the same rows, the same file
+        picture.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="*", help="JSON lines (default: all stored)")
-    parser.add_argument("--write", action="store_true", help="write the pages' blocks")
-    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("--write", action="store_true", help="write the pages' blocks and picture")
     arguments = parser.parse_args()
     kept = rows.read(*arguments.files)
-    if arguments.plot:
-        plot_cost(kept, arguments.plot)
-    elif arguments.write:
+    if arguments.write:
         for page in PAGES:
             page.write_text(fill_blocks(page.read_text(), kept))
+        plot_cost(kept, PICTURE)
     else:
         for name, table in BLOCKS.items():
             print(f"## {name}\n", *table(kept), "", sep="\n")
