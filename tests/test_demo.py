@@ -133,7 +133,7 @@ def test_packaged_backbone_fits_its_record():
     assert frozen.pretrained_cfg["input_size"] == (3, 32, 32)
 
 
-def test_packaged_backbone_has_learnt_something():
+def test_packaged_backbone_has_learned_something():
     """Nearest class mean on digits: the frozen features against those of a fresh model."""
     data = experiment.load("validation", seed=0)
 

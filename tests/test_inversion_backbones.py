@@ -69,7 +69,7 @@ def test_clip_canvas_with_the_image_in_its_middle():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("scale", ["fixed", "auto"])
 def test_clip_enlarged_canvas_reproduces_latent_training(scale):
-    """Number 8 (a): a published PGN as it was trained, without position, behind the patches."""
+    """Number 8 (a): a published PGN as it was trained, without position, after the patches."""
     backbone = clip_b32(dynamic_img_size=True)
     generator = PromptGenerator.from_official(OFFICIAL / "pgn_clip_cifar100.pt")
     model = pgn_fast.PGN(backbone, num_classes=0, generator=generator)

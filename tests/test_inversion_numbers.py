@@ -118,7 +118,7 @@ def test_box_solve_beats_clipping():
 
 @pytest.mark.filterwarnings("error")
 def test_auto_exposure():
-    """Number 7: a CLIP prompt is brightened to fill the gamut; error behind ln_pre (prototype
+    """Number 7: a CLIP prompt is brightened to fill the gamut; error after ln_pre (prototype
     0.0018 mean, 0.0025 max)."""
     patch_map = synthetic_map("B/32", "rand", scale_free=True)
     tokens, coefficients = published()

@@ -158,7 +158,7 @@ def test_pgn_prompts_stand_behind_the_patches_and_vpt_prompts_before_them():
 @pytest.mark.parametrize("layers", [[0], [1], [3], [0, 1], [2, 3], [0, 2], [0, 3], [1, 3]], ids=str)
 @pytest.mark.parametrize("expand", [True, False])
 def test_layers_and_expand(layers, expand, fast):
-    """Inserted at the first, replaced at each further one, kept or removed behind the last."""
+    """Inserted at the first, replaced at each further one, kept or removed after the last."""
     backbone, x = tiny(depth=4).double(), images().double()
     model = vpt(backbone, layers=layers, expand=expand, head="keep", fast=fast).eval()
     assert model.prompter.prompts.shape == (len(layers), 3, 32)

@@ -17,7 +17,7 @@ PGN_DECLARE_ISA(void mix_columns(const float* coefficients, const void* library,
 
 // From logits and the gradient `grads` of their coefficients: the gradient of the logits, in place,
 // and the coefficients themselves in `weights`; all [rows, K] of one number type. `scratch` is for
-// K + 16 floats, zero behind the first K.
+// K + 16 floats, zero after the first K.
 PGN_DECLARE_ISA(void mix_logit_rows(const void* logits, void* grads, Number number, bool softmax,
                                     int64_t K, int64_t rows, float* scratch, void* weights))
 

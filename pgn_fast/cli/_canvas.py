@@ -20,7 +20,7 @@ def add_canvas_arguments(parser: argparse._ActionsContainer, default: str) -> No
         "--layout",
         choices=LAYOUTS,
         help="border: the image shrunk into the middle of a canvas of the usual size, prompts "
-        "around it; every image API takes that. enlarged: the image whole and the prompts behind "
+        "around it; every image API takes that. enlarged: the image whole and the prompts after "
         "it, on a larger canvas; for APIs and timm models that take images of any size "
         f"(default: {default})",
     )

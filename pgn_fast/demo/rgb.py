@@ -39,7 +39,7 @@ class RgbResult:
         canvases: accuracy from uint8 canvases through the untouched backbone.
         plain: accuracy of the same head on the same images without prompts, as they are.
         agreement: images of which both paths say the same class.
-        token_error: mean relative error of a prompt's token behind 8-bit rounding.
+        token_error: mean relative error of a prompt's token after 8-bit rounding.
         picture: image, canvas and prompt patches of four test images; None: not drawn.
     """
 
@@ -152,7 +152,7 @@ def write(
 
 
 def _classes(model: PGN, pixels: Tensor) -> Tensor:
-    """What the untouched backbone, and the head behind it, make of pixels (n, 3, 32, 32)."""
+    """What the untouched backbone, and the head after it, make of pixels (n, 3, 32, 32)."""
     server = ServerSpec.from_backbone(model.backbone)
     return torch.cat(
         [model.head(model.backbone(server.normalize(p))).argmax(dim=1) for p in pixels.split(256)]

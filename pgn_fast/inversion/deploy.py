@@ -136,6 +136,6 @@ def _check_prompts(model: Any) -> None:
             "reaches (VPT-Deep)"
         )
     if not model.adapter_config["expand"]:
-        raise refuse("expand=False removes the prompts behind block 0; a server keeps its patches")
+        raise refuse("expand=False removes the prompts after block 0; a server keeps its patches")
     if model.pool != "original":
         raise refuse(f"pool={model.pool!r} is not the pooling of the server's own model")

@@ -170,7 +170,7 @@ class GamutLibrary(nn.Module):
 
         Returns:
             Normalized canvases with mid-gray prompt cells, and the schedule that adds the contents
-            to those cells' tokens. With compensated positions: the images themselves, and behind
+            to those cells' tokens. With compensated positions: the images themselves, and after
             the patches the prompts and the blank cells, each with the token and position of its
             cell.
         """

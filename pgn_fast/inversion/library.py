@@ -207,7 +207,7 @@ def invert_library(
         patch_map: of the backbone, for the server and layout of the deployment.
         prompt_pos: "canvas", or "none" to cancel the position embedding of each prompt's cell.
         scale: "auto" brightens or dims each prompt to fill the gamut, on backbones with a norm
-            directly behind the token assembly (CLIP); needs ``prompt_pos="none"``.
+            directly after the token assembly (CLIP); needs ``prompt_pos="none"``.
         margin: levels to keep free at both ends; "auto": what the rounding's feedback needs.
         tol: largest relative token error of a library token, before rounding.
         iters: of the solver, at most.

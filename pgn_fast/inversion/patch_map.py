@@ -37,7 +37,7 @@ class PatchMap:
         patch_size: p, in pixels.
         layout, server: what the map was made for.
         num_prefix: S, class and register tokens in front of the patches.
-        scale_free: a LayerNorm stands directly behind the token assembly (CLIP), so that a token
+        scale_free: a LayerNorm stands directly after the token assembly (CLIP), so that a token
             and a positive multiple of it give the same result.
         shift_free: every norm removes the mean, so that adding a constant to all D values of a
             token never matters. False for RMSNorm.

@@ -206,7 +206,7 @@ class InversionReport:
         oob_fraction: share of pixels outside [0, 255] before rounding.
         saturated_fraction: share of uint8 pixels at 0 or 255.
         scale: exposure of the prompt; 1 unless ``scale="auto"``.
-        ln_rel_err: error behind the norm that follows the token assembly; empty where the
+        ln_rel_err: error after the norm that follows the token assembly; empty where the
             backbone has none.
         min_level, max_level: of the uint8 pixels.
         output_rel_err: error of the backbone's features against the latent path, one an image;
@@ -258,7 +258,7 @@ class InversionReport:
             f"{saturated:.2%} saturated"
         )
         if self.ln_rel_err:
-            text += f"; behind the norm {sum(self.ln_rel_err) / len(self.ln_rel_err):.2e} mean"
+            text += f"; after the norm {sum(self.ln_rel_err) / len(self.ln_rel_err):.2e} mean"
         if self.output_rel_err:
             text += f"; features {max(self.output_rel_err):.2e} largest"
         return text

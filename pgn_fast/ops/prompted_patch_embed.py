@@ -77,7 +77,7 @@ def prompted_patch_embed(
         activation: "softmax" or "sigmoid", as for ``mix_prompts``.
         mean, std: of each channel, in units of [0, 1]; pixels are normalized with them. uint8
             images are divided by 255 first, also where these are None.
-        position: "append" puts the prompts behind the patches (PGN), "prepend" between prefix and
+        position: "append" puts the prompts after the patches (PGN), "prepend" between prefix and
             patches (VPT).
         prompts: ready prompt tokens in place of ``logits`` and ``token_library`` (VPT-Shallow):
             (P, D), shared by the batch, or (B, P, D). Without these three there are no prompts.

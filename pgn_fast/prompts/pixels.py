@@ -28,7 +28,7 @@ class PixelPrompts(Prompter):
     "below": ``num_prompts`` further channels. They need a patch projection of C + num_prompts
     channels, a trained copy that lives here; the backbone's own stays as it is.
     "prepend-pixel": a strip of ``num_prompts`` patches that goes through the patch embedding; its
-    tokens stand behind the prefix tokens and get no position embedding.
+    tokens stand after the prefix tokens and get no position embedding.
     "prepend-pixel-imgnettransform": the same with the strip in [0, 1], normalized like an image.
 
     Values in [0, 1] are normalized with ImageNet's mean and standard deviation, as in the official
@@ -148,7 +148,7 @@ class PixelPrompts(Prompter):
         return self.patch_weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def tokens(self, backbone: Any) -> Tensor:
-        """The strip's tokens (num_prompts, D) behind the backbone's patch embedding."""
+        """The strip's tokens (num_prompts, D) after the backbone's patch embedding."""
         strip: Tensor = self.prompts
         if self.location == "prepend-pixel-imgnettransform":
             strip = self._normalized(strip)

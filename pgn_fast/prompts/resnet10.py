@@ -21,7 +21,7 @@ class ResNet10(nn.Module):
         channels: channels of the first group.
         groups: number of groups; the last has ``channels * 2 ** (groups - 1)`` channels.
         blocks_per_group: residual blocks in each group.
-        max_pool: the max-pool behind the first convolution; False leaves it out.
+        max_pool: the max-pool after the first convolution; False leaves it out.
         in_chans: channels of the images.
 
     Source: Loedeman et al., arXiv:2210.06466, official code, ``pgn_models/resnet.py``.

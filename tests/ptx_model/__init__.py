@@ -5,7 +5,7 @@ A warp is 32 lanes of arrays; warps of a block go on in a random order and drift
 PTX ISA lets them. What is in flight is not there yet: a background copy (cp.async), a tensor copy
 (TMA) and a warpgroup product (wgmma) take effect only where the program waits for them, and until
 then their target is poison (NaN in every format). Each access to memory is checked against its
-allocation and its alignment. Not modelled: time, caches, the order of memory between warps that do
+allocation and its alignment. Not modeled: time, caches, the order of memory between warps that do
 not synchronize, and the rounding inside one tensor-core instruction.
 
     kernels = compile_ptx(source, "sm_80")        # {mangled name: Kernel}

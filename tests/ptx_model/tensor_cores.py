@@ -60,7 +60,7 @@ def _box(shared: np.ndarray, descriptor: int, columns: int, kind: str) -> np.nda
     """
     start, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     if descriptor >> 62 != 1 or descriptor >> 49 & 7:
-        raise Fault(f"a descriptor that is not modelled: {descriptor:#x}")
+        raise Fault(f"a descriptor that is not modeled: {descriptor:#x}")
     n, k = np.arange(columns)[:, None], np.arange(16)
     at = start + n // 8 * stride + n % 8 * 128 + k * 2
     at ^= (at >> 7 & 7) << 4
@@ -101,7 +101,7 @@ def _warpgroup(kernel: Kernel, opcode: str, parts: list[str], arguments: list[st
     descriptor, keeps = read(kernel, arguments[2], np.uint64), read(kernel, arguments[3], bool)
     # signs of both operands, and whether the right one is transposed
     if arguments[4:6] != ["1", "1"] or arguments[6] != "0" or len(to) != columns // 2:
-        raise ValueError("a form of wgmma that is not modelled")
+        raise ValueError("a form of wgmma that is not modeled")
 
     def multiply(warp: Warp, lanes: np.ndarray) -> None:
         whole(warp, lanes, "wgmma")

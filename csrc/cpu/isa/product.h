@@ -1,5 +1,5 @@
 // The product of matrices that the ops are made of: a block of the result stays in registers while
-// the sum runs. Included behind lanes.h.
+// the sum runs. Included after lanes.h.
 
 // A stride that is known to the compiler goes into the instructions instead of into a register.
 template <int64_t N>
