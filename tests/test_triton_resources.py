@@ -1,7 +1,7 @@
 """Registers, spills and shared memory of the Triton kernels, held to tests/resources/triton.json.
 
 Compiled for sm_90 without a GPU, in one process that does not interpret. Every dtype, architecture
-and tile: ``python -m pgn_fast.kernels.aot --all``; ``--update`` rewrites the table.
+and tile: ``python tools/triton_aot.py --all``; ``--update`` rewrites the table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
-from pgn_fast.kernels import aot
+import triton_aot as aot
 
 ROOT = Path(__file__).parents[1]
 TABLE = json.loads(aot.TABLE.read_text())
@@ -25,7 +25,7 @@ TABLE = json.loads(aot.TABLE.read_text())
 @pytest.mark.slow
 def test_compiled_kernels_cost_what_the_table_says():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pgn_fast.kernels.aot"]
+    command = [sys.executable, "tools/triton_aot.py"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -44,7 +44,7 @@ def test_table_has_no_spill_where_it_counts():
 def test_attention_fits_a_consumer_s_card():
     """Of `make gates`, the op with the largest tiles on the architectures with the least room."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "pgn_fast.kernels.aot", "--gates", "--arch", "120"]
+    command = [sys.executable, "tools/triton_aot.py", "--gates", "--arch", "120"]
     command += ["--op", "prompt_attention"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """Compile every Triton kernel without a GPU and read what it costs: registers, spills, memory.
 
-    python -m pgn_fast.kernels.aot [--all] [--op NAME] [--update] [--table FILE] [--gates]
+    python tools/triton_aot.py [--all] [--op NAME] [--update] [--table FILE] [--gates]
 
 The launchers themselves run, on tensors without memory ("meta") at the paper's sizes, and each
 launch is caught with the very arguments that the GPU would get, once for every tile that tuning
@@ -27,14 +27,13 @@ from unittest import mock
 
 import torch
 import triton
+from pgn_fast.kernels import _common
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import _common
-
-TABLE = Path(__file__).parents[2] / "tests/resources/triton.json"
+TABLE = Path(__file__).parents[1] / "tests/resources/triton.json"
 ARCHITECTURES = (80, 90)
 # shared memory that a block may ask for, in bytes, on the smallest card of each architecture
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -142,7 +141,7 @@ def _shown(parameter: Any) -> bool:
 
 def launches(op: str, dtype: torch.dtype, ones: bool = False) -> list[Launch]:
     """Every kernel launch of an op, once for each configuration that tuning may choose."""
-    module = importlib.import_module(f".{op}", __package__)
+    module = importlib.import_module(f"pgn_fast.kernels.{op}")
     caught: list[Launch] = []
     first_tile = True
 
@@ -273,7 +272,7 @@ def complaints(measured: dict[str, Any], table: dict[str, Any]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pgn_fast.kernels.aot")
+    parser = argparse.ArgumentParser(prog="python tools/triton_aot.py")
     parser.add_argument("--all", action="store_true", help="every dtype, architecture and tile")
     parser.add_argument("--op", choices=CASES, help="one op only")
     parser.add_argument("--update", action="store_true", help="write what is measured")
