@@ -69,15 +69,11 @@ def ratio_of(group: Group) -> float | None:
 def closing_table(kept: Iterable[Row]) -> list[str]:
     """By op, by model and by other task: how many times as fast ours is as the fastest peer."""
     kept = list(kept)
-    sections = {
-        "by op": [row for row in kept if "op" in row.facts],
-        "by model": [row for row in kept if row.suite == "models"],
-        "other tasks": [row for row in kept if row.suite != "models" and "op" not in row.facts],
-    }
     lines = []
-    for title, chosen in sections.items():
+    for title, suite in {"by op": "ops", "by model": "models", "other tasks": None}.items():
+        others = [row for row in kept if row.suite not in ("ops", "models")]
         found = []
-        for (_, dtype, case), group in groups(chosen).items():
+        for (_, dtype, case), group in groups(kept if suite else others, suite).items():
             if pair := ours_and_peer(group):
                 ours, peer = pair
                 name = ", ".join(filter(None, (_step(case), dtype)))
@@ -92,10 +88,9 @@ def closing_table(kept: Iterable[Row]) -> list[str]:
 def per_op(kept: list[Row]) -> list[str]:
     """Every op and direction over the faster of eager and compiled torch: least and most."""
     ratios: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (device, dtype, _), group in groups(kept, "ops").items():
+    for (device, dtype, case), group in groups(kept, "ops").items():
         if (ratio := ratio_of(group)) is not None:
-            facts = next(iter(group.values())).facts
-            ratios[f"{facts['op']}, {facts['direction']}"][device, dtype].append(ratio)
+            ratios[case.partition(",")[0]][device, dtype].append(ratio)  # "mix_prompts forward"
     columns = list(dict.fromkeys(column for found in ratios.values() for column in found))
     heads = [f"{machine_name(device)}, {dtype}" for device, dtype in columns]
     lines = [f"| op | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(columns)]

@@ -48,13 +48,22 @@ def test_rows_tell_what_they_were_measured_on(report):
 
 def test_ratios_are_against_the_fastest_honest_peer(report):
     Row = report.Row
-    facts = {"op": "an op", "direction": "forward"}
-    case = lambda who, value: Row("ops", "a size", who, value, facts=facts, machine={"device": "a"})
+    case = lambda who, value: Row("ops", "op forward, B=1", who, value, machine={"device": "a"})
     kept = [case("eager", 4.0), case("compile", 3.0), case("cpu", 1.5), case("cuda", 6.0)]
     title, line = report.closing_table(kept)
     assert title == "by op"
-    assert line.split() == ["2.00x", "a", "size:", "1.50", "s", "(compile:", "3.00", "s)"]
-    assert report.per_op(kept)[2:] == ["| an op, forward | 2.00× |"]
+    assert line.split() == [
+        "2.00x",
+        "op",
+        "forward,",
+        "B=1:",
+        "1.50",
+        "s",
+        "(compile:",
+        "3.00",
+        "s)",
+    ]
+    assert report.per_op(kept)[2:] == ["| op forward | 2.00× |"]
     assert report.closing_table(kept[:2]) == report.closing_table(kept[2:]) == []
 
 
