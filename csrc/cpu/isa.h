@@ -20,7 +20,11 @@ bool set_isa(const char* name);  // for tests; false where the processor lacks i
 struct bfloat16 {
   uint16_t bits;
 };
+#if defined(__aarch64__) && !defined(__clang__) && __GNUC__ < 13
+using float16 = __fp16;  // C++ has _Float16 there since GCC 13
+#else
 using float16 = _Float16;
+#endif
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define PGN_FAST_X86 1
