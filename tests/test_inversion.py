@@ -19,24 +19,16 @@ import pgn_fast
 from pgn_fast.inversion import (
     CanvasLayout,
     CodecError,
-    ColumnSpaceError,
     ExposureWarning,
     GamutLibrary,
     InversionError,
     InvertedLibrary,
     LayoutError,
-    LayoutMismatchError,
-    MixingError,
     PatchMap,
-    PositionCancelError,
     RgbPrompter,
     SaturationWarning,
-    ScaleNotFreeError,
     ServerSpec,
-    StaleInversionError,
     UnreachablePromptError,
-    UnsupportedPatchEmbedError,
-    UnsupportedPromptError,
     analyze,
     invert_library,
     verify,
@@ -253,12 +245,12 @@ def test_inverted_library_file(tmp_path):
     alone = RgbPrompter(model.prompter, loaded)  # without any backbone
     assert torch.equal(alone(IMAGES), prompter(IMAGES))
     other = PatchMap.from_backbone(small_vit(seed=1))
-    with pytest.raises(StaleInversionError, match="changed since this library was inverted"):
+    with pytest.raises(InversionError, match="changed since this library was inverted"):
         InvertedLibrary.load(path, other)
     elsewhere = PatchMap.from_backbone(
         small_vit(), layout=CanvasLayout.border((10, 10), (6, 6), 16)
     )
-    with pytest.raises(LayoutMismatchError, match="deployed on a 10x10 canvas"):
+    with pytest.raises(LayoutError, match="deployed on a 10x10 canvas"):
         InvertedLibrary.load(path, elsewhere)
 
 
@@ -300,7 +292,7 @@ def test_a_constant_is_not_free_behind_rms_norms():
 )
 def test_prompts_that_no_image_carries(options, reason):
     model = pgn_fast.VPT(small_vit(), 5, num_prompts=4, **options)
-    with pytest.raises(UnsupportedPromptError, match=reason):
+    with pytest.raises(InversionError, match=reason):
         pgn_fast.invert(model)
 
 
@@ -313,11 +305,11 @@ def test_prompts_that_no_image_carries(options, reason):
 )
 def test_patch_embeddings_that_are_not_affine(name, reason):
     options = {"depth": 1} if "aim" in name else {}
-    with pytest.raises(UnsupportedPatchEmbedError, match=reason):
+    with pytest.raises(InversionError, match=reason):
         PatchMap.from_backbone(timm.create_model(name, pretrained=False, **options))
     overlapping = small_vit()
     overlapping.patch_embed.proj.stride = (8, 8)
-    with pytest.raises(UnsupportedPatchEmbedError, match="overlap"):
+    with pytest.raises(InversionError, match="overlap"):
         PatchMap.from_backbone(overlapping)
 
 
@@ -333,13 +325,15 @@ def test_unreachable_tokens():
     nearest = invert_library(tokens[:, :384], patch_map, iters=20, on_unreachable="project")
     assert nearest.reach_err.min() > 0.1
     deep = synthetic_map("L/14", "rand")
-    with pytest.raises(ColumnSpaceError, match=r"embed_dim 1024 > 3\*14\*14 = 588: 6\d% of the"):
+    with pytest.raises(
+        UnreachablePromptError, match=r"embed_dim 1024 > 3\*14\*14 = 588: 6\d% of the"
+    ):
         invert_library(torch.randn(4, 1024), deep)
 
 
 def test_scale_is_free_only_behind_a_norm():
     tokens = torch.randn(4, 384)
-    with pytest.raises(ScaleNotFreeError, match="norm_pre"):
+    with pytest.raises(InversionError, match="norm_pre"):
         invert_library(tokens, synthetic_map("S/16", "rand"), prompt_pos="none", scale="auto")
     free = synthetic_map("S/16", "rand", scale_free=True)
     with pytest.raises(ValueError, match='Use scale="fixed"'):
@@ -352,12 +346,12 @@ def test_scale_is_free_only_behind_a_norm():
 
 def test_coefficients_must_sum_to_one():
     inverted = invert_library(torch.randn(4, 384) / 10, synthetic_map("S/16", "rand"))
-    with pytest.raises(MixingError, match="do not sum to 1"):
+    with pytest.raises(InversionError, match="do not sum to 1"):
         inverted.mix(torch.full((1, 1, 4), 0.5))
     sigmoid = PromptGenerator(
         384, library_size=4, activation="sigmoid", generator_kwargs={"channels": 4}
     )
-    with pytest.raises(MixingError, match="sigmoid coefficients do not sum to 1"):
+    with pytest.raises(InversionError, match="sigmoid coefficients do not sum to 1"):
         RgbPrompter(sigmoid, inverted)
     # brightened or dimmed to the gamut, any coefficients will do
     free = synthetic_map("S/16", "rand", scale_free=True)
@@ -371,10 +365,10 @@ def test_coefficients_must_sum_to_one():
 
 def test_positions_that_take_the_gamut_up():
     expensive = synthetic_map("S/16", "a1", 20.0)
-    with pytest.raises(PositionCancelError, match=r"pos\[cell \d+\] uses \d+ of 127 levels"):
+    with pytest.raises(InversionError, match=r"pos\[cell \d+\] uses \d+ of 127 levels"):
         invert_library(torch.randn(2, 384), expensive, prompt_pos="none")
     rotary = timm.create_model("eva02_tiny_patch14_224", pretrained=False, depth=1).eval()
-    with pytest.raises(PositionCancelError, match="rotates queries and keys"):
+    with pytest.raises(InversionError, match="rotates queries and keys"):
         invert_library(torch.randn(2, 192), PatchMap.from_backbone(rotary), prompt_pos="none")
 
 
@@ -415,13 +409,13 @@ def test_layouts_that_do_not_work(make, message):
 
 def test_layouts_that_were_not_trained():
     model = gamut_pgn()
-    with pytest.raises(LayoutMismatchError, match="library was trained for a 10x10 canvas"):
+    with pytest.raises(LayoutError, match="library was trained for a 10x10 canvas"):
         pgn_fast.invert(model, layout=CanvasLayout.border((10, 10), (6, 6), 16))
     latent = small_pgn(small_vit(global_pool="avg", dynamic_img_size=True), None)
-    with pytest.raises(LayoutMismatchError, match="pools the prompt cells too"):
+    with pytest.raises(LayoutError, match="pools the prompt cells too"):
         pgn_fast.invert(latent)
     few = small_pgn(model.backbone, model.prompter.token_library, num_prompts=4)
-    with pytest.raises(LayoutMismatchError, match="the model has 4 prompts"):
+    with pytest.raises(LayoutError, match="the model has 4 prompts"):
         few(torch.randn(1, 3, 160, 160))
 
 

@@ -26,8 +26,8 @@ import pgn_fast
 from pgn_fast.inversion import (
     CanvasLayout,
     GamutLibrary,
+    InversionError,
     PatchMap,
-    PreprocessError,
     RgbPrompter,
     ServerSpec,
     analyze,
@@ -238,7 +238,7 @@ def test_verify_names_a_preprocessing_that_changes_pixels():
     prompter = RgbPrompter(generator, inverted, patch_map=patch_map)
     assert verify(prompter, backbone, images).ok(1e-1)
     broken = Unpadded(generator, inverted, patch_map=patch_map)
-    with pytest.raises(PreprocessError, match=r"changed \d\d% of the prompt pixels; send the 168"):
+    with pytest.raises(InversionError, match=r"changed \d\d% of the prompt pixels; send the 168"):
         verify(broken, backbone, images)
 
 

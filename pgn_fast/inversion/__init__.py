@@ -9,20 +9,11 @@ A model that is to be deployed so is best trained in gamut:
 
 from .deploy import invert as invert
 from .errors import CodecError as CodecError
-from .errors import ColumnSpaceError as ColumnSpaceError
 from .errors import ExposureWarning as ExposureWarning
 from .errors import InversionError as InversionError
 from .errors import LayoutError as LayoutError
-from .errors import LayoutMismatchError as LayoutMismatchError
-from .errors import MixingError as MixingError
-from .errors import PositionCancelError as PositionCancelError
-from .errors import PreprocessError as PreprocessError
 from .errors import SaturationWarning as SaturationWarning
-from .errors import ScaleNotFreeError as ScaleNotFreeError
-from .errors import StaleInversionError as StaleInversionError
 from .errors import UnreachablePromptError as UnreachablePromptError
-from .errors import UnsupportedPatchEmbedError as UnsupportedPatchEmbedError
-from .errors import UnsupportedPromptError as UnsupportedPromptError
 from .gamut import GamutLibrary as GamutLibrary
 from .layout import CanvasLayout as CanvasLayout
 from .library import InvertedLibrary as InvertedLibrary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import CodecError, LayoutError, PositionCancelError
+from .errors import CodecError, InversionError, LayoutError
 from .patch_map import PatchMap
 
 # levels that the feedback may use in image patches: they move little, and their contrast is wanted
@@ -48,12 +48,12 @@ def check_compensation(patch_map: PatchMap) -> None:
     """Raise where positions cannot be compensated.
 
     Raises:
-        PositionCancelError: the backbone rotates queries and keys by position.
+        InversionError: the backbone rotates queries and keys by position.
         CodecError: the codec does not keep what would be changed.
         LayoutError: the layout does not hold the backbone's own image patches.
     """
     if patch_map.rotary:
-        raise PositionCancelError(
+        raise InversionError(
             f"{patch_map.name} rotates queries and keys by position, which no pixel compensates. "
             "Train in a border layout, or in an enlarged one without compensation."
         )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbone.readout import rows_read
-from .errors import LayoutError, LayoutMismatchError, MixingError, UnsupportedPromptError
+from .errors import InversionError, LayoutError
 from .gamut import GamutLibrary
 from .layout import CanvasLayout
 from .library import invert_library
@@ -37,9 +37,9 @@ def invert(
             backbone with free scale (CLIP).
 
     Raises:
-        UnsupportedPromptError: VPT-Deep and other prompts that no image carries.
-        UnreachablePromptError, ColumnSpaceError, PositionCancelError: see ``invert_library``.
-        LayoutError, LayoutMismatchError, MixingError: layout, pooling or mixing do not allow it.
+        InversionError: VPT-Deep and other prompts that no image carries; mixing does not allow it.
+        UnreachablePromptError: see ``invert_library``.
+        LayoutError: layout or pooling do not allow it.
     """
     _check_prompts(model)
     library = getattr(model.prompter, "token_library", None)
@@ -48,7 +48,7 @@ def invert(
     if rows_read(model.backbone) is None and (
         layout is None or layout.compensate_positions or not isinstance(library, GamutLibrary)
     ):
-        raise LayoutMismatchError(
+        raise LayoutError(
             f"this backbone pools over the patches ({model.backbone.global_pool!r}); a server "
             "pools the prompt cells too, which this model's training did not. Train with a "
             "GamutLibrary in a border layout."
@@ -56,12 +56,12 @@ def invert(
     if isinstance(library, GamutLibrary):
         trained = library.patch_map
         if layout is not None and layout != trained.layout:
-            raise LayoutMismatchError(
+            raise LayoutError(
                 f"library was trained for {trained.layout.describe()} (prompt_pos=canvas) but is "
                 f"deployed on {layout.describe()}. Leave the layout out, or train in the other."
             )
         if server is not None and server != trained.server:
-            raise LayoutMismatchError(
+            raise LayoutError(
                 f"library was trained for a server with {trained.server.differences(server)} but "
                 f"is deployed on one with {server.differences(trained.server)}. Leave the server "
                 "out, or train for the other."
@@ -76,7 +76,7 @@ def invert(
     settings.setdefault("scale", "auto" if patch_map.scale_free else "fixed")
     generator, tokens = _tokens(model)
     if getattr(generator, "activation", "softmax") != "softmax" and settings["scale"] == "fixed":
-        raise MixingError(
+        raise InversionError(
             f"{model.prompter.activation} coefficients do not sum to 1; pixel mixing is only "
             'gamut-safe for softmax. Use softmax, scale="auto" on a backbone with a norm before '
             "block 1, or post-mix clipping."
@@ -120,8 +120,8 @@ def _check_prompts(model: Any) -> None:
     if hasattr(prompter, "mixture_logits"):
         return
 
-    def refuse(reason: str) -> UnsupportedPromptError:
-        return UnsupportedPromptError(
+    def refuse(reason: str) -> InversionError:
+        return InversionError(
             f"{type(model).__name__} cannot be inverted: {reason}. Use PGN, or VPT(..., "
             'deep=False, location="prepend").'
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backbone.schedule import PromptSchedule
 from .compensation import check_compensation
-from .errors import LayoutMismatchError, StaleInversionError
+from .errors import InversionError, LayoutError
 from .jpeg import MARGIN as JPEG_MARGIN
 from .layout import BLANK_LEVEL, MID_LEVEL, CanvasLayout, image_patches
 from .patch_map import PatchMap
@@ -141,7 +141,7 @@ class GamutLibrary(nn.Module):
         """Rebuild what ``to_config`` described; the tokens come from the state dict.
 
         Raises:
-            StaleInversionError: the backbone's input side is not the one of the training.
+            InversionError: the backbone's input side is not the one of the training.
         """
         server = ServerSpec(**config["server"])
         layout = CanvasLayout.from_dict(config["layout"])
@@ -176,7 +176,7 @@ class GamutLibrary(nn.Module):
         """
         layout, patch_map = self.patch_map.layout, self.patch_map
         if prompts.shape[1] != layout.num_prompts:
-            raise LayoutMismatchError(
+            raise LayoutError(
                 f"the model has {prompts.shape[1]} prompts, its GamutLibrary's layout has cells "
                 f"for {layout.num_prompts}. Build both with the same number."
             )
@@ -196,7 +196,7 @@ class GamutLibrary(nn.Module):
     def check(self, patch_map: PatchMap) -> None:
         """Raise where this library was trained for another backbone, server or layout."""
         if patch_map.layout != self.patch_map.layout:
-            raise LayoutMismatchError(
+            raise LayoutError(
                 f"library was trained for {self.patch_map.layout.describe()} (prompt_pos=canvas) "
                 f"but is deployed on {patch_map.layout.describe()}"
             )
@@ -204,8 +204,8 @@ class GamutLibrary(nn.Module):
             raise _stale()
 
 
-def _stale() -> StaleInversionError:
-    return StaleInversionError(
+def _stale() -> InversionError:
+    return InversionError(
         "the patch embedding, the position embedding, the normalization or the server's settings "
         "are not those that this GamutLibrary was trained with; use the same backbone and server."
     )

@@ -17,14 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import (
-    ColumnSpaceError,
     ExposureWarning,
-    LayoutMismatchError,
-    MixingError,
-    PositionCancelError,
+    InversionError,
+    LayoutError,
     SaturationWarning,
-    ScaleNotFreeError,
-    StaleInversionError,
     UnreachablePromptError,
 )
 from .gamut import GamutLibrary
@@ -100,12 +96,12 @@ class InvertedLibrary(nn.Module):
         """Mixture coefficients (..., P, K) to the levels of the patches, (..., P, n), float.
 
         Raises:
-            MixingError: the coefficients do not sum to one and the scale is fixed.
+            InversionError: the coefficients do not sum to one and the scale is fixed.
         """
         if self.scale == "fixed":
             off = (coefficients.sum(dim=-1) - 1).abs().max().item() if coefficients.numel() else 0
             if off > 1e-2 or (coefficients < -1e-4).any():
-                raise MixingError(
+                raise InversionError(
                     f"the coefficients do not sum to 1 (off by {off:.2g}) or are negative; pixel "
                     'mixing is only gamut-safe for softmax. Use softmax, or scale="auto" on a '
                     "backbone with a norm before block 1."
@@ -144,13 +140,13 @@ class InvertedLibrary(nn.Module):
     def check(self, patch_map: PatchMap) -> None:
         """Raise where this library was not made for that backbone, server and layout."""
         if self.layout != patch_map.layout:
-            raise LayoutMismatchError(
+            raise LayoutError(
                 f"the library was inverted for {self.layout.describe()} "
                 f"(prompt_pos={self.prompt_pos}) but is deployed on {patch_map.layout.describe()}. "
                 "Invert it again for that layout."
             )
         if self.key != patch_map.key:
-            raise StaleInversionError(
+            raise InversionError(
                 "the patch embedding, the position embedding, the normalization or the server's "
                 "settings changed since this library was inverted; call invert_library again."
             )
@@ -175,7 +171,7 @@ class InvertedLibrary(nn.Module):
         """Read what ``save`` wrote; with ``patch_map``, check that it still fits the backbone.
 
         Raises:
-            StaleInversionError, LayoutMismatchError: it does not.
+            InversionError, LayoutError: it does not.
         """
         tensors, rounding, settings = load_stored(Path(path))
         settings |= tensors
@@ -217,9 +213,9 @@ def invert_library(
         The inverted library. A ``GamutLibrary`` is not solved for: its patches are known.
 
     Raises:
-        UnreachablePromptError, ColumnSpaceError: tokens are out of reach; says how many and why.
-        ScaleNotFreeError: scale="auto" on a backbone where scale matters.
-        PositionCancelError: a cell's position takes the gamut up.
+        UnreachablePromptError: tokens are out of reach; says how many and why.
+        InversionError: scale="auto" on a backbone where scale matters, or a cell's position takes
+            the gamut up.
     """
     if prompt_pos not in PROMPT_POSITIONS:
         raise ValueError(f"prompt_pos={prompt_pos!r}; known: {', '.join(PROMPT_POSITIONS)}")
@@ -233,7 +229,7 @@ def invert_library(
             'prompt_pos="canvas" keeps. Use scale="fixed".'
         )
     if prompt_pos == "none" and patch_map.rotary:
-        raise PositionCancelError(
+        raise InversionError(
             f"{patch_map.name} rotates queries and keys by position, which no pixel cancels. "
             'Train in the canvas layout (GamutLibrary) and use prompt_pos="canvas".'
         )
@@ -314,7 +310,7 @@ def _exposed(
     offset is s times the prompt, whatever s.
     """
     if not patch_map.scale_free:
-        raise ScaleNotFreeError(
+        raise InversionError(
             'scale="auto" needs a norm directly after token assembly (CLIP norm_pre); '
             f"{patch_map.name or 'this backbone'} keeps token scale in the residual stream."
         )
@@ -363,8 +359,8 @@ def _position_patches(patch_map: PatchMap, margin: float) -> Tensor:
     return cancel
 
 
-def _position_error(cell: int, peak: float) -> PositionCancelError:
-    return PositionCancelError(
+def _position_error(cell: int, peak: float) -> InversionError:
+    return InversionError(
         f"cancelling pos[cell {cell}] uses {peak:.0f} of 127 levels; choose other cells or retrain "
         'with prompt_pos="canvas".'
     )
@@ -378,12 +374,12 @@ def _unreachable(
     scale: str,
     margin: float,
     tol: float,
-) -> UnreachablePromptError | ColumnSpaceError:
+) -> UnreachablePromptError:
     """The refusal with the figures that decide it."""
     outside = patch_map.solver.unreachable(patch_map.center(tokens)).norm() / tokens.norm()
     if patch_map.embed_dim > patch_map.patch_values and outside > tol:
         p = patch_map.patch_size
-        return ColumnSpaceError(
+        return UnreachablePromptError(
             f"embed_dim {patch_map.embed_dim} > 3*{p}*{p} = {patch_map.patch_values}: "
             f"{outside:.0%} of the library's norm cannot be produced by any image. Train with "
             "GamutLibrary."

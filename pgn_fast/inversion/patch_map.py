@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CodecError, LayoutError, UnsupportedPatchEmbedError
+from .errors import CodecError, InversionError, LayoutError
 from .jpeg import JpegRounding
 from .layout import MID_LEVEL, CanvasLayout
 from .rounding import FeedbackRounding
@@ -78,7 +78,7 @@ class PatchMap:
                 where that has less than 7 x 7 patches.
 
         Raises:
-            UnsupportedPatchEmbedError: the patch embedding is no single affine map per patch.
+            InversionError: the patch embedding is no single affine map per patch.
             CodecError: the server's JPEG files cannot carry patches of this size.
             LayoutError: the backbone does not take a canvas of the layout's grid.
         """
@@ -203,8 +203,8 @@ class PatchMap:
 def _projection(backbone: Any) -> nn.Conv2d:
     """The one convolution that is the patch embedding, or the reason why there is none."""
 
-    def refuse(reason: str) -> UnsupportedPatchEmbedError:
-        return UnsupportedPatchEmbedError(
+    def refuse(reason: str) -> InversionError:
+        return InversionError(
             f"{type(backbone).__name__}: {reason}, so a token is not an affine function of the "
             "pixels of one patch and prompts cannot be written as pixels. Plain vision "
             "transformers (vit_*, deit*_*, CLIP and DINO) can."

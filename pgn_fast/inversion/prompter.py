@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import mix_prompts
 from .compensation import PositionCompensation
-from .errors import LayoutMismatchError, MixingError, PreprocessError
+from .errors import InversionError, LayoutError
 from .layout import CanvasLayout, image_patches, to_patches
 from .library import InvertedLibrary
 from .patch_map import PatchMap
@@ -31,8 +31,8 @@ class RgbPrompter(nn.Module):
         patch_map: of the backbone; needed for compensated positions and for reports.
 
     Raises:
-        LayoutMismatchError: layout, server or number of prompts are not those of the inversion.
-        MixingError: the generator mixes by sigmoid and the inversion's scale is fixed.
+        LayoutError: layout, server or number of prompts are not those of the inversion.
+        InversionError: the generator mixes by sigmoid and the inversion's scale is fixed.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class RgbPrompter(nn.Module):
     ) -> None:
         super().__init__()
         if layout is not None and layout != inverted.layout:
-            raise LayoutMismatchError(
+            raise LayoutError(
                 f"the library was inverted for {inverted.layout.describe()} but is deployed on "
                 f"{layout.describe()}. Invert it for that."
             )
         if server is not None and server != inverted.server:
-            raise LayoutMismatchError(
+            raise LayoutError(
                 "the library was inverted for a server with "
                 f"{inverted.server.differences(server)} but is deployed on one with "
                 f"{server.differences(inverted.server)}. Invert it for that."
@@ -59,13 +59,13 @@ class RgbPrompter(nn.Module):
         generator = getattr(pgn, "prompter", pgn)
         prompts = inverted.patches.shape[0] if generator is None else generator.num_prompts
         if prompts != inverted.layout.num_prompts:
-            raise LayoutMismatchError(
+            raise LayoutError(
                 f"the model has {prompts} prompts, the layout has cells for "
                 f"{inverted.layout.num_prompts}"
             )
         if generator is not None:
             if generator.activation != "softmax" and inverted.scale == "fixed":
-                raise MixingError(
+                raise InversionError(
                     f"{generator.activation} coefficients do not sum to 1; pixel mixing is only "
                     'gamut-safe for softmax. Use softmax, scale="auto" on a backbone with a norm '
                     "before block 1, or post-mix clipping."
@@ -199,8 +199,8 @@ def verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionReport
         images: as for the prompter.
 
     Raises:
-        PreprocessError: the preprocessing changed the prompts' pixels.
-        StaleInversionError, LayoutMismatchError: the model is not the one that was inverted.
+        InversionError: the preprocessing changed the prompts' pixels.
+        InversionError, LayoutError: the model is not the one that was inverted.
     """
     was_training = model.training
     model.eval()  # prompts without dropout, as they are deployed
@@ -222,14 +222,14 @@ def _verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionRepor
     seen = torch.stack([server.preprocess(server.encode(canvas)) for canvas in canvases])
     rounded = inverted.to_uint8(prompter.levels(normalized)).cpu()
     if tuple(seen.shape[-2:]) != (layout.grid[0] * p, layout.grid[1] * p):
-        raise PreprocessError(
+        raise InversionError(
             f"the server makes images of {seen.shape[-2]}x{seen.shape[-1]} pixels of a canvas of "
             f"{layout.grid[0] * p}x{layout.grid[1] * p}; correct the ServerSpec."
         )
     patches = to_patches(seen, p)[:, cells]
     if server.codec == "png" and not torch.equal(patches, rounded):
         changed = (patches != rounded).double().mean().item()
-        raise PreprocessError(
+        raise InversionError(
             f"the server's Resize({server.resize})+CenterCrop({server.crop}) changed {changed:.0%} "
             f"of the prompt pixels; send the {server.resize}x{server.resize} padded canvas."
         )
