@@ -199,8 +199,9 @@ def verify(prompter: RgbPrompter, model: Any, images: Tensor) -> InversionReport
         images: as for the prompter.
 
     Raises:
-        InversionError: the preprocessing changed the prompts' pixels.
-        InversionError, LayoutError: the model is not the one that was inverted.
+        InversionError: the preprocessing changed the prompts' pixels, or the model is not the one
+            that was inverted.
+        LayoutError: the model is for another layout.
     """
     was_training = model.training
     model.eval()  # prompts without dropout, as they are deployed
