@@ -99,7 +99,7 @@ def bench_model(benchmark, quick, record, dtype, case: Case, mode: str) -> None:
             facts |= where_time_goes(steps["ours"])
         for what, share in facts.items():
             record(Row("models", f"{case} {mode}", what, share, "ratio", dtype=name(dtype)))
-    benchmark.pedantic(steps["ours"], rounds=1, iterations=1)
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 @pytest.mark.skipif(not ALL, reason="measured with PGN_FAST_BENCH=all")
@@ -117,7 +117,7 @@ def bench_cost_of_prompts(benchmark, quick, record, dtype) -> None:
         )
     seconds = alternate(steps, 1 if quick else 7)
     keep(record, "cost of prompts, deep-base/16-B8 train", seconds, dtype)
-    benchmark.pedantic(steps["P=1"], rounds=1, iterations=1)
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def keep(record, case: str, seconds: dict[str, list[float]], dtype: torch.dtype) -> None:

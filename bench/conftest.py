@@ -34,9 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rows", type=Path, metavar="FILE", help="write the figures as JSON lines")
 
 
+@pytest.hookimpl(trylast=True)  # when there is a terminal
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_measured] = []
     config.option.benchmark_quiet = True  # the closing table says what its tables say
+    if terminal := config.pluginmanager.get_plugin("terminalreporter"):
+        terminal.showfspath = False  # every line names its case
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -76,10 +79,11 @@ def record(request: pytest.FixtureRequest, quick: bool) -> Callable[[Row], None]
         if quick:
             return
         request.config.stash[_measured].append(row)
-        terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is not None:
+        dtype = f", {row.dtype}" if row.dtype else ""
+        plugins = request.config.pluginmanager
+        terminal, capture = map(plugins.get_plugin, ("terminalreporter", "capturemanager"))
+        with capture.global_and_fixture_disabled():
             terminal.ensure_newline()
-            dtype = f", {row.dtype}" if row.dtype else ""
             terminal.write_line(f"{row.case}{dtype}: {row.contender} {report.figure(row)}")
             terminal.flush()
 
@@ -106,16 +110,18 @@ def measure(
         dtype: torch.dtype | None = None,
         **facts: Any,
     ) -> dict[str, float]:
-        first = next(iter(runs.values()))
+        # tells the plugin that this is a benchmark; times are taken here, of all contenders
+        benchmark.pedantic(lambda: None, rounds=1, iterations=1)
+        first = alternate(runs, rounds=1, warm=True)
         if quick:
-            alternate(dict(runs), rounds=0)  # once each
-            benchmark(first)  # disabled: runs once
             return {}
-        once = {who: _once(run) for who, run in runs.items()}
-        calls = {who: max(1, int(0.02 / seconds)) for who, seconds in once.items()}
-        longest = max(calls[who] * seconds for who, seconds in once.items())
-        rounds = min(15, max(3, int(0.4 / longest)))
-        seconds = alternate(dict(runs), rounds, calls)
+        # a first call of seconds compiled nothing that counts; another is known after its second
+        slow = all(times[0] > 2 for times in first.values())
+        once = first if slow else alternate(runs, rounds=1, warm=True)
+        calls = {who: max(1, int(0.02 / times[0])) for who, times in once.items()}
+        longest = max(calls[who] * times[0] for who, times in once.items())
+        rounds = min(15, max(2 if slow else 3, int(0.4 / longest)))
+        seconds = alternate(runs, rounds, calls, warm=True)
         for who, times in seconds.items():
             record(
                 Row(
@@ -129,15 +135,9 @@ def measure(
                     facts=facts,
                 )
             )
-        benchmark.pedantic(first, rounds=1, iterations=1)
         return {who: statistics.median(times) for who, times in seconds.items()}
 
     return timed
-
-
-def _once(run: Callable[[], object]) -> float:
-    """Seconds of a call after a first one, which may compile or fill caches."""
-    return alternate({"run": run}, rounds=1)["run"][0]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

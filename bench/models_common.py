@@ -90,15 +90,19 @@ def set_fused_attention(backbone: nn.Module, fused: bool) -> None:
 
 
 def alternate(
-    steps: dict[str, Step], rounds: int, calls: Mapping[str, int] | None = None
+    steps: Mapping[str, Step],
+    rounds: int,
+    calls: Mapping[str, int] | None = None,
+    *,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each step in each round; forward, backward and so on through the list, so that
     whatever slows the machine down meets all of them alike. Where ``calls`` says so, a round is the
-    mean of several calls."""
+    mean of several calls. Each runs once before, unless they are ``warm``."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()  # warm-up: compiles, folds, fills caches
+    for step in () if warm else steps.values():
+        step()  # compiles, folds, fills caches
     for round_ in range(rounds):
         names = list(steps) if round_ % 2 == 0 else list(steps)[::-1]
         for name in names:
