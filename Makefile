@@ -55,6 +55,7 @@ wheels: build
 	$(BIN)/uv venv -q --python $(BIN)/python dist/empty
 	$(BIN)/uv pip install -q --python dist/empty/bin/python dist/*.whl pytest pytest-timeout hypothesis
 	PATH=/nowhere dist/empty/bin/python tools/check_wheel.py --run-tests
+	$(BIN)/pytest -q tests/test_aarch64.py
 # the whole suite under the oldest versions, in an environment of its own
 floors:
 	$(PYTHON) -m venv .venv-floors
@@ -64,7 +65,7 @@ floors:
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu*' 'tests/cuda_host/*.h' 'tests/cuda_host/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inc' 'csrc/*.cu*' 'tests/cuda_host/*.h' 'tests/*/*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy pgn_fast
 build: $(VENV)/.ready
 	$(UV) --no-build-isolation --no-deps -e .
