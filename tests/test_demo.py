@@ -6,14 +6,15 @@ import json
 import statistics
 from dataclasses import asdict
 
+import pretrain_demo as pretrain
 import pytest
 import torch
+from procedural import FAMILIES, NUM_CLASSES, ProceduralImages
 from safetensors.torch import load_file
 
 from pgn_fast import cli
 from pgn_fast.backbone.load import load_backbone
-from pgn_fast.demo import WEIGHTS, backbone, build, experiment, pretrain, pretraining_record
-from pgn_fast.demo.procedural import FAMILIES, NUM_CLASSES, ProceduralImages
+from pgn_fast.demo import WEIGHTS, backbone, build, experiment, pretraining_record
 from pgn_fast.demo.recipes import RECIPES, Recipe, Result
 from pgn_fast.demo.report import Report, differences
 from pgn_fast.errors import UserError

@@ -18,7 +18,6 @@ examples:
   pgn-fast demo --quick                  seconds: does it run here?
   pgn-fast demo --rgb                    prompts as pixels, with a picture of them
   pgn-fast demo --split validation       what the recipes were chosen by
-  python -m pgn_fast.demo.pretrain --output outputs/pretrain        make the backbone again
 """
 
 

@@ -1,7 +1,8 @@
 """The packaged demonstration: a small vision transformer of our own, and what prompts add to it.
 
-``backbone()`` is the frozen model (``demo_vit.safetensors``), pretrained by ``demo.pretrain`` on
-the images of ``demo.procedural``; ``demo.experiment`` adapts it to handwritten digits.
+``backbone()`` is the frozen model (``demo_vit.safetensors``), pretrained on images made from
+formulas by the repository's tools/pretrain_demo.py; ``demo.experiment`` adapts it to handwritten
+digits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Pretrain the packaged backbone: ``python -m pgn_fast.demo.pretrain --seed 0 --output DIR``.
+"""Pretrain the packaged backbone: ``python tools/pretrain_demo.py --seed 0 --output DIR``.
 
 Two objectives, each read by a linear layer that is thrown away afterwards: the class token names
-the drawing rule (256 classes) behind a procedural image, and every patch token tells which of its
+the drawing rule (256 classes) of a procedural image, and every patch token tells which of its
 64 pixels the object covers. The second one gets learning going: without it the loss stands still
 for twice as long. AdamW, float32.
 
@@ -24,25 +24,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from procedural import FAMILIES, NUM_CLASSES, ProceduralImages
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from .._files import write_files
-from ..adapters import read_adapter
-from ..errors import UserError
-from ..models.baselines import FineTuned
-from ..train import checkpoints
-from ..train.config import TrainConfig
-from ..train.given import given_split
-from ..train.loader import preprocessing
-from ..train.loop import run
-from ..train.parts import Parts, seed_everything
-from ..train.split import Splits
-from ..train.state import resume_config
-from . import NAME, PRETRAINED_CFG, RECORD, WEIGHTS, build
-from .procedural import FAMILIES, NUM_CLASSES, ProceduralImages
+from pgn_fast._files import write_files
+from pgn_fast.adapters import read_adapter
+from pgn_fast.demo import NAME, PRETRAINED_CFG, RECORD, WEIGHTS, build
+from pgn_fast.errors import UserError
+from pgn_fast.models.baselines import FineTuned
+from pgn_fast.train import checkpoints
+from pgn_fast.train.config import TrainConfig
+from pgn_fast.train.given import given_split
+from pgn_fast.train.loader import preprocessing
+from pgn_fast.train.loop import run
+from pgn_fast.train.parts import Parts, seed_everything
+from pgn_fast.train.split import Splits
+from pgn_fast.train.state import resume_config
 
 # far past any training step: these batches are never trained on
 HELD_OUT = range(1 << 40, (1 << 40) + 8)
@@ -86,7 +86,7 @@ class Pretrained(FineTuned):
     """The backbone with two throw-away layers: the head names the rule, the other draws the mask.
 
     Normalized images (B, 3, 32, 32) to rule logits (B, 256); in training with the mask's logits
-    behind them, (B, 256 + N * 64).
+    after them, (B, 256 + N * 64).
     """
 
     def __init__(self) -> None:
@@ -260,7 +260,7 @@ def export(settings: Settings, output: Path, *, log_every: int = 100) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m pgn_fast.demo.pretrain",
+        prog="python tools/pretrain_demo.py",
         description="Pretrain the packaged backbone on procedural images.",
     )
     parser.add_argument("--seed", type=int, default=defaults.seed)
