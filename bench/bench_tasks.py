@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from level import LEVEL
 from models_common import Step, alternate, make_backbone
 from rows import DEVICE, Row, spread
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from pgn_fast import PGN, VPT, PromptGenerator, TaskBank
 from pgn_fast.ops import prompt_attention
 
-ROUNDS = 5
+# images of a batch and tasks in memory: few in the default run, which is short
+BATCH, ROUNDS, RESIDENTS = (4, 3, 200) if LEVEL == "chosen" else (16, 5, 2000)
 RAGGED = (1, 10, 50, 100)
 Seconds = dict[str, list[float]]
 
@@ -77,8 +79,8 @@ def one_by_one(models: dict[str, nn.Module], images: Tensor) -> Step:
 
 
 def bench_equal_prompts(compare, quick, vit) -> None:
-    """A batch of 16 images of 16 tasks, VPT-Deep P=10, beside one of one task."""
-    B = 2 if quick else 16
+    """A batch of as many tasks as images, VPT-Deep P=10, beside one of one task."""
+    B = 2 if quick else BATCH
     bank, models = bank_of([VPT(vit, 100, num_prompts=10) for _ in range(B)])
     images, names = torch.randn(B, 3, 224, 224, device=DEVICE), list(models)
     steps = {
@@ -92,7 +94,7 @@ def bench_equal_prompts(compare, quick, vit) -> None:
 
 def bench_unequal_prompts(compare, quick, vit) -> None:
     """P from {1, 10, 50, 100} in one batch, beside the mean of batches of one P each."""
-    B = 4 if quick else 16
+    B = 4 if quick else BATCH
     bank, models = bank_of([VPT(vit, 100, num_prompts=RAGGED[n % 4]) for n in range(B)])
     images, names = torch.randn(B, 3, 224, 224, device=DEVICE), list(models)
     steps = {"ours": lambda: bank(images, names), "own": one_by_one(models, images)}
@@ -137,8 +139,8 @@ def repeated(step: Step, quick: bool) -> Step:
 
 
 def bench_every(compare, quick, vit) -> None:
-    """16 tasks on one image, prompts in the last 4 blocks: what lies below runs once."""
-    count, depth = (2 if quick else 16), len(vit.blocks)
+    """Many tasks on one image, prompts in the last 4 blocks: what lies below runs once."""
+    count, depth = (2 if quick else BATCH), len(vit.blocks)
     last = range(depth - 4, depth)
     bank, models = bank_of([VPT(vit, 100, num_prompts=10, layers=last) for _ in range(count)])
     image = torch.randn(1, 3, 224, 224, device=DEVICE)
@@ -148,8 +150,8 @@ def bench_every(compare, quick, vit) -> None:
 
 
 def bench_generators(compare, quick, vit) -> None:
-    """16 images of 16 PGN tasks, and of that the generators: one after the other, or as one."""
-    B = 2 if quick else 16
+    """As many PGN tasks as images, and of that the generators: one after the other, or as one."""
+    B = 2 if quick else BATCH
     bank, models = bank_of([PGN(vit, 100) for _ in range(B)])
     images, names = torch.randn(B, 3, 224, 224, device=DEVICE), list(models)
     steps = {"ours": lambda: bank(images, names), "own": one_by_one(models, images)}
@@ -170,8 +172,8 @@ def bench_generators(compare, quick, vit) -> None:
 
 
 def bench_residents(benchmark, quick, record, vit) -> None:
-    """2,000 tasks in memory: what they take, and whether any of it depends on the others."""
-    sizes = (2, 20) if quick else (2, 2000)
+    """Thousands of tasks in memory: what they take, and whether any of it depends on the others."""
+    sizes = (2, 20) if quick else (2, RESIDENTS)
     bank, seconds = TaskBank(vit), {}
     make = lambda: VPT(vit, 100, num_prompts=10).eval()
     gc.collect()
