@@ -215,18 +215,27 @@ class _Images:
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
             raise UserError(f"data: {root} is no folder; `labels` names the images below it.")
-        self._root = root
         found = find_images([root])
         self.skipped = found.skipped
-        self._by: dict[str, Path | None] = {}
+        self._by_path: dict[str, Path | None] = {}
+        self._by_name: dict[str, Path | None] = {}
         for path in found.paths:
             inside = path.relative_to(root)
-            # the path as it is, without its suffix, and the same of the name alone
-            names = {inside.as_posix(), inside.with_suffix("").as_posix(), path.name, path.stem}
-            for name in names:
-                # two images of one name: only their paths tell them apart
-                self._by[name] = None if name in self._by and self._by[name] != path else path
+            for names, known in (
+                ({inside.as_posix(), inside.with_suffix("").as_posix()}, self._by_path),
+                ({path.name, path.stem}, self._by_name),
+            ):
+                for name in names:
+                    # two images of one name: only more of their paths tells them apart
+                    known[name] = None if name in known else path
 
     def find(self, name: str) -> Path | None:
-        name = Path(name.replace("\\", "/")).as_posix().removeprefix(f"{self._root.as_posix()}/")
-        return self._by.get(name) or self._by.get(name.rpartition("/")[2])
+        """By its path below the folder, which may begin above it, or by its name alone.
+
+        The name alone does where no path is given, and only one image has it.
+        """
+        parts = Path(name.replace("\\", "/")).parts
+        for begin in range(len(parts)):
+            if path := self._by_path.get("/".join(parts[begin:])):
+                return path
+        return self._by_name.get(parts[0]) if len(parts) == 1 else None
