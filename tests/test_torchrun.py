@@ -41,7 +41,8 @@ def torchrun(*words):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
         [*command, "--nproc-per-node", "2", *map(str, words)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # without the second, torchrun's restarts meet the addresses of the processes before
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

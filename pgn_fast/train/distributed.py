@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from timm.utils.distributed import (
     world_info_from_env,
 )
 
-from ..errors import as_user_error
+from ..errors import as_user_error, brief
 
 
 class Processes:
@@ -35,12 +36,24 @@ class Processes:
     def __enter__(self) -> Processes:
         if self.world > 1 and not dist.is_initialized():
             with as_user_error(RuntimeError):
-                joined = init_distributed_device_so(self.device.type)
+                joined = self._join()
             self.world, self.rank = joined["world_size"], joined["global_rank"]
             self.device = torch.device(joined["device"])
         elif self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         return self
+
+    def _join(self) -> dict[str, Any]:
+        try:
+            return init_distributed_device_so(self.device.type)
+        except RuntimeError as error:
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                raise
+            # torch's issue 135712: the store of the processes before is used again
+            raise RuntimeError(
+                f"{brief(error)}. After a restart processes find each other where torchrun runs "
+                "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+            ) from error
 
     def __exit__(self, *exception: object) -> None:
         if self.world > 1:
