@@ -122,8 +122,10 @@ class Stopped(BaseException):
         {},
         {"bce_loss": True, "mixup_mode": "elem", "sched": "step", "decay_epochs": 1},
         {"method": "pgn", "grad_accum_steps": 2, "bn_momentum": 0.3, "sched": "plateau"},
+        {"amp": True, "amp_dtype": "float16", "opt": "lamb", "sched": "poly", "cutmix": 0.0},
+        {"method": "full", "cutmix_minmax": (0.2, 0.8), "aa": "rand-m3-n1", "opt": "lion"},
     ],
-    ids=["cross-entropy", "bce", "pgn"],
+    ids=["cross-entropy", "bce", "pgn", "float16", "full"],
 )
 def test_kill_and_resume_is_exact_with_all_of_them(world, tmp_path, monkeypatch, changes):
     config = configure(world, **{**EVERYTHING, **changes})
