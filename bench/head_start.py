@@ -37,7 +37,7 @@ ARGUMENTS = {
 
 def digits(args: argparse.Namespace) -> tuple[Any, Any, int, Any]:
     data = experiment.load("test")
-    train = torch.utils.data.Subset(experiment.Turned(data), range(args.count or 1000))
+    train = experiment.Turned(data, 64, seed=0)
     test = torch.utils.data.TensorDataset(data.test_images, data.test_labels)
     return train, test, 10, demo_backbone
 
@@ -58,7 +58,7 @@ def photos(args: argparse.Namespace) -> tuple[Any, Any, int, Any]:
         model.load_state_dict(weights | {"pos_embed": resampled(weights["pos_embed"], model)})
         return model.eval()
 
-    return pairs("train", args.count or 40), pairs("test", 50), args.classes, backbone
+    return pairs("train", args.count or 40), pairs("test", args.test), args.classes, backbone
 
 
 def resampled(positions: torch.Tensor, model: Any) -> torch.Tensor:
@@ -75,7 +75,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--count", type=int, help="training images; of photos, of each class")
+    parser.add_argument("--count", type=int, help="training images of each class of photos")
+    parser.add_argument("--test", type=int, default=50, help="test images of each class of photos")
     parser.add_argument("--images", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--size", type=int, default=56)
@@ -85,6 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     options = {k: float(v) for k, v in (word.split("=") for word in args.option)}
     train, test, classes, backbone = {"digits": digits, "photos": photos}[args.data](args)
+    images = len(getattr(train, "dataset", train))
     rows = []
     for method in args.methods:
         found: dict[str, list[float]] = {"start": [], "end": []}
@@ -111,19 +113,19 @@ def main() -> None:
                 found[point].append(result.test["top1"])
         start, end = (np.array(found[point]) for point in ("start", "end"))
         print(
-            f"{method:<12} start {start.mean():6.2f} ± {start.std(ddof=1):4.2f}  "
-            f"end {end.mean():6.2f} ± {end.std(ddof=1):4.2f}  {np.round(end, 2)}",
+            f"{method:<12} start {start.mean():6.2f}  {np.round(start, 2)}  "
+            f"end {end.mean():6.2f}  {np.round(end, 2)}",
             flush=True,
         )
         rows.append(
             Row(
                 "training",
-                f"{args.data}, {len(train)} training images, {args.epochs} epochs",
+                f"{args.data}, {images} training images, {args.epochs} epochs",
                 method,
                 float(end.mean()),
                 "%",
                 rounds=args.seeds,
-                facts={"start": float(start.mean()), "sd": float(end.std(ddof=1)), **options},
+                facts={"start": start.tolist(), "end": end.tolist(), **options},
             )
         )
     if args.record:

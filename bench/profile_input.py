@@ -60,7 +60,13 @@ def main() -> None:
         "std": (0.5, 0.5, 0.5),
     }
     config = TrainConfig.make(data="photos")
-    training, evaluation = train_transform(config, pixels), eval_transform(pixels)
+    # as a run takes them (bytes, normalized on the device), and normalized here
+    transforms: dict[str, Any] = {
+        "training": train_transform(config, pixels, normalize=False),
+        "evaluation": eval_transform(pixels, normalize=False),
+        "training, normalized": train_transform(config, pixels),
+        "evaluation, normalized": eval_transform(pixels),
+    }
     keep = pixels_to_keep(config, pixels)
     totals: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -70,18 +76,14 @@ def main() -> None:
             batch = paths[begin : begin + 64]
             whole_ms, images = per_image(read_image, batch)
             keep_ms, _ = per_image(lambda path: read_image(path, at_least=keep), batch)
-            with seeded(begin):
-                train_ms, tensors = per_image(training, images)
-            eval_ms, _ = per_image(evaluation, images)
-            samples = [(tensor, 0, i) for i, tensor in enumerate(tensors)]
-            collate_ms, _ = per_image(lambda _, samples=samples: collate(samples), [None])
-            for name, value in {
-                "decode, whole": whole_ms,
-                f"decode, {keep} px kept": keep_ms,
-                "transform, training": train_ms,
-                "transform, evaluation": eval_ms,
-                "batch": collate_ms / len(batch),
-            }.items():
+            found = {"decode, whole": whole_ms, f"decode, {keep} px kept": keep_ms}
+            for name, transform in transforms.items():
+                with seeded(begin):
+                    found[f"transform, {name}"], tensors = per_image(transform, images)
+                samples = [(tensor, 0, i) for i, tensor in enumerate(tensors)]
+                collate_ms, _ = per_image(lambda _, samples=samples: collate(samples), [None])
+                found[f"batch, {name}"] = collate_ms / len(batch)
+            for name, value in found.items():
                 totals.setdefault(name, []).append(value)
     print(f"{args.images} JPEGs of {args.size[0]} × {args.size[1]}, {bytes_ / 1000:.0f} kB each")
     for name, values in totals.items():
