@@ -17,6 +17,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from ..digits import LEVELS, load_digits, stratified_split
 from ..methods import create_model
@@ -69,12 +70,8 @@ def load(split: str = "test", seed: int = 0) -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Turn by up to 10°, scale by up to 10 %, shift by up to 2 of 32 pixels: (B, 3, 32, 32).
-
-    Args:
-        generator: of the random numbers; None: torch's own.
-    """
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn by up to 10°, scale by up to 10 %, shift by up to 2 of 32 pixels: (B, 3, 32, 32)."""
     size = len(images)
     angle, scale, x, y = torch.empty(4, size).uniform_(-1, 1, generator=generator)
     angle, scale = angle * math.radians(10), 1 + 0.1 * scale
@@ -84,17 +81,29 @@ def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-class Turned(Dataset[tuple[Tensor, int]]):
-    """The training images of ``Digits``, augmented anew at each look."""
+class Turned:
+    """Shuffled batches of the training images of ``Digits``, augmented anew in every epoch.
 
-    def __init__(self, digits: Digits) -> None:
-        self._images, self._labels = digits.train_images, digits.train_labels.tolist()
+    A batch is augmented at once: image by image takes longer than the small backbone.
+    """
+
+    def __init__(self, digits: Digits, batch_size: int, seed: int) -> None:
+        self._images, self._labels = digits.train_images, digits.train_labels
+        self._batch_size, self._seed, self._epoch = batch_size, seed, 0
+        # as torch's loaders: whoever is told the epoch, and how many images there are
+        self.sampler, self.dataset = self, range(len(self._labels))
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return -(-len(self._labels) // self._batch_size)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return augment(self._images[index : index + 1])[0], self._labels[index]
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(1_000_003 * self._seed + self._epoch)
+        order = torch.randperm(len(self._labels), generator=generator)
+        for chosen in order.split(self._batch_size):
+            yield augment(self._images[chosen], generator), self._labels[chosen]
 
 
 def build_model(method: str, options: dict[str, Any]) -> Any:
@@ -142,7 +151,7 @@ def train(model: nn.Module, data: Digits, recipe: Recipe, seed: int) -> RunResul
     with tempfile.TemporaryDirectory() as folder:
         return fit(
             model,
-            Turned(data),
+            Turned(data, recipe.batch_size, seed),
             test=TensorDataset(data.test_images, data.test_labels),
             output=Path(folder) / "run",
             epochs=recipe.epochs,
