@@ -20,7 +20,7 @@ import pgn_fast
 from pgn_fast.backbone.schedule import FrozenTokens
 from pgn_fast.train.token_store import TokenStore, row_key
 
-ROUNDS, BATCH, PROMPTS = 7, 8, 10
+ROUNDS, BATCH, PROMPTS = 5, 4, 10
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def vit(quick):
 
 @pytest.mark.parametrize("k", [4, 2, 1])
 def bench_last_blocks(benchmark, quick, record, vit, tmp_path, k):
-    """VPT-Deep in the last k of 12 blocks, ViT-B/16, a batch of 8."""
+    """VPT-Deep in the last k of 12 blocks, ViT-B/16, a batch of 4."""
     depth = len(vit.blocks)
     model = pgn_fast.VPT(
         vit, NUM_CLASSES, num_prompts=PROMPTS, layers=range(depth - k, depth)

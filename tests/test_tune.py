@@ -162,6 +162,15 @@ def test_a_budget_of_time_ends_the_search_and_the_best_is_finished(world, tmp_pa
     assert found.summary["test"] and trial.scores
 
 
+def test_a_folder_for_frozen_blocks_is_no_claim_that_every_method_has_some(world, tmp_path):
+    kept = str(tmp_path / "kept")
+    given = {"cache": kept, "epochs": 2, "resolution": 16}
+    found = search(world, tmp_path / "tune", trials=2, given=given, methods=("pgn", "linear"))
+    assert {trial.given["method"] for trial in found.trials} == {"pgn", "linear"}
+    assert not any(trial.failed for trial in found.trials)
+    assert len(list((tmp_path / "kept").glob("*/tokens.bin"))) == 2  # training and validation
+
+
 def test_a_trial_that_fails_is_no_end(world, tmp_path, monkeypatch):
     step = Stepper.step
 

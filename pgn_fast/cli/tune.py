@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe:
         raise UserError(f"--recipe {args.recipe} sets what tune searches: use pgn-fast train.")
     given = train.given_fields(args)
-    output = Path(args.resume or args.output or "runs/tune")
+    output = Path(args.resume or args.output or "runs/tune") / (args.experiment or "")
     found = tune(
         given,
         output,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,7 @@ class Found:
     """The end of a search.
 
     Attributes:
+        best: the trial that won.
         given: fields of ``TrainConfig`` that repeat the best trial as a run of its own.
         summary: of that run, the test score included.
         trials: all of them.
@@ -119,6 +121,8 @@ def tune(
             another search; nothing was created.
         TrainingStopped: a signal asked to stop, or no trial could be trained.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("tune runs in one process; start it without torchrun.")
     if seconds is None and trials is None:
         raise UserError("tune needs a `budget`, such as 20m, or a number of `trials`.")
     search = _Search(dict(given), output, tuple(methods), device or torch.device("cpu"), show)
@@ -307,14 +311,17 @@ class _Search:
         self._save()
 
     def _run(self, trial: Trial, work: Callable[[Run], T], show: bool = False) -> T:
-        config = TrainConfig.make(**self.given | trial.given)
+        # a folder that is named holds what some methods can keep, and is no claim that all can
+        place = self.given.get("cache", "auto")
+        named = place not in ("auto", "off")
+        fields = self.given | trial.given | ({"cache": "auto"} if named else {})
+        config = TrainConfig.make(**fields)
+        keep = Path(place) if named else self.output / "frozen"
         own = find_method(config.method).trains_backbone
         backbone = load_backbone_for(config) if own else self.backbone
 
         def parts() -> Parts:
-            return dataclasses.replace(
-                assemble(config, self.splits, backbone), keep=self.output / "frozen"
-            )
+            return dataclasses.replace(assemble(config, self.splits, backbone), keep=keep)
 
         folder = self._folder(trial)
         return run(config, folder, parts, self.device, folder.exists(), show, work)
