@@ -163,3 +163,26 @@ def test_push_and_verify_from_the_command_line(server, tmp_path, capsys):
     safetensors.torch.save_file(tensors, run / "best" / WEIGHTS_FILE)
     assert cli.main(["verify", str(run), "--no-scores"]) == 2
     assert "digest" in capsys.readouterr().err
+
+
+def test_a_repository_is_served_and_added_to_a_folder_of_tasks(server, tmp_path, monkeypatch):
+    from pgn_fast.serve import load_served_tasks
+
+    model = pgn_fast.VPT("pgn_demo_vit", 3, num_prompts=1).eval()
+    torch.nn.init.normal_(model.head.weight)
+    model.push_to_hub("me/pets")
+    tasks = load_served_tasks("me/pets@main")
+    assert list(tasks.tasks()) == ["pets"]
+    with pytest.raises(UserError, match=r"no folder me/dogs, and on the hub, me/dogs: the hub has"):
+        load_served_tasks("me/dogs")
+    seen = {}
+    monkeypatch.setattr(
+        "pgn_fast.serve.server.run_server", lambda served, *a, **k: seen.update(served=served)
+    )
+    assert cli.main(["serve", "me/pets", "--device", "cpu"]) == 0
+    assert list(seen["served"].tasks()) == ["pets"]
+    assert cli.main(["tasks", "add", str(tmp_path / "tasks"), "cats", "me/pets"]) == 0
+    assert sorted(p.name for p in (tmp_path / "tasks" / "cats").iterdir()) == [
+        CONFIG_FILE,
+        WEIGHTS_FILE,
+    ]

@@ -14,6 +14,7 @@ from PIL import Image
 from small_world import tiny_vit, write_images
 
 import pgn_fast
+import pgn_fast.cli._answers  # before its backbone is another one
 from pgn_fast.backbone import load
 from pgn_fast.cli import main
 from pgn_fast.cli import predict as command

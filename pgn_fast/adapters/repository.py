@@ -15,6 +15,7 @@ from .. import hub
 from ..errors import UserError
 from . import CONFIG_FILE, WEIGHTS_FILE, read_adapter, save_pretrained
 from . import from_pretrained as from_directory
+from .places import fetch_adapter
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -44,23 +45,6 @@ def from_pretrained(
         raise UserError("is_trainable is PEFT's name; here it is trainable=True.")
     folder = fetch_adapter(directory_or_repo_id)
     return from_directory(folder, backbone, trainable=trainable, **options)
-
-
-def fetch_adapter(directory_or_repo_id: str | PathLike[str]) -> Path:
-    """The directory of an adapter; a repository's two files are fetched into the hub's cache.
-
-    Raises:
-        HubError: the hub cannot be reached or the repository is no adapter's.
-    """
-    folder, name = Path(directory_or_repo_id), str(directory_or_repo_id)
-    if folder.exists() or not hub.is_repo_id(name):
-        return folder
-    found = [hub.download(name, file) for file in (CONFIG_FILE, WEIGHTS_FILE)]
-    for path, file in zip(found, (CONFIG_FILE, WEIGHTS_FILE), strict=True):
-        if path is None:
-            raise hub.HubError(f"{name}: the repository has no {file}, so it is no adapter's")
-    assert found[0] is not None
-    return found[0].parent
 
 
 def push_model(model: Any, repo_id: str, **options: Any) -> str:

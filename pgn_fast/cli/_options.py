@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,63 +164,109 @@ def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder such as runs/pgn/best, with its two files; a run's, whose best is meant; or "
         "OWNER/NAME on the hub",
     )
+    add_backbone_arguments(parser)
+
+
+def add_backbone_arguments(
+    parser: argparse._ActionsContainer,
+    model: str = "the backbone (default: the one that the adapter names)",
+) -> None:
+    """How to come by an adapter's backbone, see ``adapter_backbone``; ``model`` is a help text."""
+    parser.add_argument("--model", metavar="NAME", help=model)
     parser.add_argument(
-        "--model", metavar="NAME", help="the backbone (default: the one that the adapter names)"
-    )
-    parser.add_argument(
-        "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
+        "--model-kwargs",
+        nargs="*",
+        action=KeyValues,
+        default={},
+        metavar="NAME=VALUE",
+        help="for timm, such as dynamic_img_size=True, over those of the training",
     )
     parser.add_argument(
         "--pretrained-path", metavar="FILE", help="the backbone's weights (default: as in training)"
     )
 
 
+def add_strict_argument(parser: argparse._ActionsContainer) -> None:
+    """``--no-strict-backbone``, of commands that put many adapters on one backbone."""
+    parser.add_argument(
+        "--no-strict-backbone",
+        dest="strict_backbone",
+        action="store_false",
+        help="take adapters that were trained on other weights or settings of the backbone, too",
+    )
+
+
 def adapter_folder(given: str) -> str:
     """The folder of an adapter; of a run's folder its ``best``; of a hub's repository its copy."""
-    from pathlib import Path
+    from ..adapters.places import fetch_adapter, find_adapter
 
-    from .. import hub
+    folder = fetch_adapter(given)
+    return str(find_adapter(folder) or folder)
 
-    if hub.is_repo_id(given) and not Path(given).exists():
-        from ..adapters.repository import fetch_adapter
 
-        return str(fetch_adapter(given))
-    best = Path(given) / "best"
-    is_run = not (Path(given) / "adapter_config.json").exists()
-    return str(best) if is_run and (best / "adapter_config.json").exists() else given
+def adapter_backbone(
+    folder: Path, config: Mapping[str, Any], args: argparse.Namespace
+) -> tuple[Any, str] | None:
+    """The backbone of an adapter where flags or its run say more than it does itself.
+
+    ``--model``, ``--model-kwargs`` and ``--pretrained-path`` come first, then the ``args.yaml`` of
+    the run in whose folder it lies, then what the adapter has recorded.
+
+    Args:
+        folder: of the adapter.
+        config: its configuration.
+
+    Returns:
+        The backbone, frozen, and its name; None where the adapter says it all.
+
+    Raises:
+        UserError: no such model, or no way to its weights.
+    """
+    from ..backbone.load import load_backbone, load_recorded
+    from ..errors import as_user_error
+    from ..methods import METHODS
+    from ..train.methods import weights_file
+    from ..train.run_folder import recorded_backbone
+
+    recorded = recorded_backbone(folder.parent)
+    path = args.pretrained_path or (None if args.model else recorded.path)
+    name = args.model or recorded.name or config.get("base_model_name_or_path")
+    if name is None:
+        raise UserError(f"{folder} does not name its backbone: give --model NAME.")
+    own = METHODS[config["method"]].trains_backbone  # and it has all of its weights
+    weights = config.get("base_model_weights")
+    if weights and not (path or args.model or own):
+        raise UserError(
+            f"{folder} was trained on a {name} with weights of its owner ({weights}): give them by "
+            "--pretrained-path FILE, or that backbone by --model NAME."
+        )
+    if not (args.model or args.model_kwargs or path or recorded.kwargs):
+        return None
+    with as_user_error(TypeError, RuntimeError):
+        kwargs = (config.get("base_model_kwargs") or {}) | recorded.kwargs | args.model_kwargs
+        if own:
+            kwargs = {"pretrained": False} | kwargs
+        elif path is not None:
+            kwargs |= weights_file(name, path)
+        # only a name that the user typed may be a path
+        load = load_backbone if args.model else load_recorded
+        return load(name, **kwargs), name
 
 
 def load_adapter(args: argparse.Namespace) -> Any:
-    """The adapter in front of its backbone, frozen and in eval mode.
-
-    An adapter in the folder of a run gets the backbone that the run had, by the ``args.yaml``
-    there: its keywords for timm and its weights file. Flags take their place.
+    """The adapter in front of its backbone, frozen and in eval mode; see ``adapter_backbone``.
 
     Raises:
         UserError: no adapter, a damaged one, or a backbone that does not fit.
     """
-    from ..adapters import from_pretrained, read_adapter
-    from ..backbone.load import load_backbone
-    from ..errors import as_user_error
-    from ..train.methods import weights_file
-    from ..train.run_folder import recorded_backbone
+    from ..adapters import from_pretrained
+    from ..adapters.files import OpenAdapter
 
     folder = Path(adapter_folder(args.adapter))
-    with as_user_error(TypeError, RuntimeError):
-        name, kwargs = args.model, args.model_kwargs or {}
-        path = getattr(args, "pretrained_path", None)
-        if name is None and not kwargs:
-            recorded = recorded_backbone(folder.parent)
-            kwargs, path = recorded.kwargs, path or recorded.path
-            name = recorded.name if kwargs or path else None
-        if name is None and not kwargs and path is None:
-            return from_pretrained(folder)
-        name = name or read_adapter(folder)[0]["base_model_name_or_path"]
-        if name is None:
-            raise UserError(f"{folder} does not name its backbone: give --model NAME.")
-        if path is not None:
-            kwargs = {**kwargs, **weights_file(name, path)}
-        return from_pretrained(folder, load_backbone(name, **kwargs))
+    with OpenAdapter(folder) as adapter:
+        config = adapter.config
+    found = adapter_backbone(folder, config, args)
+    return from_pretrained(folder, None if found is None else found[0])
 
 
 def task_of(args: argparse.Namespace) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ._canvas import add_canvas_arguments, canvas_fields
-from ._options import KeyValues, at_least, load_adapter
+from ._options import add_backbone_arguments, at_least, load_adapter
 
 HELP = "turn an adapter into pixels for an image API, or say whether a backbone allows it"
 EPILOG = """\
@@ -43,12 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-n", "--count", type=at_least(1), default=8, metavar="N", help="images (8)"
     )
-    parser.add_argument(
-        "--model", metavar="NAME", help="the backbone (default: the one that the adapter names)"
-    )
-    parser.add_argument(
-        "--model-kwargs", nargs="*", action=KeyValues, metavar="NAME=VALUE", help="for timm"
-    )
+    add_backbone_arguments(parser)
     add_canvas_arguments(parser, "that of the training; trained in latent space: enlarged")
     parser.add_argument(
         "--scale",
@@ -98,7 +93,7 @@ def _analyze(args: argparse.Namespace) -> int:
 
     words = canvas_fields(args)
     for name in args.analyze:
-        kwargs = dict(args.model_kwargs or {})
+        kwargs = dict(args.model_kwargs)
         if args.random_weights:
             torch.manual_seed(0)
             kwargs["pretrained"] = False
@@ -221,7 +216,7 @@ def _load(args: argparse.Namespace, words: dict[str, Any]) -> Any:
                 "with --deploy rgb; or see what --layout border --on-unreachable project is worth."
             )
     if larger and config.get("method") in ("pgn", "vpt-shallow"):
-        args.model_kwargs = any_size(name, args.model_kwargs or {})
+        args.model_kwargs = any_size(name, args.model_kwargs)
     return load_adapter(args)
 
 

@@ -6,29 +6,31 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import UserError
 from ._options import (
-    adapter_folder,
-    add_adapter_arguments,
+    add_backbone_arguments,
     add_device_argument,
     add_run_arguments,
+    add_strict_argument,
     at_least,
-    load_adapter,
     pick_device,
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from ..train.split import Split
-    from ..train.tables import Columns, Parts
+    from ..train.tables import Parts
+    from ._answers import EveryTask, OneAdapter
 
 HELP = "name the classes of images, as CSV or JSON lines"
 EPILOG = """\
+With --tasks DIR in the place of ADAPTER every image goes through every task of the folder, what
+lies below their first prompts once: a row an image, or with --table long a row an image and task.
+A task that cannot be loaded is named, the others are written, and the exit code is 2.
+
 Rows are written as they come, and a file takes its name when it is whole. Under torchrun, or with
 --parts N, each part is a file in OUTPUT.parts/; a second start computes only what is missing, and
 whoever finishes last joins them. Exit code 2 where no image could be read.
@@ -37,6 +39,7 @@ examples:
   pgn-fast predict runs/photos/best cat.jpg dog.png
   pgn-fast predict runs/photos new_photos --output predictions.csv
   pgn-fast predict runs/photos new_photos --format jsonl --topk 3 | head
+  pgn-fast predict new_photos --tasks tasks/ --table long --output predictions.csv
   torchrun --nproc-per-node 8 -m pgn_fast predict runs/photos archive --output archive.csv
 """
 # seconds between two lines of progress: on a terminal, and elsewhere
@@ -44,10 +47,28 @@ _TERMINAL_S, _LOG_S = 0.5, 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_adapter_arguments(parser)
+    parser.add_argument(
+        "adapter",
+        metavar="ADAPTER",
+        help="a folder such as runs/pgn/best; a run's, whose best is meant; or OWNER/NAME on the "
+        "hub. With --tasks there is none, and images begin here",
+    )
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", help="image files, or folders of them"
     )
+    parser.add_argument(
+        "--tasks",
+        action=_Tasks,
+        metavar="DIR",
+        help="every task of a folder with an adapter or a run in each sub-folder",
+    )
+    parser.add_argument(
+        "--table",
+        choices=("wide", "long"),
+        help="of --tasks: columns for each task, or rows for each task (wide)",
+    )
+    add_backbone_arguments(parser)
+    add_strict_argument(parser)
     parser.add_argument("--output", metavar="FILE", help="default: the terminal")
     parser.add_argument(
         "--format", choices=("csv", "jsonl"), help="default: as --output ends, else csv"
@@ -66,44 +87,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_argument(parser)
 
 
+class _Tasks(argparse.Action):
+    """``--tasks``: what stands in ADAPTER's place is an image, and further ones may be missing."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            if action.dest == "images":
+                action.nargs, action.required = "*", False
+
+
 def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
 
     from ..train.data import image_files
     from ..train.distributed import Processes
-    from ..train.tables import Columns, Parts
+    from ..train.tables import Parts, digest_of, replacing
 
+    images = args.images if args.tasks is None else [args.adapter, *(args.images or ())]
     # torchrun's numbers alone: processes that share nothing need no process group
     processes = Processes(device)
     output = _checked_output(args.output)
+    suffix = output.suffix if output else ""
+    kind = args.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv")
     count = args.parts or processes.world
     if count > 1 and output is None:
         raise UserError("--output FILE is needed where rows are computed in parts.")
-    split = image_files(args.images)
+    split = image_files(images)
     if processes.first:
         for note in split.notes:
             print(note, file=sys.stderr)
-    model = load_adapter(args).to(processes.device)
-    names = model.class_names or [str(c) for c in range(model.num_classes)]
-    suffix = output.suffix if output else ""
-    columns = Columns(
-        args.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv"),
-        min(args.topk, len(names)),
-        names if args.logits else None,
-    )
-    predictor = _Predictor(args, model, processes.device, names, columns)
+    from ._answers import EveryTask, OneAdapter, check_table
+
+    check_table(args, kind)
+    asked = (OneAdapter if args.tasks is None else EveryTask)(args, kind, processes.device)
+    if processes.first:
+        for reason in asked.failed:
+            print(f"left out: {reason}", file=sys.stderr)
+    predictor = _Predictor(args, asked)
     if count > 1:
         assert output is not None
-        parts = Parts(output, count, _digest_of_run(args, split, columns, count))
+        names = [split.images.name(i) for i in split.indices]
+        options = [args.model, repr(args.model_kwargs), args.pretrained_path, args.amp]
+        run = digest_of(names, asked.digest, options, args.amp_dtype, asked.columns.header(), kind,
+                        args.topk, args.logits, args.table, count)  # fmt: skip
+        parts = Parts(output, count, run)
         return _in_parts(predictor, split, parts, processes.rank, processes.world)
     if output is None:
         return _to_terminal(predictor, split)
-
-    from ..train.tables import replacing
-
     with replacing(output) as file:
         about = predictor.write(split, file)
-    return _end(about["rows"], about["images"])
+    return _end(about["rows"], about["images"], asked.failed)
 
 
 def _checked_output(given: str | None) -> Path | None:
@@ -120,16 +154,6 @@ def _checked_output(given: str | None) -> Path | None:
     return path
 
 
-def _digest_of_run(args: argparse.Namespace, split: Split, columns: Columns, count: int) -> str:
-    from ..train.tables import digest_of, digest_of_files
-
-    folder = Path(adapter_folder(args.adapter))
-    adapter = digest_of_files(sorted(folder.iterdir()) if folder.is_dir() else [folder])
-    names = [split.images.name(i) for i in split.indices]
-    options = [args.model, repr(args.model_kwargs), args.amp, args.amp_dtype, columns.kind]
-    return digest_of(names, adapter, options, columns.topk, columns.logits, count)
-
-
 def _to_terminal(predictor: _Predictor, split: Split) -> int:
     # a name that is not UTF-8 goes out as the bytes that it is
     if hasattr(sys.stdout, "reconfigure"):
@@ -140,7 +164,7 @@ def _to_terminal(predictor: _Predictor, split: Split) -> int:
         # the reader has what it wanted, as head does; nothing may be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return _end(about["rows"], about["images"])
+    return _end(about["rows"], about["images"], predictor.asked.failed)
 
 
 def _in_parts(predictor: _Predictor, split: Split, parts: Parts, rank: int, world: int) -> int:
@@ -167,34 +191,22 @@ def _in_parts(predictor: _Predictor, split: Split, parts: Parts, rank: int, worl
         f"{parts.output} is joined from {parts.count} parts; {parts.folder} may be removed",
         file=sys.stderr,
     )
-    return _end(*(sum(note[key] for note in notes) for key in ("rows", "images")))
+    rows, images = (sum(note[key] for note in notes) for key in ("rows", "images"))
+    return _end(rows, images, predictor.asked.failed)
 
 
-def _end(rows: int, images: int) -> int:
+def _end(rows: int, images: int, failed: Sequence[str]) -> int:
     print(f"{rows} of {images} images classified", file=sys.stderr)
-    return 0 if rows else 2
+    if failed:
+        print(f"{len(failed)} tasks were left out", file=sys.stderr)
+    return 0 if rows and not failed else 2
 
 
 class _Predictor:
-    """Rows of images, as the model finds them."""
+    """Rows of images, as what is asked answers."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: Any,
-        device: torch.device,
-        names: list[str],
-        columns: Columns,
-    ) -> None:
-        from functools import partial
-
-        from ..cuda_graphs import graphed_forward
-        from ..train.evaluation import Autocast
-
-        self.args, self.model, self.device = args, model, device
-        self.names, self.columns = names, columns
-        autocast = Autocast(device, args.amp, args.amp_dtype)
-        self._forward = graphed_forward(model, autocast, partial(print, file=sys.stderr))
+    def __init__(self, args: argparse.Namespace, asked: OneAdapter | EveryTask) -> None:
+        self.args, self.asked, self.columns = args, asked, asked.columns
 
     def write(self, split: Split, file: TextIO) -> dict[str, Any]:
         """All rows of a split: how many images and rows there are, and what was unreadable."""
@@ -215,36 +227,17 @@ class _Predictor:
         return {"images": len(split), "rows": rows, "unreadable": unreadable}
 
     def _batches(self, split: Split) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
-        """Rows {"file", "predictions": [{"class", "index", "probability"}, ...]}, and the images
-        that could not be read."""
-        from ..train.loader import eval_transform, make_loader
+        """Rows as the columns take them, and the images that could not be read."""
+        from ..train.loader import make_loader
 
         args = self.args
-        transform = eval_transform(self.model.preprocessing)
-        loader = make_loader(split, transform, args.batch_size, workers=args.workers)
+        loader = make_loader(split, self.asked.transform, args.batch_size, workers=args.workers)
         for pixels, _, indices, missing in loader:
             if len(indices) == 0:
                 yield [], missing
                 continue
-            logits = self._forward(pixels.to(self.device)).float()
-            several = getattr(self.model, "task", None) == "multilabel"
-            probabilities = logits.sigmoid() if several else logits.softmax(dim=1)
-            best = probabilities.topk(self.columns.topk, dim=1)
-            rows = []
-            for index, values, classes, scores in zip(
-                indices.tolist(),
-                best.values.tolist(),
-                best.indices.tolist(),
-                logits.tolist(),
-                strict=True,
-            ):
-                predictions = [
-                    {"class": self.names[c], "index": c, "probability": round(p, 6)}
-                    for p, c in zip(values, classes, strict=True)
-                ]
-                row = {"file": split.images.name(index), "predictions": predictions}
-                rows.append(row | ({"logits": scores} if self.columns.logits else {}))
-            yield rows, missing
+            files = [split.images.name(index) for index in indices.tolist()]
+            yield list(self.asked.rows(pixels, files)), missing
 
 
 class _Progress:

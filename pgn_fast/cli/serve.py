@@ -10,12 +10,19 @@ from typing import Any
 from ..errors import UserError, as_user_error
 from ..serve.logs import FORMATS
 from ..serve.settings import OUTPUTS, ServerSettings
-from ._options import KeyValues, add_device_argument, at_least, pick_device
+from ._options import (
+    add_backbone_arguments,
+    add_device_argument,
+    add_strict_argument,
+    at_least,
+    pick_device,
+)
 
 HELP = "serve what was trained, or a frozen model's features, over HTTP"
 EPILOG = """\
 examples:
   pgn-fast serve runs/photos                   one task: a run, or an adapter
+  pgn-fast serve me/pets                       the same from the hub
   pgn-fast serve tasks --token-file tokens     one task a sub-folder; the folder is watched
   pgn-fast serve --model vit_base_patch32_clip_224.openai
   pgn-fast serve --model pgn_demo_vit --port 8001
@@ -55,22 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "place",
         nargs="?",
         metavar="ADAPTER|TASKS_DIR",
-        help="an adapter, a training run, or a folder with one of them in each sub-folder",
+        help="an adapter, a training run, OWNER/NAME on the hub, or a folder with an adapter or a "
+        "run in each sub-folder",
     )
-    model.add_argument(
-        "--model",
-        metavar="NAME",
-        help="alone: a timm vision transformer as it is, with its tag (pgn_demo_vit is inside); "
-        "beside adapters: their backbone, where it is not the one that they name",
+    add_backbone_arguments(
+        model,
+        "alone: a timm vision transformer as it is, with its tag (pgn_demo_vit is inside); beside "
+        "adapters: their backbone, where it is not the one that they name",
     )
-    model.add_argument(
-        "--model-kwargs",
-        nargs="*",
-        action=KeyValues,
-        default={},
-        metavar="NAME=VALUE",
-        help="for timm, such as dynamic_img_size=True",
-    )
+    add_strict_argument(model)
     model.add_argument(
         "--output",
         choices=OUTPUTS,
@@ -180,24 +180,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace, device: Any) -> Any:
-    from ..serve import load_served_model, load_served_tasks
+    from ..serve import load_served_model
+    from ..train.methods import weights_file
+    from ._answers import load_tasks
 
     names = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
     data_args: dict[str, Any] = {name: getattr(args, name) for name in names}
     if args.place is None:
-        return load_served_model(
-            args.model, data_args=data_args, device=device, **args.model_kwargs
-        )
+        kwargs = dict(args.model_kwargs)
+        if args.pretrained_path is not None:
+            kwargs |= weights_file(args.model, args.pretrained_path)
+        return load_served_model(args.model, data_args=data_args, device=device, **kwargs)
     given = [f"--{name.replace('_', '-')}" for name in names if data_args[name] is not None]
     if given:
         raise UserError(
             f"{', '.join(given)}: adapters have a preprocessing of their own; leave the flags out."
         )
-    return load_served_tasks(
-        args.place,
-        model=args.model,
-        device=device,
-        watch_s=args.watch_s,
-        max_bytes=args.max_task_bytes,
-        **args.model_kwargs,
-    )
+    return load_tasks(args.place, args, device, watch_s=args.watch_s, max_bytes=args.max_task_bytes)

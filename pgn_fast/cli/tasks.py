@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 HELP = "list, add, remove and show the tasks of a directory"
 EPILOG = """\
-A directory of tasks holds one adapter a sub-directory, named after the task.
+A directory of tasks holds one adapter a sub-directory, named after the task, all of them on one
+backbone.
+
+examples:
 
   pgn-fast tasks add tasks/ pets runs/pets/best
   pgn-fast tasks list tasks/
@@ -30,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name != "list":
             action.add_argument("name", metavar="NAME", help="of the task")
         if name == "add":
-            action.add_argument("adapter", type=Path, help="directory of an adapter or of a run")
+            action.add_argument(
+                "adapter", help="directory of an adapter or of a run, or OWNER/NAME on the hub"
+            )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,42 +44,42 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ..adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+    from ..adapters import WEIGHTS_FILE, read_adapter
+    from ..adapters.places import adapters_of
     from ..errors import UserError
 
     if not args.directory.is_dir():
         raise UserError(f"no tasks: there is no folder {args.directory}.")
-    folders = sorted(f for f in args.directory.iterdir() if (f / CONFIG_FILE).exists())
-    damaged = 0
-    for folder in folders:
+    damaged, found = 0, adapters_of(args.directory)
+    for name, folder in found.items():
         try:
             config, _ = read_adapter(folder)
-        except UserError as error:
+        except (UserError, OSError) as error:
             damaged += 1
-            print(f"{folder.name:<24} damaged: {error}")
+            print(f"{name:<24} damaged: {error}")
             continue
         size = (folder / WEIGHTS_FILE).stat().st_size
         classes = config.get("num_classes")
         told = f"{classes} classes" if classes is not None else "classes as its head has"
         print(
-            f"{folder.name:<24} {config.get('method'):<12} {told:<12} {size / 1e3:8.1f} kB  "
+            f"{name:<24} {config.get('method'):<12} {told:<12} {size / 1e3:8.1f} kB  "
             f"{config.get('base_model_name_or_path')}"
         )
-    print(f"{len(folders)} tasks" + (f", {damaged} of them damaged" if damaged else ""))
+    print(f"{len(found)} tasks" + (f", {damaged} of them damaged" if damaged else ""))
     return 2 if damaged else 0
 
 
 def _add(args: argparse.Namespace) -> int:
     from ..adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
     from ..errors import UserError
+    from ._options import adapter_folder
 
     target = _place(args)
     if target.exists():
         raise UserError(f"{target} is there already: remove the task first, or choose another name")
-    source = args.adapter
-    if not (source / CONFIG_FILE).exists() and (source / "best" / CONFIG_FILE).exists():
-        source = source / "best"
-    read_adapter(source)  # whole and undamaged, or refused
+    source = Path(adapter_folder(args.adapter))
+    config, _ = read_adapter(source)  # whole and undamaged, or refused
+    _check_backbone(args.directory, source, config)
     # copied beside it first: whoever watches the directory sees a whole adapter or none
     waiting = target.with_name(f".{target.name}.adding")
     shutil.rmtree(waiting, ignore_errors=True)
@@ -86,13 +92,47 @@ def _add(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_backbone(directory: Path, source: Path, config: Mapping[str, Any]) -> None:
+    """The tasks of a directory stand on one backbone: refuse one with another digest."""
+    from ..adapters.files import OpenAdapter
+    from ..adapters.places import adapters_of
+    from ..errors import UserError
+
+    digest = config.get("backbone_digest")
+    if digest is None or not directory.is_dir():
+        return
+    for name, folder in adapters_of(directory).items():
+        try:
+            with OpenAdapter(folder) as adapter:
+                other = adapter.config
+        except (UserError, OSError):
+            continue
+        known = other.get("backbone_digest")
+        # the digest of an adapter that keeps the backbone's own head counts that head, too
+        heads = {c.get("head") == "keep" for c in (config, other)}
+        if known in (None, digest) or len(heads) > 1:
+            continue
+        mine, theirs = (
+            f"{c.get('base_model_name_or_path') or 'a backbone of no known name'} (digest "
+            f"{c['backbone_digest'][:12]})"
+            for c in (config, other)
+        )
+        raise UserError(
+            f"{source} was trained on {mine}, and {name!r} in {directory} on {theirs}: the tasks "
+            "of a directory share one backbone. Add it to a directory of its own."
+        )
+
+
 def _remove(args: argparse.Namespace) -> int:
-    from ..adapters import CONFIG_FILE
     from ..errors import UserError
 
     target = _place(args)
-    if not (target / CONFIG_FILE).exists():
-        raise UserError(f"no task {args.name!r} in {args.directory}{_nearest(args)}")
+    adapter = _adapter(args)
+    if adapter != target:
+        raise UserError(
+            f"{target} is a training run, of which {adapter.name}/ is the task; nothing is "
+            "deleted: move the run out of the directory"
+        )
     leaving = target.with_name(f".{target.name}.removing")
     shutil.rmtree(leaving, ignore_errors=True)
     target.rename(leaving)
@@ -103,12 +143,8 @@ def _remove(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from ..adapters import read_adapter
-    from ..errors import UserError
 
-    target = _place(args)
-    if not target.is_dir():
-        raise UserError(f"no task {args.name!r} in {args.directory}{_nearest(args)}")
-    config, tensors = read_adapter(target)
+    config, tensors = read_adapter(_adapter(args))
     shapes: dict[str, Any] = {name: list(tensor.shape) for name, tensor in tensors.items()}
     print(json.dumps({**config, "tensors": shapes}, indent=2))
     return 0
@@ -125,9 +161,22 @@ def _place(args: argparse.Namespace) -> Path:
     return args.directory / args.name
 
 
+def _adapter(args: argparse.Namespace) -> Path:
+    """The adapter of the task NAME; of a training run its best one."""
+    from ..adapters.places import find_adapter
+    from ..errors import UserError
+
+    found = find_adapter(_place(args))
+    if found is None:
+        raise UserError(f"no task {args.name!r} in {args.directory}{_nearest(args)}")
+    return found
+
+
 def _nearest(args: argparse.Namespace) -> str:
     import difflib
 
-    there = [f.name for f in args.directory.iterdir()] if args.directory.is_dir() else []
-    near = difflib.get_close_matches(args.name, there)
+    from ..adapters.places import adapters_of
+
+    there = adapters_of(args.directory) if args.directory.is_dir() else {}
+    near = difflib.get_close_matches(args.name, list(there))
     return f"; the nearest are {', '.join(near)}" if near else ""

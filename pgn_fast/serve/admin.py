@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
+import logging
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from ..adapters.places import fetch_adapter, find_adapter
 from ..errors import UserError
 from .access import AllowedHosts, Tokens
 from .app import http_error
 from .errors import ApiError, error_response
 from .front import Front
-from .tasks import ServedTasks, find_adapter
+from .tasks import ServedTasks
 
+_logger = logging.getLogger(__name__)
 _MAX_BODY = 64 * 1024
 
 
@@ -89,19 +91,23 @@ async def _wanted(request: Request) -> tuple[str, str, bool]:
             400,
             "bad_request",
             'the body must be like {"name": "pets", "source": "/adapters/pets"}, a folder of this '
-            "machine.",
+            "machine, or OWNER/NAME on the hub.",
         )
     return name, source, replace
 
 
 def _add(tasks: ServedTasks, name: str, source: str) -> None:
     try:
-        adapter = find_adapter(Path(source))
+        adapter = find_adapter(fetch_adapter(source))
         if adapter is None:
             raise UserError(f"{source[:200]!r} holds no adapter and no training run.")
         tasks.add(name, adapter)
     except (UserError, OSError, ValueError) as error:
         raise ApiError(400, "bad_adapter", f"{str(error).rstrip('.')}.") from None
+    except Exception as error:
+        _logger.exception("task %r from %s", name[:128], source[:200])
+        text = f"{source[:200]!r} fails with {type(error).__name__}; the server's log says why."
+        raise ApiError(400, "bad_adapter", text) from None
 
 
 def _json(value: dict[str, object], status: int = 200) -> Response:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from starlette.responses import Response
+if TYPE_CHECKING:
+    from starlette.responses import Response
 
 
 class ApiError(Exception):
@@ -54,6 +56,8 @@ def out_of_time(doing: str) -> ApiError:
 
 def error_response(error: ApiError, path: str = "") -> Response:
     """The answer to a refused call; below ``/v2/`` in the Open Inference Protocol's form."""
+    from starlette.responses import Response
+
     body = error.body()
     if path.startswith("/v2/"):
         body = json.dumps({"error": f"{error.code}: {error.message}"}).encode()

@@ -94,13 +94,14 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(on_loop_error)
         self._watch = loop.create_task(self._guard.watch())
+        # before the other port: who reaches that one reaches this one
+        if self._admin is not None:
+            await self._listen_for_admin(*self._admin)
         await super().startup(sockets)
         for each in sockets or ():
             each.listen(_BACKLOG)
         if sockets:
             _logger.info("listening on %s", ", ".join(map(_address, sockets)))
-        if self._admin is not None:
-            await self._listen_for_admin(*self._admin)
 
     async def _listen_for_admin(self, app: FastAPI, port: int) -> None:
         guard = Guard(dataclasses.replace(self._settings, max_connections=_ADMIN_CONNECTIONS))

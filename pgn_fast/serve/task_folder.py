@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 
 from ..adapters import CONFIG_FILE, WEIGHTS_FILE
-from ..errors import UserError
-from .tasks import ServedTasks, find_adapter
+from ..adapters.places import adapters_of, find_adapter
+from ..errors import UserError, brief
+from .tasks import ServedTasks
 
 _logger = logging.getLogger(__name__)
 # modification time, size and inode of an adapter's files
@@ -87,21 +88,19 @@ class TaskFolder:
             self._tasks.add(name, adapter)
         except (UserError, OSError) as error:
             return str(error)
+        # whatever one adapter brings about, the others are served
+        except Exception as error:
+            _logger.debug("task %r", name, exc_info=True)
+            return f"{adapter} fails with {type(error).__name__}: {brief(error)}"
         self._served.add(name)
         return None
 
     def _stamps(self) -> dict[str, Stamp]:
-        stamps = {}
-        for place in sorted(self._folder.iterdir()):
-            if place.name.startswith(".") or not place.is_dir():
-                continue
-            adapter = find_adapter(place)
-            if adapter is not None and (stamp := _stamp(adapter)):
-                stamps[place.name] = stamp
-        return stamps
+        found = {name: _stamp(adapter) for name, adapter in adapters_of(self._folder).items()}
+        return {name: stamp for name, stamp in found.items() if stamp}
 
 
-def _stamp(adapter: Path) -> Stamp | None:
+def _stamp(adapter: Path) -> Stamp:
     stamps = []
     for file in (WEIGHTS_FILE, CONFIG_FILE):
         try:

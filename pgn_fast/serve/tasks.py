@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import json
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from ..adapters import WEIGHTS_FILE, backbone_pixels, from_pretrained, read_adapter
+from ..adapters import backbone_pixels, from_pretrained, read_adapter
 from ..errors import UserError
-from ..models import FineTuned
+from ..images import UnreadableImage, read_image
+from ..methods import METHODS
 from ..tasks import TaskBank
 from .answerer import Target
 from .batching import Call
 from .errors import ApiError
-from .preprocess import Preprocessing
+from .models import Models
+from .preprocess import Levels, Preprocessing
 
 _logger = logging.getLogger(__name__)
 _MAX_NAME = 128
@@ -36,42 +40,6 @@ class Beside(Protocol):
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
-
-
-class Models:
-    """A bank of tasks, and beside it fine-tuned models, each with a backbone of its own.
-
-    Args:
-        bank: of the tasks that share its backbone.
-    """
-
-    def __init__(self, bank: TaskBank) -> None:
-        self._bank = bank
-        self._fine_tuned: dict[str, FineTuned] = {}
-
-    def add(self, name: str, model: Any) -> None:
-        if isinstance(model, FineTuned):
-            self._fine_tuned[name] = model.to(next(self._bank.backbone.parameters()).device)
-        else:
-            self._bank.add(name, model)
-
-    def remove(self, name: str) -> None:
-        if self._fine_tuned.pop(name, None) is None:
-            self._bank.remove(name)
-
-    def __call__(self, images: Tensor, tasks: Sequence[str]) -> list[Tensor]:
-        """Images (B, 3, H, W) and one name each → B logit vectors."""
-        own = [i for i, name in enumerate(tasks) if name in self._fine_tuned]
-        if not own:
-            return self._bank(images, tasks)
-        results: dict[int, Tensor] = {}
-        for name in {tasks[i] for i in own}:
-            rows = [i for i in own if tasks[i] == name]
-            results.update(zip(rows, self._fine_tuned[name](images[rows]), strict=True))
-        if shared := [i for i in range(len(tasks)) if i not in results]:
-            names = [tasks[i] for i in shared]
-            results.update(zip(shared, self._bank(images[shared], names), strict=True))
-        return [results[i] for i in range(len(tasks))]
 
 
 @dataclass(eq=False)
@@ -102,10 +70,13 @@ class ServedTasks:
     Args:
         backbone: as ``load_backbone`` returns it, on its device.
         name: of the backbone, as the API calls it.
-        strict: refuse adapters that name another backbone; False: those whose shape differs only.
+        strict: refuse adapters that were trained on other weights or settings of the backbone;
+            False: those of another shape only, and warn of the others.
         max_bytes: of the tasks in memory, as for ``TaskBank``; None: all stay.
 
-    ``beside`` is started and stopped with the server: what adds and removes tasks meanwhile.
+    Attributes:
+        failed: why adapters of a folder could not be loaded when it was.
+        beside: started and stopped with the server: what adds and removes tasks meanwhile.
     """
 
     outputs = ("logits",)
@@ -114,6 +85,7 @@ class ServedTasks:
         self, backbone: Any, name: str, *, strict: bool = True, max_bytes: int | None = None
     ) -> None:
         self.name = name
+        self.failed: list[str] = []
         self.beside: Beside | None = None
         self._strict = strict
         self.backbone = backbone
@@ -169,19 +141,14 @@ class ServedTasks:
 
     def _load(self, name: str, folder: Path) -> Task:
         config, _ = read_adapter(folder)
-        own = config.get("base_model_name_or_path")
-        if self._strict and own != self.name:
-            raise UserError(
-                f"{folder} was trained on {str(own)[:200]!r}; this server runs {self.name!r}."
-            )
         # fine-tuning changed the backbone, so that its model brings another one
-        shared = None if config.get("method") == "full" else self.backbone
+        shared = None if METHODS[config["method"]].trains_backbone else self.backbone
         if config.get("task") == "multilabel":
             raise UserError(
                 f"{folder} gives several labels an image, and answers here are one class of all: "
-                "pgn-fast predict takes it."
+                "pgn-fast predict ADAPTER takes it."
             )
-        model = from_pretrained(folder, shared)
+        model = from_pretrained(folder, shared, strict_backbone=self._strict)
         try:
             pixels = dict(model.preprocessing or backbone_pixels(self.backbone))
             preprocessing = Preprocessing(pixels)
@@ -289,6 +256,90 @@ class ServedTasks:
                 results[i] = torch.stack(list(itertools.islice(rows, len(levels)))).float().cpu()
         return [results[i] for i in range(len(calls))]
 
+    # without HTTP
+
+    def answer(
+        self, images: Sequence[bytes | Image.Image], tasks: Sequence[str | None]
+    ) -> list[Tensor]:
+        """Images, one task each, to their logits, in one batch.
+
+        Args:
+            images: encoded, or upright RGB (``pgn_fast.images.read_image``).
+            tasks: a name each; None where there is one task.
+
+        Returns:
+            Logits (C,) each, of their own task, float32 on the CPU.
+
+        Raises:
+            ValueError: another number of names than images, or an image that cannot be read
+                (``UnreadableImage``, which says which one).
+            ApiError: there is no such task; the nearest are named.
+        """
+        if len(images) != len(tasks):
+            raise ValueError(f"{len(images)} images and {len(tasks)} tasks: give one task each")
+        pictures = _pictures(images)
+        targets: list[Target] = []
+        try:
+            for task in tasks:
+                targets.append(self.target(task, "logits"))
+            calls = [
+                ([target.preprocessing.geometry(picture)], target.key)
+                for picture, target in zip(pictures, targets, strict=True)
+            ]
+            return [logits[0] for logits in self.run(calls)]
+        finally:
+            for target in targets:
+                self.release(target)
+
+    def every(self, images: Sequence[bytes | Image.Image]) -> dict[str, Tensor]:
+        """The same images through every task; what lies below a task's first prompt runs once.
+
+        Args:
+            images: B, as for ``answer``.
+
+        Returns:
+            name -> logits (B, C), float32 on the CPU.
+
+        Raises:
+            UnreadableImage: (a ValueError) one that cannot be read; the message says which.
+        """
+        pictures = _pictures(images)
+        with self._all() as tasks:
+            if not pictures:
+                return {task.name: torch.empty(0, task.num_classes) for task in tasks}
+            return self.run_every(
+                [(p, [p.geometry(x) for x in pictures], alike) for p, alike in _alike(tasks)]
+            )
+
+    def labels(self, task: str | None = None) -> list[str]:
+        """A task's classes in the order of its logits; their numbers where nobody has named them.
+
+        Raises:
+            ApiError: there is no such task; the nearest are named.
+        """
+        with self._changing:
+            found = self._find(task)
+        return list(found.class_names or map(str, range(found.num_classes)))
+
+    def alike(self) -> list[tuple[Preprocessing, list[Task]]]:
+        """The tasks as they are now, those of one preprocessing together."""
+        with self._changing:
+            return _alike(list(self._tasks.values()))
+
+    @torch.inference_mode()
+    def run_every(
+        self, work: Sequence[tuple[Preprocessing, Sequence[Levels], Sequence[Task]]]
+    ) -> dict[str, Tensor]:
+        """As ``every``, of images that went through each preprocessing's geometry."""
+        device = next(self.backbone.parameters()).device
+        found: dict[str, Tensor] = {}
+        for preprocessing, levels, tasks in work:
+            images = preprocessing.normalize(preprocessing.stack(levels)).to(device)
+            names = {task.id: task.name for task in tasks}
+            answers = self._bank.every(images, names)
+            found |= {names[i]: logits.float().cpu() for i, logits in answers.items()}
+        return found
+
     def warm_up(self, max_batch: int) -> None:
         """One image of every task (some, where there are many), and a whole batch of them."""
         if next(self.backbone.parameters()).device.type == "cuda":
@@ -334,20 +385,24 @@ class ServedTasks:
         return about
 
 
-def find_adapter(folder: Path) -> Path | None:
-    """The adapter in a folder: itself, or the best one of a training run."""
-    for place in (folder, folder / "best"):
-        if (place / WEIGHTS_FILE).is_file():
-            return place
-    return None
-
-
-def task_name(folder: Path) -> str:
-    """The name of the task in a folder: the folder's, of ``runs/pets/best`` the run's."""
-    resolved = folder.resolve()
-    return resolved.parent.name if resolved.name == "best" else resolved.name
-
-
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more (GET /v1/tasks)" if len(names) > _LISTED else ""
     return ", ".join(repr(name) for name in names[:_LISTED]) + more if names else "none"
+
+
+def _pictures(images: Sequence[bytes | Image.Image]) -> list[Image.Image]:
+    pictures = []
+    for number, image in enumerate(images):
+        try:
+            pictures.append(image if isinstance(image, Image.Image) else read_image(image))
+        except UnreadableImage as error:
+            raise UnreadableImage(f"image {number}: {error}") from error
+    return pictures
+
+
+def _alike(tasks: Sequence[Task]) -> list[tuple[Preprocessing, list[Task]]]:
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        key = json.dumps(task.preprocessing.describe(), sort_keys=True)
+        groups.setdefault(key, []).append(task)
+    return [(alike[0].preprocessing, alike) for alike in groups.values()]

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +43,77 @@ class Columns:
     def header(self) -> str:
         if self.kind == "jsonl":
             return ""
-        numbers = range(1, self.topk + 1) if self.topk > 1 else ("",)
-        best = [f"{name}{k}" for k in numbers for name in ("class", "probability")]
-        return _csv_line(["file", *best, *(f"logit_{name}" for name in self.logits or ())])
+        logits = (f"logit_{name}" for name in self.logits or ())
+        return _csv_line(["file", *_best_columns(self.topk), *logits])
 
     def line(self, row: Row) -> str:
         """``row``: {"file", "predictions": [{"class", "index", "probability"}], "logits"?}."""
         if self.kind == "jsonl":
             return json.dumps(row) + "\n"
-        best = [cell for p in row["predictions"] for cell in (p["class"], p["probability"])]
-        return _csv_line([row["file"], *best, *row.get("logits", ())])
+        return _csv_line([row["file"], *_best_cells(row), *row.get("logits", ())])
+
+
+@dataclass(frozen=True)
+class TaskColumns:
+    """What a row says of an image that went through several tasks.
+
+    In a wide table every task has columns of its own, ``TASK/class`` and so on, where no name of a
+    task has a slash; in a long one every image has a row a task.
+
+    Attributes:
+        kind: "csv" or "jsonl".
+        topk: the most probable classes of an image in each task, with their probabilities.
+        names: task -> its classes, in the order of the columns.
+        logits: whether all logits are written too; not in a long CSV.
+        table: "wide" or "long".
+    """
+
+    kind: str
+    topk: int
+    names: Mapping[str, Sequence[str]]
+    logits: bool
+    table: str = "wide"
+
+    def header(self) -> str:
+        if self.kind == "jsonl":
+            return ""
+        if self.table == "long":
+            return _csv_line(["file", "task", *_best_columns(self._most)])
+        columns = ["file"]
+        for task, classes in self.names.items():
+            columns += [f"{task}/{c}" for c in _best_columns(min(self.topk, len(classes)))]
+            columns += [f"{task}/logit_{name}" for name in classes] if self.logits else []
+        return _csv_line(columns)
+
+    def line(self, row: Row) -> str:
+        """``row``: {"file", "tasks": {name: {"predictions", "logits"?}}}; see ``Columns.line``."""
+        answers = {task: row["tasks"][task] for task in self.names}
+        if self.table == "wide":
+            if self.kind == "jsonl":
+                return json.dumps({"file": row["file"], "tasks": answers}) + "\n"
+            cells = [c for a in answers.values() for c in (*_best_cells(a), *a.get("logits", ()))]
+            return _csv_line([row["file"], *cells])
+        if self.kind == "jsonl":
+            lines = ({"file": row["file"], "task": t, **a} for t, a in answers.items())
+            return "".join(json.dumps(line) + "\n" for line in lines)
+        width = 2 * self._most
+        return "".join(
+            _csv_line([row["file"], task, *(_best_cells(a) + [""] * width)[:width]])
+            for task, a in answers.items()
+        )
+
+    @property
+    def _most(self) -> int:
+        return max(min(self.topk, len(classes)) for classes in self.names.values())
+
+
+def _best_columns(topk: int) -> list[str]:
+    numbers = range(1, topk + 1) if topk > 1 else ("",)
+    return [f"{name}{k}" for k in numbers for name in ("class", "probability")]
+
+
+def _best_cells(answer: Row) -> list[Any]:
+    return [cell for p in answer["predictions"] for cell in (p["class"], p["probability"])]
 
 
 def _csv_line(cells: Sequence[Any]) -> str:
