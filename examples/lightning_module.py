@@ -8,11 +8,14 @@ from common import BATCH, LR, digits, output, prompted
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import pgn_fast
+
 
 class Prompted(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.model = prompted()
+        # without it each checkpoint would hold the whole backbone, too
+        self.model = pgn_fast.adapter_checkpoints(prompted())
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         images, labels = batch
@@ -20,11 +23,6 @@ class Prompted(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.model.trainable_parameters(), lr=LR)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["state_dict"]
-        for name in [n for n in state if n.startswith("model.backbone.")]:
-            del state[name]
 
 
 folder = output()

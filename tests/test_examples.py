@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from pgn_fast.adapters import read_adapter
@@ -19,6 +20,7 @@ RUNS = {
     "ddp": (2, None),
     "accelerate_loop": (2, "accelerate"),
     "fsdp2": (2, None),
+    "hf_trainer": (1, "transformers"),
     "lightning_module": (1, "lightning"),
     "timm_parts": (1, None),
 }
@@ -55,7 +57,11 @@ def test_equals_the_plain_loop(name, plain, tmp_path):
         assert torch.allclose(found[tensor], expected, atol=1e-5), tensor
     if name == "lightning_module":
         checkpoint = torch.load(tmp_path / f"{name}.ckpt", weights_only=False)
-        assert {n.removeprefix("model.") for n in checkpoint["state_dict"]} == plain.keys()
+        saved = {n.removeprefix("model.") for n in checkpoint["state_dict"]}
+        assert saved == {*plain, "backbone.digest"}
+    if name == "hf_trainer":
+        file = tmp_path / f"{name}-checkpoints" / "checkpoint-2" / "model.safetensors"
+        assert safetensors.torch.load_file(file).keys() == {*plain, "backbone.digest"}
 
 
 def test_the_plain_loop_trains(plain):

@@ -184,7 +184,7 @@ def differences(config: Mapping[str, Any], model: Any) -> list[str]:
             "be compared"
         )
     else:
-        own = _digest(backbone, isinstance(model.head, KeptHead))
+        own = known_digest(backbone, isinstance(model.head, KeptHead))
         if own != digest:
             told.append(
                 f"its weights ({_name(backbone) or 'of no known name'}, digest {own[:12]}) are "
@@ -202,8 +202,8 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), first
 
 
-def _digest(backbone: nn.Module, head: bool) -> str:
-    """The digest, computed once for many adapters on one backbone."""
+def known_digest(backbone: nn.Module, head: bool) -> str:
+    """``backbone_digest``, computed once for many adapters on one backbone."""
     key = head, tuple(map(_state, (*backbone.parameters(), *backbone.buffers())))
     known = _digests.get(backbone)
     if known is None or known[0] != key:

@@ -1,0 +1,112 @@
+"""Checkpoints of other people's trainers: the adapter alone, beside the backbone that it knows."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from small_world import tiny_vit
+from torch import nn
+
+import pgn_fast
+from pgn_fast.errors import UserError
+from pgn_fast.models import FineTuned, LinearProbe
+
+IMAGES = torch.linspace(-2, 2, 8 * 3 * 16 * 16).reshape(8, 3, 16, 16).sin()
+
+
+def prompted(seed=0):
+    torch.manual_seed(0)
+    model = pgn_fast.VPT(tiny_vit(seed), 3, num_prompts=2, dropout=0.1)
+    return pgn_fast.adapter_checkpoints(model)
+
+
+def test_the_state_is_what_is_trained():
+    model = prompted()
+    state = model.state_dict()
+    assert set(state) == {*model.adapter_state_dict(), "backbone.digest"}
+    assert {"prompter.prompts", "head.weight", "head.bias"} <= set(state)
+    other = prompted()
+    nn.init.normal_(other.head.weight)
+    assert list(other.load_state_dict(state)) == [[], []]
+    assert torch.equal(other.head.weight, model.head.weight)
+    # a whole state is taken, too, and a missing trained tensor is missed
+    whole = {**state, **{f"backbone.{n}": t for n, t in model.backbone.state_dict().items()}}
+    assert list(other.load_state_dict(whole)) == [[], []]
+    del state["head.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*head\.bias"):
+        other.load_state_dict(state)
+    assert other.load_state_dict(state, strict=False).missing_keys == ["head.bias"]
+
+
+def test_it_is_done_once_and_survives_a_copy():
+    model = pgn_fast.adapter_checkpoints(prompted())
+    assert len(model._state_dict_hooks) == 1
+    again = copy.deepcopy(model)
+    assert set(again.state_dict()) == set(model.state_dict())
+    assert list(again.load_state_dict(model.state_dict())) == [[], []]
+
+
+def test_other_frozen_weights_are_refused():
+    with pytest.raises(UserError, match=r"digest [0-9a-f]{12}; this one has [0-9a-f]{12}, other"):
+        prompted(seed=1).load_state_dict(prompted().state_dict())
+
+
+def test_inside_of_another_module():
+    outer = nn.ModuleDict({"model": prompted()})
+    state = outer.state_dict()
+    assert "model.backbone.digest" in state
+    assert not any("blocks" in name for name in state)
+    assert list(nn.ModuleDict({"model": prompted()}).load_state_dict(state)) == [[], []]
+
+
+def test_what_is_trained_inside_of_the_backbone_is_kept():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    with pytest.warns(UserWarning, match="LoRA"):
+        model = pgn_fast.VPT(peft.inject_adapter_in_model(config, tiny_vit()), 3, num_prompts=1)
+    for name, p in model.backbone.named_parameters():
+        p.requires_grad_("lora_" in name)
+    state = pgn_fast.adapter_checkpoints(model).state_dict()
+    assert sum("lora_" in name for name in state) == 4
+    assert not any("base_layer" in name for name in state)
+
+
+def test_baselines():
+    probe = pgn_fast.adapter_checkpoints(LinearProbe(tiny_vit(), 3))
+    assert set(probe.state_dict()) == {"head.weight", "head.bias", "backbone.digest"}
+    with pytest.raises(ValueError, match="the whole backbone is trained"):
+        pgn_fast.adapter_checkpoints(FineTuned(tiny_vit(), 3))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_transformers_trainer_resumes_to_the_bit_from_the_adapter_alone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    data = [{"pixel_values": x, "labels": i % 3} for i, x in enumerate(IMAGES)]
+
+    def trainer(folder):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / folder), num_train_epochs=2, per_device_train_batch_size=2,
+            learning_rate=0.01, eval_strategy="steps", eval_steps=3, save_steps=3, report_to=[],
+            use_cpu=True, disable_tqdm=True, seed=3, load_best_model_at_end=True,
+        )  # fmt: skip
+        return transformers.Trainer(prompted(), arguments, train_dataset=data, eval_dataset=data)
+
+    whole = trainer("whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    saved = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    assert set(saved) == set(prompted().state_dict())
+    assert (checkpoint / "model.safetensors").stat().st_size < 10_000
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    trained = whole.model.adapter_state_dict()
+    found = resumed.model.adapter_state_dict()
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+    assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+    history = json.loads((tmp_path / "whole" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert history["global_step"] == 6
