@@ -197,6 +197,8 @@ def differences(config: Mapping[str, Any], model: Any) -> list[str]:
 
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     """Changes when a tensor is replaced or written, also through ``.data`` as a whole."""
+    if hasattr(tensor, "__tensor_flatten__"):  # quantized, for one: its bytes are in other tensors
+        return tuple(_state(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     version = 0 if tensor.is_inference() else tensor._version
     first = str(tensor.detach().reshape(-1)[:1].tolist())  # as text, in which NaN equals itself
     return tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), first

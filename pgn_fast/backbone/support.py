@@ -9,7 +9,7 @@ from typing import Any
 import timm.layers
 from timm.layers import activations
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
-from torch import nn
+from torch import Tensor, nn
 
 from . import families
 from .families import Family
@@ -100,8 +100,12 @@ def _block_refusal(family: Family, block: Any) -> str | None:
         if type(norm) not in (*_NORMS, nn.Identity):
             return f"{name}: {_unsupported('norm', norm, _NORMS)}"
     for name, linear in _linears(block):
-        if type(linear) is not nn.Linear:
-            return f"{name} is a {type(linear).__name__}, not a plain Linear"
+        kind = type(linear)
+        if kind is not nn.Linear:
+            return f"{name} is a {kind.__module__}.{kind.__name__}, not a plain Linear"
+        # quantized or sharded: numbers that only their own code can read
+        if type(linear.weight) not in (Tensor, nn.Parameter):
+            return f"the weight of {name} is a {type(linear.weight).__name__}, not a plain tensor"
     for name, module in block.named_modules():
         if any(map(len, hooks(module))):
             return f"a hook is registered on {name or 'the block'}"
