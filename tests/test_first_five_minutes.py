@@ -8,7 +8,7 @@ import json
 import pytest
 import timm
 import torch
-from small_world import MODEL, SIZES, tiny_vit
+from small_world import MODEL, SIZES, tiny_vit, write_images
 
 import pgn_fast
 from pgn_fast import cli
@@ -44,6 +44,36 @@ def test_another_input_size_is_refused_by_a_sentence():
     assert not hasattr(model, "set_input_size")
 
 
+def test_timms_feature_interface():
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    (maps,) = model.forward_intermediates(
+        IMAGES, indices=1, output_fmt="NCHW", intermediates_only=True
+    )
+    (tokens,) = model.get_intermediate_layers(IMAGES, n=1)
+    assert maps.shape == (2, 32, 2, 2) and tokens.shape == (2, 4, 32)
+    for name in ("default_cfg", "feature_info", "num_prefix_tokens", "global_pool"):
+        assert getattr(model, name) == getattr(model.backbone, name)
+    assert model.head_hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--mixup 0.8", "--cutmix 1.0", "--model-ema", "--bce-loss", "--layer-decay 0.7"),
+        *("--opt-kwargs momentum=0.8", "--lr-base 0.1", "--img-size 384", "--pretrained"),
+        *("--experiment x", "--val-interval 2", "--checkpoint-hist 3", "--log-wandb"),
+    ],
+)
+def test_timms_training_flags_are_understood(words):
+    cli.build_parser("train").parse_args(["train", "digits", *words.split()])
+
+
+def test_timms_settings_file_points_to_the_way(capsys, tmp_path):
+    (tmp_path / "cfg.yaml").write_text("epochz: 3\n")
+    assert cli.main(["train", "digits", "-c", str(tmp_path / "cfg.yaml")]) == 2
+    assert "epochz is no setting of this command; did you mean epochs" in capsys.readouterr().err
+
+
 # ---- PEFT -----------------------------------------------------------------------------------
 
 
@@ -65,6 +95,46 @@ def test_pefts_methods_point_to_ours():
     # other missing names are told as ever
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         model.nonsense  # noqa: B018
+
+
+def test_pefts_adapter_names_point_to_the_bank():
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    with pytest.raises(ValueError, match=r"adapter_names: a model holds one adapter; .*TaskBank"):
+        model(IMAGES, adapter_names=["pets", "__base__"])
+    bank = pgn_fast.TaskBank(model.backbone)
+    bank.add("pets", model)
+    with torch.no_grad():
+        right = model.eval()(IMAGES)
+        assert torch.allclose(torch.stack(bank(IMAGES, ["pets", "pets"])), right, atol=1e-5)
+
+
+def test_the_bare_backbone_under_pefts_name():
+    vit = tiny_vit()
+    model = pgn_fast.VPT(vit, 10, num_prompts=1)
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(IMAGES), vit(IMAGES))
+
+
+def test_pefts_own_reader_is_told_who_reads_it(tmp_path):
+    peft = pytest.importorskip("peft")
+    pgn_fast.VPT(tiny_vit(), 10, num_prompts=1).save_pretrained(tmp_path)
+    for reader in (peft.PeftConfig, peft.LoraConfig):
+        with pytest.raises(Exception, match=r"pgn_fast\.from_pretrained loads this adapter"):
+            reader.from_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"pgn_fast\.from_pretrained loads this adapter"):
+        peft.PeftModel.from_pretrained(tiny_vit(), tmp_path)
+
+
+@pytest.mark.parametrize("command", ["eval", "verify", "export", "serve", "push", "predict"])
+def test_a_hub_that_does_not_answer_is_one_sentence(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = "no folder me/pets, and on the hub, me/pets: HF_HUB_OFFLINE is set"
+    with pytest.raises(ValueError, match=message):
+        pgn_fast.from_pretrained("me/pets")
+    images = [str(write_images(tmp_path, 1))] if command == "predict" else []
+    assert cli.main([command, "me/pets", *images]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_pefts_words_of_loading(tmp_path):
@@ -140,6 +210,23 @@ def test_transformers():
         assert pgn_fast.VPT(original, 10, num_prompts=1)(IMAGES).shape == (2, 10)
 
 
+def test_timms_models_inside_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.TimmWrapperConfig(architecture=MODEL, model_args=SIZES)
+    for kind in (
+        transformers.TimmWrapperModel,
+        transformers.TimmWrapperForImageClassification,
+    ):
+        original = kind(config)
+        assert pgn_fast.VPT(original, 10, num_prompts=1)(IMAGES).shape == (2, 10)
+
+
+def test_transformers_names_of_images_and_labels():
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    output = model(pixel_values=IMAGES, labels=torch.tensor([1, 2]))
+    assert output.loss.requires_grad and output.logits.shape == (2, 10)
+
+
 def test_open_clip_and_torchvision():
     transformer = pytest.importorskip("open_clip").transformer
     from torchvision.models.vision_transformer import VisionTransformer
@@ -151,14 +238,42 @@ def test_open_clip_and_torchvision():
         assert pgn_fast.PGN(original, 10, num_prompts=1, library_size=2)(IMAGES).shape == (2, 10)
 
 
+# ---- anyone ----------------------------------------------------------------------------------
+
+
+def test_fit_takes_loaders(tmp_path):
+    pairs = [(image, i) for i, image in enumerate(IMAGES)]
+    loader = torch.utils.data.DataLoader(pairs, batch_size=2)
+    model = pgn_fast.VPT(tiny_vit(), 2, num_prompts=1)
+    result = pgn_fast.fit(model, loader, loader, epochs=1, output=tmp_path)
+    assert result.validation["images"] == 2
+
+
+def test_functional_transforms():
+    model = pgn_fast.VPT(tiny_vit(), 2, num_prompts=1).eval()
+    prompts = model.prompter.prompts.detach()
+
+    def loss(tokens):
+        names = {"prompter.prompts": tokens}
+        return torch.func.functional_call(model, names, (IMAGES,)).square().sum()
+
+    plain = prompts.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(plain), plain)
+    assert torch.allclose(torch.func.grad(loss)(prompts), expected, atol=1e-5)
+    sets = torch.stack([prompts, 2 * prompts])
+    each = torch.stack([loss(tokens) for tokens in sets])
+    assert torch.allclose(torch.func.vmap(loss)(sets), each, rtol=1e-4)
+
+
 # ---- the command line ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["push", "verify"])
+@pytest.mark.parametrize("command", cli.commands())
 def test_commands_that_are_expected(command, capsys):
     assert cli.main([command, "--help"]) == 0
     shown = capsys.readouterr().out
-    assert "examples:" in shown and f"pgn-fast {command} " in shown
+    examples = shown.partition("example")[2]
+    assert f"pgn-fast {command}" in examples
 
 
 def test_a_missing_adapter_is_one_line(capsys, tmp_path):

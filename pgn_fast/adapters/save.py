@@ -28,6 +28,7 @@ from .identity import describe
 from .pixels import backbone_pixels
 from .schema import GIVEN, check_config, plain_preprocessing
 
+_FOR_PEFT = "PGN_FAST, no type of PEFT's: pgn_fast.from_pretrained loads this adapter"
 # constructor arguments that say how a head began; what became of it is in its tensors
 _IN_HEAD = {"class_embeddings", "head_init"}
 
@@ -78,6 +79,8 @@ def save_pretrained(
     pixels = preprocessing or getattr(model, "preprocessing", None)
     config = {
         "pgn_fast_version": __version__,
+        # PEFT looks at this entry first, and shows it where it is none of its types
+        "peft_type": _FOR_PEFT,
         "method": row.name,
         **describe(own, trained=row.trains_backbone),
         **values,

@@ -66,6 +66,7 @@ PREPROCESSING: dict[str, Value] = {
 # entries that are no values of a constructor
 ABOUT: dict[str, Value] = {
     "pgn_fast_version": text(),
+    "peft_type": text(1000),
     "method": text(),
     "base_model_name_or_path": optional(_NAME),
     "base_model_kwargs": optional(table(TIMM)),

@@ -10,6 +10,9 @@ import sys
 HELP = "versions, devices and backends, and why a backend is missing"
 EPILOG = """\
 Send its output with a bug report.
+
+example:
+  pgn-fast env
 """
 _PACKAGES = ("torch", "timm", "torchvision", "triton", "safetensors", "numpy", "PIL", "matplotlib")
 

@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from .._stored import check_shapes, plain_name
 
 # what PEFT's and timm's models have, and what does it here
-_MANY = (
-    "a model holds one adapter; pgn_fast.TaskBank(backbone) holds many and mixes them in a batch"
-)
+MANY = "a model holds one adapter; pgn_fast.TaskBank(backbone) holds many and mixes them in a batch"
 _ELSEWHERE = {
-    "load_adapter": _MANY,
-    "add_adapter": _MANY,
-    "set_adapter": _MANY,
-    "delete_adapter": _MANY,
-    "active_adapter": _MANY,
+    "load_adapter": MANY,
+    "add_adapter": MANY,
+    "set_adapter": MANY,
+    "delete_adapter": MANY,
+    "active_adapter": MANY,
     "merge_and_unload": "prompts are tokens, there is nothing to merge; the model runs as it is",
     "get_base_model": "the frozen backbone is .backbone",
     "base_model": "the frozen backbone is .backbone",

@@ -18,7 +18,7 @@ from ..backbone.readout import EVERYTHING, Readout, pool, pool_mean, rows_read
 from ..backbone.schedule import FrozenTokens, Mixture, PromptSchedule
 from ..ops.dispatch import BACKENDS
 from ..prompts import Prompter, PromptGenerator
-from .adapter_interface import AdapterInterface
+from .adapter_interface import MANY, AdapterInterface
 from .frozen import FrozenBelow
 from .heads import KeptHead, count_classes, trained_dtype
 from .outputs import classifier_output
@@ -130,12 +130,16 @@ class PromptedViT(TimmInterface, FrozenBelow, AdapterInterface):
         images: Tensor | FrozenTokens | None = None,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
+        adapter_names: None = None,
     ) -> Any:
         """Images (B, C, H, W), or what ``below`` made of them, to logits (B, num_classes).
 
         With ``pixel_values``, transformers' name for the images, or ``labels``, class indices (B,)
         or probabilities (B, C): an output with ``.loss`` and ``.logits`` in place of the logits.
+        PEFT's ``adapter_names`` is refused: ``TaskBank`` mixes tasks in a batch.
         """
+        if adapter_names is not None:
+            raise ValueError(f"adapter_names: {MANY}")
         if (images is None) == (pixel_values is None):
             raise ValueError("forward takes images or pixel_values, one of them")
         logits = self._logits(pixel_values if images is None else images)  # type: ignore[arg-type]

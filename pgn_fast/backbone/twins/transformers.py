@@ -175,7 +175,8 @@ def _processor_on_disk(config: Any) -> dict[str, Any]:
             "processor=AutoImageProcessor.from_pretrained(...)) to be sure",
             stacklevel=6,
         )
-    return dict(_USUAL_PIXELS[config.model_type.partition("_")[0]])
+    # timm's model inside of a wrapper says it itself
+    return dict(_USUAL_PIXELS.get(config.model_type.partition("_")[0], {}))
 
 
 def processor_settings(
