@@ -75,6 +75,8 @@ def small_world(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page, code", blocks("python"))
 def test_python_runs(page, code, small_world):
+    if "import ray" in code or "from ray" in code:
+        pytest.skip("needs Ray: tests/test_scale.py runs it")
     if any(name in code for name in NEED_A_SERVER):
         pytest.skip("needs a server: tests/test_client.py runs one")
     if "pgn_fast.fit(" in code:
