@@ -238,14 +238,20 @@ class Residual(NamedTuple):
     statistics: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
-def add_attention(w: BlockWeights, x: Tensor, o: Tensor) -> Residual:
-    """Tokens (B, M, D) plus the projected attention output (B, M, A), normed for the MLP."""
+def add_attention(w: BlockWeights, x: Tensor, o: Tensor, *, statistics: bool = False) -> Residual:
+    """Tokens (B, M, D) plus the projected attention output (B, M, A), normed for the MLP.
+
+    Args:
+        statistics: of a norm that runs apart, too; a backward wants them.
+    """
     p = w.out(o)
     if w.ls1 is None and w.norm2.can_fuse_residual(x, p):
         return Residual(*with_rstd(x, p, w.norm2.eps, w.norm2.backend))
     y = add(x, p, w.ls1)
-    n, *statistics = w.norm2.with_statistics(y)
-    return Residual(y, n, None, tuple(statistics))  # type: ignore[arg-type]
+    if not statistics:
+        return Residual(y, w.norm2(y), None)
+    n, mean, rstd = w.norm2.with_statistics(y)
+    return Residual(y, n, None, (mean, rstd))
 
 
 def mlp(w: BlockWeights, y: Tensor, n: Tensor) -> Tensor:

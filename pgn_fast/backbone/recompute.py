@@ -60,7 +60,7 @@ class _SecondHalf(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, o: Tensor, w: BlockWeights, keep_hidden: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        y, n, rstd, statistics = blocks.add_attention(w, x, o)
+        y, n, rstd, statistics = blocks.add_attention(w, x, o, statistics=True)
         u = w.fc1(n)
         kept = y if rstd is None else n
         ctx.w, ctx.dtype = w, o.dtype
