@@ -227,6 +227,9 @@ def test_what_is_downloaded_beside_torch_and_timm_is_small():
 def test_libraries_are_tied_to_no_torch_and_no_python():
     """torch's stable ABI of 2.10, Python's limited API of 3.10: one wheel a platform."""
     pytest.importorskip("torch_abi_audit")
-    done = check_wheel.audit(PACKAGE)
+    library = PACKAGE / "_C.abi3.so"
+    if not library.is_file():
+        pytest.skip("the extension module is not built, or by an earlier version of setup.py")
+    done = check_wheel.audit(library)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Min torch:   2.10.0" in done.stdout
