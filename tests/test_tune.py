@@ -101,9 +101,9 @@ def test_only_the_best_trial_sees_the_test_images(world, tmp_path, monkeypatch):
     seen = []
     evaluate = run.Run._evaluate
 
-    def noted(self, split):
+    def noted(self, split, details=False):
         seen.append(split.name)
-        return evaluate(self, split)
+        return evaluate(self, split, details)
 
     monkeypatch.setattr(run.Run, "_evaluate", noted)
     search(world, tmp_path / "tune", trials=2)
