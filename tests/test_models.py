@@ -543,6 +543,13 @@ def test_the_reference_draws_the_same_dropout():
 
 
 @pytest.mark.parametrize("build", [pgn, vpt])
+def test_made_in_inference_mode(build):
+    with torch.inference_mode():
+        model, x = build().eval(), images()
+        torch.testing.assert_close(model(x), model.forward_reference(x))
+
+
+@pytest.mark.parametrize("build", [pgn, vpt])
 def test_training_after_inference_mode(build):
     """Nothing that inference mode computed is kept where a gradient would need it."""
     model, x = build().eval(), images()

@@ -136,7 +136,7 @@ def linear_head(backbone: Any, num_classes: int, init: str = "torch") -> nn.Modu
     dtype = trained_dtype(like.dtype)
     layer = nn.Linear(backbone.num_features, num_classes, device=like.device, dtype=dtype)
     initialize_head(layer, init)
-    if init == "torch":
+    if init == "torch" and not layer.weight.is_inference():  # which counts no writes
         _new[layer] = _writes(layer)
     return layer
 
