@@ -24,6 +24,7 @@ from ..backbone.digest import backbone_digest
 from ..backbone.schedule import FrozenTokens
 from ..backbone.watch import foreign_code
 from ..errors import UserError
+from ..images import UnreadableImage
 from .config import TrainConfig
 from .evaluation import Autocast
 from .frozen_key import Changing, Digests, Key, describe
@@ -65,8 +66,11 @@ def views_of(config: TrainConfig, train: Split) -> int:
         return 1
     if config.views or train.streamed or isinstance(train.images, GivenLoader) or not len(train):
         return config.views
-    # tensors pass the transform untouched
-    return 1 if isinstance(train.images.open(train.indices[0])[0], Tensor) else 0
+    try:
+        first = train.images.open(train.indices[0])[0]
+    except UnreadableImage:
+        return 0  # of a file, which holds a picture
+    return 1 if isinstance(first, Tensor) else 0  # tensors pass the transform untouched
 
 
 def _draws(config: TrainConfig) -> bool:
