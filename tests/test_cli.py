@@ -226,7 +226,7 @@ def test_a_recipe_is_not_ignored_when_a_run_is_resumed(world, capsys):
 def test_wrong_backbone_gets_one_line(world, capsys):
     words = ["eval", world / "run/best", world / "data", "--model", MODEL]
     line = complaint(capsys, [*words, "--model-kwargs", "pretrained=False", "depth=1"])
-    assert "embed_dim is 192" in line and "embed_dim 32" in line
+    assert "its depth is 1" in line and "with depth 2" in line
 
 
 def test_a_finished_run_is_not_overwritten(world, capsys):
