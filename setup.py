@@ -93,9 +93,6 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"PGN_FAST_CUDA is auto, on or off, got {wanted!r}")
         check_compiler()
         self.prefix = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
-        # built for one Python alone by an earlier version, and imported before _C.abi3.so
-        for stale in (self.prefix / "pgn_fast").glob("_C.cpython-*.so"):
-            stale.unlink()
         self.cmake("cpu")
         # what an earlier build left would outlive PGN_FAST_CUDA=off and a build that fails
         library = self.prefix / "pgn_fast/_C_cuda.so"
@@ -142,12 +139,15 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         if torch is None:
             raise SystemExit("pgn_fast needs torch >= 2.10 to build: pip install 'torch>=2.10'")
+        import pybind11
+
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}-{part}"
         options = {
             # given on every run: what a previous, isolated build cached is gone by now
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "CMAKE_BUILD_TYPE": "Release",
             "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
             "PGN_FAST_TORCH_DIR": torch,
         }
         cmake = tool("cmake")
@@ -169,9 +169,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("pgn_fast._C", sources=[], py_limited_api=True)],
+    ext_modules=[Extension("pgn_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     packages=[*find_packages(include=["pgn_fast", "pgn_fast.*"]), "pgn_fast.kernels"],
     package_dir={"pgn_fast.kernels": "kernels/pgn_triton"},
     package_data={

@@ -106,12 +106,15 @@ def copy_sources(to: Path) -> None:
 
 def build(tree: Path, flags: str = "") -> bool:
     """CPU kernels of ``tree`` into its own pgn_fast; False where it does not compile."""
+    import pybind11
+
     folder = tree / "build"
     if not (folder / "build.ninja").exists():
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CXX_FLAGS": flags,
             "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
             "PGN_FAST_TORCH_DIR": Path(sysconfig.get_path("platlib")) / "torch",
             "PGN_FAST_CUDA": "off",
         }

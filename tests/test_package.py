@@ -224,12 +224,12 @@ def test_what_is_downloaded_beside_torch_and_timm_is_small():
     assert downloaded <= 10e6, f"{downloaded / 1e6:.1f} MB, with {sorted(beside)}"
 
 
-def test_libraries_are_tied_to_no_torch_and_no_python():
-    """torch's stable ABI of 2.10, Python's limited API of 3.10: one wheel a platform."""
+def test_the_library_is_tied_to_no_torch():
+    """torch's stable ABI of 2.10: a wheel serves every later torch."""
     pytest.importorskip("torch_abi_audit")
-    library = PACKAGE / "_C.abi3.so"
-    if not library.is_file():
-        pytest.skip("the extension module is not built, or by an earlier version of setup.py")
+    library = next(PACKAGE.glob("_C.*.so"), None)
+    if library is None:
+        pytest.skip("the extension module is not built")
     done = check_wheel.audit(library)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Min torch:   2.10.0" in done.stdout

@@ -18,13 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MEGABYTES = 10
-TAG = re.compile(r"-cp310-abi3-(manylinux|linux|macosx)_\w+\.whl$")
+TAG = re.compile(r"-(cp3\d+)-\1-(manylinux|linux|macosx)_\w+\.whl$")
 SHIPPED = re.compile(
-    r"pgn_fast/(\w+/)*\w+\.py|pgn_fast/(py\.typed|_C\.pyi|digits\.npz|_C\.abi3\.so|_C_cuda\.(so|txt))"
+    r"pgn_fast/(\w+/)*\w+\.py|pgn_fast/(py\.typed|_C\.pyi|digits\.npz|_C\.[\w-]+\.so|_C_cuda\.(so|txt))"
     r"|pgn_fast/demo/demo_vit\.(safetensors|json)|pgn_fast-[^/]+\.dist-info/.+"
 )
 NEEDED = (
-    *("pgn_fast/__init__.py", "pgn_fast/_C.abi3.so", "pgn_fast/kernels/mix_prompts.py"),
+    *("pgn_fast/__init__.py", "pgn_fast/_C.pyi", "pgn_fast/kernels/mix_prompts.py"),
     *("pgn_fast/digits.npz", "pgn_fast/demo/demo_vit.safetensors", "pgn_fast/py.typed"),
 )
 # of each layer something that needs no extra, in a few minutes
@@ -38,7 +38,7 @@ def complaints(wheel: Path) -> list[str]:
     """What is wrong with a wheel."""
     found = []
     if not TAG.search(wheel.name):
-        found.append("its name does not say cp310-abi3 and a platform")
+        found.append("its name does not say one Python and a platform")
     if (size := wheel.stat().st_size / 1e6) > MEGABYTES:
         found.append(f"{size:.1f} MB, wanted: at most {MEGABYTES}")
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def complaints(wheel: Path) -> list[str]:
 def audit(package: Path) -> subprocess.CompletedProcess[str]:
     """torch-abi-audit of a folder: what its libraries are tied to, by their symbols."""
     code = "import sys; from torch_abi_audit.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "--check", "both", str(package)]
+    command = [sys.executable, "-c", code, "--check", "torch", str(package)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
