@@ -92,7 +92,7 @@ def test_an_inference_of_few_images() -> None:
 )
 def test_the_numbers_stay(monkeypatch, changes, options, few) -> None:
     """Logits and gradients by the reference path, for few tokens and for many."""
-    monkeypatch.setattr("pgn_fast.backbone.engine.HOST_BOUND_TOKENS", 10**6 if few else 0)
+    monkeypatch.setattr("pgn_fast.backbone.splitting.HOST_BOUND_TOKENS", 10**6 if few else 0)
     vit = backbone(3, **changes).double()
     model = pgn_fast.VPT(vit, 5, num_prompts=4, backend="reference", **options).double()
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)

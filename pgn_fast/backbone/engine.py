@@ -22,7 +22,7 @@ from .entering import project_whole
 from .options import FastOptions
 from .readout import EVERYTHING, Readout
 from .schedule import FrozenTokens, PromptSchedule
-from .splitting import HOST_BOUND_TOKENS, all_keys_values, one_product_refusal
+from .splitting import all_keys_values, is_host_bound, one_product_refusal
 from .steps import BlockStep, block_steps
 from .weights import BlockWeights
 
@@ -208,7 +208,7 @@ class FastBackbone:
             return {}
         if torch.compiler.is_compiling() or leaves_this_package() or transformed():
             return {}
-        few = x.shape[0] * x.shape[1] <= HOST_BOUND_TOKENS
+        few = is_host_bound(x)
         found: dict[int, Any] = {}
         normed = not isinstance(self.cache.family.norm_pre(self.backbone), nn.Identity)
         for i, step in enumerate(steps):
@@ -253,8 +253,7 @@ class FastBackbone:
                 own = ready or self.cache.prompt_keys_values(i, w, prompts)
                 keys = blocks.join(own, keys)
             # few tokens: one product is worth more than the memory of the queries beside the keys
-            many = x.shape[0] * x.shape[1] > HOST_BOUND_TOKENS
-            copied = many and keys is not None and not self.fuses(keys[0], True)
+            copied = keys is not None and not self.fuses(keys[0], True) and not is_host_bound(x)
             q, k, v = blocks.project(w, x, M, separate=copied)
         else:
             together = torch.cat([x, prompts.expand(x.shape[0], -1, -1)], dim=1)

@@ -23,6 +23,14 @@ from .weights import BlockWeights
 HOST_BOUND_TOKENS = 4096
 
 
+def is_host_bound(x: Tensor) -> bool:
+    """Whether tokens (B, T, D) are so few. Not under torch.compile and torch.export, whose graph
+    is to serve every batch size."""
+    if torch.compiler.is_compiling() or leaves_this_package():
+        return False
+    return x.shape[0] * x.shape[1] <= HOST_BOUND_TOKENS
+
+
 def split_projection(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
     """(..., T, parts A) -> ``parts`` views (..., h, T, d)."""
     plain = torch.compiler.is_compiling() or leaves_this_package() or transformed()
