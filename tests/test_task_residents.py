@@ -125,13 +125,17 @@ def test_what_a_task_takes_is_what_its_tensors_take(demo):
 
 def storages() -> int:
     """Bytes of all tensors of this process, each memory once."""
-    gc.collect()
     found = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+    for tensor in tensors():
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
+
+
+def tensors() -> list[torch.Tensor]:
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return [tensor for tensor in found if tensor.device.type == "cpu"]
 
 
 def test_two_thousand_tasks():
@@ -142,6 +146,7 @@ def test_two_thousand_tasks():
     bank.add("first", make())
     bank(some[:1], ["first"])
     bank.remove("first")
+    others = tensors()  # what earlier tests left must not go in between
     before = storages()
     for n in range(2000):
         bank.add(str(n), make())
@@ -160,7 +165,7 @@ def test_two_thousand_tasks():
     assert answers_are_their_models(["3", "1999", "0", "3"])
     for n in range(2000):
         bank.remove(str(n))
-    assert storages() == before and bank.resident_bytes == 0
+    assert storages() == before and bank.resident_bytes == 0 and others
 
 
 def test_adding_and_removing_look_at_no_other_task(demo, monkeypatch):

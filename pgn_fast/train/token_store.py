@@ -134,7 +134,7 @@ class TokenStore:
             open(self.folder / _TOKENS, "ab") as tokens,
             open(self.folder / _INDEX, "ab") as index,
         ):
-            # behind the last whole record, whatever a killed writer left there
+            # after the last whole record, whatever a killed writer left there
             count = index.tell() // _RECORD.itemsize
             index.truncate(count * _RECORD.itemsize)
             tokens.truncate(count * self.row_bytes)
