@@ -11,6 +11,8 @@ import timm
 import torch
 from PIL import Image
 
+from pgn_fast.train.config import TrainConfig
+
 MODEL = "vit_tiny_patch16_224"
 SIZES = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
 
@@ -43,3 +45,15 @@ def write_images(
                 levels[at] //= 3
             Image.frombytes("RGB", (14, 12), bytes(levels)).save(root / name / f"{i}.png")
     return root
+
+
+def tiny_config(world: Path, **values: Any) -> TrainConfig:
+    """A run of the tiny ViT on the images in ``world``/data."""
+    own = {
+        "data": str(world / "data"),
+        "model": MODEL,
+        "model_kwargs": tiny_vit_kwargs(world),
+        "num_prompts": 2,
+        "workers": 0,
+    }
+    return TrainConfig.make(**own | values)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from small_world import MODEL, tiny_vit_kwargs, write_images
+from small_world import tiny_config, tiny_vit_kwargs, write_images
 
 from pgn_fast.cli import build_parser, main
 from pgn_fast.errors import UserError
@@ -29,17 +29,8 @@ def world(tmp_path_factory):
 
 
 def configure(world, **changes):
-    values = {
-        "data": str(world / "data"),
-        "model": MODEL,
-        "model_kwargs": tiny_vit_kwargs(world),
-        "method": "vpt-shallow",
-        "num_prompts": 2,
-        "batch_size": 8,
-        "epochs": 2,
-        "workers": 0,
-    }
-    return TrainConfig.make(**values | changes)
+    values = {"method": "vpt-shallow", "batch_size": 8, "epochs": 2}
+    return tiny_config(world, **values | changes)
 
 
 def test_tensorboard_has_epochs_steps_and_the_test(world, tmp_path):

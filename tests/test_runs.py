@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_world import MODEL, tiny_vit_kwargs, write_images
+from small_world import MODEL, tiny_config, tiny_vit_kwargs, write_images
 
 from pgn_fast.adapters import WEIGHTS_FILE, read_adapter
 from pgn_fast.cli import main
@@ -39,19 +39,8 @@ def world(tmp_path_factory):
 
 
 def configure(world, **changes):
-    values = {
-        "data": str(world / "data"),
-        "model": MODEL,
-        "model_kwargs": tiny_vit_kwargs(world),
-        "method": "vpt-shallow",
-        "num_prompts": 2,
-        "library_size": 4,
-        "batch_size": 8,
-        "epochs": 2,
-        "lr": 0.02,
-        "workers": 0,
-    }
-    return TrainConfig.make(**values | changes)
+    values = {"method": "vpt-shallow", "library_size": 4, "batch_size": 8, "epochs": 2, "lr": 0.02}
+    return tiny_config(world, **values | changes)
 
 
 def flags(world, *more):

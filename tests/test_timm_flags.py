@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_world import MODEL, tiny_vit_kwargs, write_images
+from small_world import tiny_config, tiny_vit_kwargs, write_images
 from timm.utils import ModelEmaV3
 
 from pgn_fast.adapters import read_adapter
@@ -35,19 +35,8 @@ def world(tmp_path_factory):
 
 
 def configure(world, **changes):
-    values = {
-        "data": str(world / "data"),
-        "model": MODEL,
-        "model_kwargs": tiny_vit_kwargs(world),
-        "method": "vpt-deep",
-        "num_prompts": 2,
-        "library_size": 4,
-        "batch_size": 6,
-        "epochs": 3,
-        "lr": 0.02,
-        "workers": 0,
-    }
-    return TrainConfig.make(**values | changes)
+    values = {"method": "vpt-deep", "library_size": 4, "batch_size": 6, "epochs": 3, "lr": 0.02}
+    return tiny_config(world, **values | changes)
 
 
 def parser():

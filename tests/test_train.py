@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from small_world import MODEL, tiny_vit_kwargs, write_images
+from small_world import MODEL, tiny_config, tiny_vit_kwargs, write_images
 
 import pgn_fast
 from pgn_fast import _files
@@ -23,7 +23,6 @@ from pgn_fast.adapters import WEIGHTS_FILE, backbone_pixels, read_adapter
 from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.methods import METHODS
 from pgn_fast.train import checkpoints, loop, objective, parts, recipe, run, split, state
-from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.distributed import Processes
 from pgn_fast.train.run_folder import RunFolder
 from pgn_fast.train.signals import StopRequest
@@ -51,19 +50,14 @@ def world(tmp_path_factory):
 
 def configure(world, **changes):
     values = {
-        "data": str(world / "data"),
-        "model": MODEL,
-        "model_kwargs": tiny_vit_kwargs(world),
         "method": "vpt-deep",
-        "num_prompts": 2,
         "library_size": 4,
         "batch_size": 8,
         "epochs": 2,
         "warmup_epochs": 1,
         "lr": 0.02,
-        "workers": 0,
     }
-    return TrainConfig.make(**values | changes)
+    return tiny_config(world, **values | changes)
 
 
 def outcome(folder: Path):
