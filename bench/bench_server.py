@@ -53,6 +53,10 @@ from rows import Row
 from torch import Tensor
 
 from pgn_fast import demo
+from pgn_fast.backbone.engine import FastBackbone
+from pgn_fast.backbone.load import load_backbone
+from pgn_fast.backbone.readout import Readout, rows_read
+from pgn_fast.backbone.schedule import NO_PROMPTS
 from pgn_fast.serve import load_served_model
 from pgn_fast.serve.settings import ServerSettings, usable_cores
 
@@ -369,6 +373,46 @@ def as_rows(told: dict[str, Any], rounds: int) -> list[Row]:
     case = f"resident memory over {storms['rounds']} overloads, highest - lowest"
     kept.append(Row("server", case, "server", 1e6 * (max(memory) - min(memory)), "bytes"))
     return kept
+
+
+# backbone, pixels of an image, images of a batch, and whether it is compiled, too (15 s each)
+PASSES = (
+    ("pgn_demo_vit", 32, 1, False),
+    ("pgn_demo_vit", 32, 32, True),
+    ("vit_tiny_patch16_224", 96, 4, False),
+    ("vit_tiny_patch16_224", 128, 4, False),
+    ("vit_tiny_patch16_224", 224, 4, False),
+    ("vit_small_patch16_224", 224, 4, True),
+    ("vit_base_patch32_224", 224, 4, False),
+)
+
+
+def bench_passes(measure, quick) -> None:
+    """What runs a frozen model fastest, in one thread, as the server's workers do: timm's own
+    operations, the engine, or the code that inductor compiles for one size of batch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for arch, size, images, compiled in PASSES[:1] if quick else PASSES:
+        kwargs = {} if arch == demo.NAME else {"pretrained": False, "img_size": size}
+        model = load_backbone(arch, **kwargs)
+        engine, readout = FastBackbone(model), Readout(rows=rows_read(model), prompts=False)
+
+        def timms(x: Tensor, model: Any = model) -> Tensor:
+            return model.forward_head(model.forward_features(x), pre_logits=True)
+
+        def ours(x: Tensor, model: Any = model, engine: Any = engine, r: Any = readout) -> Tensor:
+            return model.forward_head(engine.encode(x, NO_PROMPTS, r), pre_logits=True)
+
+        runs = {"timm": timms, "ours": ours}
+        if compiled and LEVEL != "chosen":
+            torch.compiler.reset()
+            runs["compile"] = torch.compile(timms)
+        x = torch.randn(images, 3, size, size)
+        steps = {who: (lambda run=run, x=x: run(x)) for who, run in runs.items()}
+        with torch.inference_mode():
+            case = f"a pass of {images} images, {arch} of {size} pixels, one thread"
+            measure(steps, suite="server", case=case, dtype=torch.float32)
+    torch.set_num_threads(threads)
 
 
 def bench_server(benchmark, quick, record) -> None:

@@ -23,6 +23,7 @@ from rows import DEVICE, Row, spread
 from torch import Tensor, nn
 
 from pgn_fast import PGN, VPT, PromptGenerator, TaskBank
+from pgn_fast.backbone.engine import FastBackbone
 from pgn_fast.ops import prompt_attention
 
 # images of a batch and tasks in memory: few in the default run, which is short
@@ -90,6 +91,26 @@ def bench_equal_prompts(compare, quick, vit) -> None:
     }
     peers = {"ours over one task": ["one task"], "ours over own": ["own"]}
     compare(f"{B} images of {B} tasks, VPT-Deep P=10, ViT-B/16", steps, peers)
+
+
+def bench_gemms(compare, quick, vit) -> None:
+    """The blocks' matrix products alone, by the rows of all images or of one at a time: what a
+    batch can win on a machine that one image keeps busy."""
+    B = 2 if quick else BATCH
+    T, depth = vit.patch_embed.num_patches + vit.num_prefix_tokens, len(vit.blocks)
+    block = FastBackbone(vit).cache.weights(torch.float32)[1]  # as the engine packs them
+    layers = (block.qkv, block.out, block.fc1, block.fc2)
+    inputs = [torch.randn(B, T, layer.weight.shape[1], device=DEVICE) for layer in layers]
+
+    def products(rows: int) -> None:
+        for _ in range(depth):
+            for layer, x in zip(layers, inputs, strict=True):
+                for part in x.split(rows):
+                    layer(part.flatten(0, 1))
+
+    steps = {"ours": lambda: products(B), "own": lambda: products(1)}
+    case = f"of that the matrix products: {B} images at once, or one by one"
+    compare(case, steps, {"ours over own": ["own"]})
 
 
 def bench_unequal_prompts(compare, quick, vit) -> None:

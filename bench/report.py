@@ -248,11 +248,21 @@ def storage_table(kept: list[Row]) -> list[str]:
 
 
 def plain_table(suite: str) -> Callable[[list[Row]], list[str]]:
-    """Case, contender and figure of a suite whose rows have no peer."""
+    """Case, contender and the figure of each machine, of a suite whose rows have no peer."""
 
     def table(kept: list[Row]) -> list[str]:
-        lines = ["| what | who | figure |", "| --- | --- | ---: |"]
-        lines += [f"| {r.case} | {r.contender} | {figure(r)} |" for r in kept if r.suite == suite]
+        found: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+        for r in kept:
+            if r.suite == suite:
+                found[r.case, r.contender][machine_name(r.machine["device"])] = figure(r)
+        machines = list(dict.fromkeys(name for figures in found.values() for name in figures))
+        lines = [
+            f"| what | who | {' | '.join(machines)} |",
+            "| --- | --- |" + " ---: |" * len(machines),
+        ]
+        for (case, who), figures in found.items():
+            cells = [figures.get(name, "") for name in machines]
+            lines.append(f"| {case} | {who} | {' | '.join(cells)} |")
         return lines
 
     return table

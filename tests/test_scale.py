@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,13 @@ from pgn_fast.serve import load_served_tasks
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ("ray_serve", "ray_data")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray")
-# two workers, no dashboard, and no guess at how many cores there are
-_START = "import ray; ray.init(num_cpus=3, include_dashboard=False, logging_level='error')\n"
+# a program's, of which most is Ray's start: a minute on a machine with nothing else to do
+SECONDS = 240
+# two workers, no dashboard, and no guess at how many cores and how much memory there are
+_START = (
+    "import ray; ray.init(num_cpus=3, include_dashboard=False, logging_level='error', "
+    "object_store_memory=100_000_000)\n"
+)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -49,17 +56,29 @@ def folder(tmp_path_factory):
 
 
 def run(code: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", _START + code],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), "OMP_NUM_THREADS": "1",
-             "RAY_USAGE_STATS_ENABLED": "0"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    """What a program prints that starts Ray; it, and all that it started, is ended in time."""
+    out, err = folder / "stdout", folder / "stderr"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        program = subprocess.Popen(
+            [sys.executable, "-c", _START + code],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT / "examples"), "OMP_NUM_THREADS": "1",
+                 "RAY_USAGE_STATS_ENABLED": "0"},
+            # files: Ray's daemons would hold a pipe open longer than the program lives
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = program.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"Ray was not done after {SECONDS} s: {err.read_text()[-3000:]}")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+            program.wait()
+    assert status == 0, err.read_text()[-3000:]
+    return out.read_text()
 
 
 @needs_ray

@@ -453,6 +453,65 @@ def test_the_folder_is_watched_while_the_server_runs(folder, tmp_path):
         assert client.get("/v1/tasks").json()["tasks"][0]["name"] == "late"
 
 
+def test_a_folder_takes_only_its_own_tasks_away(folder, tmp_path):
+    """Somebody else's task, which has the name by now, stays."""
+    shutil.copytree(folder / "deep", tmp_path / "one")
+    shutil.copytree(folder / "deep", tmp_path / "two")
+    tasks = load_served_tasks(tmp_path, watch_s=0)
+    watched = tasks.beside
+    tasks.add("one", folder / "shallow")
+    tasks.remove("two")
+    shutil.rmtree(tmp_path / "one")
+    shutil.rmtree(tmp_path / "two")
+    watched.look()
+    watched.look()
+    assert list(tasks.tasks()) == ["one"] and tasks.tasks()["one"]["num_classes"] == 4
+    tasks.remove("one")
+    with pytest.raises(ApiError, match="this server has no task at the moment"):
+        tasks.target(None, "logits")
+    assert tasks.every([images(1)[0]]) == {}
+    tasks.warm_up(4)
+
+
+def test_a_task_may_be_put_into_place_in_one_step_or_in_many(folder, tmp_path, caplog):
+    """A link that is set anew, a folder that is renamed: no look finds the task gone. Half a copy
+    is no task, and keeps the one that is served."""
+    stock, served = tmp_path / "stock", tmp_path / "served"
+    served.mkdir()
+    (served / "linked").symlink_to(folder / "deep", target_is_directory=True)
+    shutil.copytree(folder / "deep", served / "whole")
+    (served / "line\nbreak").symlink_to(folder / "deep", target_is_directory=True)
+    tasks = load_served_tasks(served, watch_s=0)
+    watched = tasks.beside
+    (reason,) = tasks.failed
+    assert "is no name for a task" in reason and "\n" not in reason
+    classes = lambda: {name: about["num_classes"] for name, about in tasks.tasks().items()}
+    assert classes() == {"linked": 3, "whole": 3}
+
+    (served / ".next").symlink_to(folder / "shallow", target_is_directory=True)
+    (served / ".next").replace(served / "linked")
+    shutil.copytree(folder / "probe", stock)
+    (served / "whole").rename(tmp_path / "old")
+    stock.rename(served / "whole")
+    for _ in range(2):
+        watched.look()
+        assert set(classes()) == {"linked", "whole"}
+    assert classes() == {"linked": 4, "whole": 6}
+
+    weights = served / "whole" / "adapter_model.safetensors"
+    data = (folder / "deep" / weights.name).read_bytes()
+    shutil.copy(folder / "deep" / "adapter_config.json", served / "whole")
+    for part in (data[:100], data[:-1]):  # a slow copy, which pauses
+        weights.write_bytes(part)
+        for _ in range(3):
+            watched.look()
+            assert classes() == {"linked": 4, "whole": 6}
+    weights.write_bytes(data)
+    for _ in range(2):
+        watched.look()
+    assert classes() == {"linked": 4, "whole": 3}
+
+
 def test_admin_adds_and_removes(folder, tmp_path):
     tasks = load_served_tasks(tmp_path, model="pgn_demo_vit", watch_s=0)
     with TestClient(create_admin(tasks), base_url="http://127.0.0.1") as admin:
@@ -466,6 +525,11 @@ def test_admin_adds_and_removes(folder, tmp_path):
         assert add(name="pets", source=str(folder / "pgn")) == (409, "task_exists")
         assert add(name="pets", source=str(folder / "pgn"), replace=True) == (201, "")
         assert tasks.tasks()["pets"]["num_classes"] == 5
+        with ThreadPoolExecutor(4) as pool:  # the same once more, at the same time
+            again = [pool.submit(add, name="twice", source=str(folder / "deep")) for _ in range(4)]
+            found = sorted(one.result() for one in again)
+        assert found == [(201, ""), *[(409, "task_exists")] * 3]
+        assert admin.delete("/v1/tasks/twice").status_code == 200
         assert add(name="x", source=str(tmp_path)) == (400, "bad_adapter")
         assert add(name="a/b", source=str(folder / "deep")) == (400, "bad_adapter")
         assert add(name="x") == add(name=1, source="y") == (400, "bad_request")

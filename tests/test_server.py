@@ -22,6 +22,8 @@ from serving import CONFIG, Gated, as_json, images, tiny_vit
 from starlette.testclient import TestClient
 from timm.data import create_transform
 
+import pgn_fast.serve.model
+from pgn_fast.backbone.engine import FastBackbone
 from pgn_fast.serve import (
     ApiError,
     Preprocessing,
@@ -157,7 +159,34 @@ def test_one_batch_of_many_calls_is_cut_where_they_end(served):
         assert torch.equal(result, expected)
 
 
-def test_changes_of_the_models_weights_are_seen():
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_a_larger_model_runs_on_the_engine(monkeypatch, num_classes):
+    """The same numbers up to rounding; what the engine does not run stays timm's."""
+    monkeypatch.setattr(pgn_fast.serve.model, "ENGINE_FROM", 0)
+    encoded, encode_ = [], FastBackbone.encode
+    monkeypatch.setattr(
+        FastBackbone, "encode", lambda self, *rest: encoded.append(1) or encode_(self, *rest)
+    )
+    served = load_served_model(tiny_vit(num_classes))
+    batch = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    encoded.clear()
+    results = {output: served.passes[output](batch) for output in served.outputs}
+    assert len(encoded) == len(results) == 1 + bool(num_classes)
+    with torch.inference_mode():
+        tokens = served.model.forward_features(served.preprocessing.normalize(batch))
+        for output, result in results.items():
+            expected = served.model.forward_head(tokens, pre_logits=output == "features")
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    own = tiny_vit()
+    own.blocks[0].attn.forward = own.blocks[0].attn.forward  # somebody's own attention
+    encoded.clear()
+    load_served_model(own).passes["features"](batch)
+    assert not encoded
+
+
+@pytest.mark.parametrize("engine_from", [0, 3e8])
+def test_changes_of_the_models_weights_are_seen(monkeypatch, engine_from):
+    monkeypatch.setattr(pgn_fast.serve.model, "ENGINE_FROM", engine_from)
     served = load_served_model(tiny_vit())
     calls = [([np.full((3, 32, 32), 7, np.uint8)], "features")]
     (before,) = served.run(calls)
@@ -640,3 +669,22 @@ def test_a_batch_that_fails_does_not_stop_the_worker():
         batcher.submit(levels_of(1), "logits").result(5)
     assert batcher.submit(levels_of(1), "features").result(5).tolist() == [[1.0]]
     batcher.close()
+
+
+def test_a_call_that_fails_does_not_fail_the_others_of_its_batch():
+    sizes: list[int] = []
+
+    def run(calls):
+        sizes.append(len(calls))
+        if any(key == "logits" for _, key in calls):
+            raise RuntimeError("broken")
+        return sums(calls)
+
+    batcher = Batcher(run, max_batch=3, max_wait=5.0, capacity=4)
+    keys = ("features", "logits", "features")
+    results = [batcher.submit(levels_of(i), key) for i, key in enumerate(keys)]
+    assert [results[i].result(5).tolist() for i in (0, 2)] == [[[0.0]], [[2.0]]]
+    with pytest.raises(RuntimeError, match="broken"):
+        results[1].result(5)
+    batcher.close()
+    assert sizes == [3, 1, 1, 1]

@@ -84,7 +84,7 @@ def test_tasks_come_back_for_a_call_in_inference_mode(demo):
     for _ in range(2):
         for i, (name, answer) in enumerate(zip(made, bank(batch, list(made)), strict=True)):
             assert torch.allclose(answer, made[name](batch[i : i + 1])[0], atol=1e-5), name
-    parameters = bank._residents.get(["owls"])["owls"].model.parameters()
+    parameters = bank._residents.loaded(bank._residents.hold(["owls"]))[0].model.parameters()
     assert not any(p.is_inference() for p in parameters)
 
 

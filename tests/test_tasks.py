@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import pgn_fast
 from pgn_fast import PGN, VPT, TaskBank
+from pgn_fast.backbone.engine import FastBackbone
 from pgn_fast.models import LinearProbe
 
 
@@ -121,7 +122,9 @@ def test_what_lies_below_the_first_prompt_runs_once():
     blocks = pgn_fast.tasks.mixed.blocks
     project = blocks.project
     try:
-        blocks.project = lambda w, x, *rest: rows.append(x.shape[1]) or project(w, x, *rest)
+        blocks.project = lambda w, x, *rest, **options: (
+            rows.append(x.shape[:-1].numel()) or project(w, x, *rest, **options)
+        )
         bank.every(batch)
     finally:
         blocks.project = project
@@ -219,7 +222,7 @@ def test_what_is_made_beforehand_keeps_no_old_weights():
     vit = backbone()
     bank, _ = filled(vit)
     batch = images(1)
-    old = weakref.ref(bank._engine.cache.weights(torch.float32)[0])
+    old = weakref.ref(bank._answers.engine.cache.weights(torch.float32)[0])
     with torch.no_grad():
         vit.blocks[1].attn.qkv.weight.mul_(1.5)
     bank(batch, ["linear"])
@@ -233,18 +236,17 @@ def test_embedding_runs_once_for_many_tasks(monkeypatch):
     bank = TaskBank(vit)
     for n in range(6):
         bank.add(str(n), VPT(vit, 2, num_prompts=2, layers=[1 + n % 3]))
-    mixed = pgn_fast.tasks.mixed
     embedded, below = [], []
-    embed, run = mixed.MixedBackbone.embed, mixed.MixedBackbone.below
+    embed, run = FastBackbone.embed, FastBackbone.below
     monkeypatch.setattr(pgn_fast.tasks.bank, "_AT_ONCE", 2)
     monkeypatch.setattr(
-        mixed.MixedBackbone, "embed", lambda self, x: embedded.append(1) or embed(self, x)
+        FastBackbone, "embed", lambda self, *rest: embedded.append(1) or embed(self, *rest)
     )
     monkeypatch.setattr(
-        mixed.MixedBackbone,
+        FastBackbone,
         "below",
-        lambda self, begin, x, rope, end: (
-            below.append((begin, end)) or run(self, begin, x, rope, end)
+        lambda self, x, rope, begin, end: (
+            below.append((begin, end)) or run(self, x, rope, begin, end)
         ),
     )
     answers = bank.every(images(1))
@@ -264,3 +266,53 @@ def test_weights_that_change_are_followed():
         assert torch.allclose(
             after[1], tasks["deep too"].forward_reference(batch[1:])[0], atol=1e-4
         )
+
+
+@pytest.mark.parametrize("pruned", ["before", "after"])
+def test_blocks_that_were_pruned_take_their_prompts_with_them(pruned):
+    """Also where the head reads the prompts that are left after what is now the last block."""
+    vit = backbone()
+    models = {
+        "deep": VPT(vit, 2, num_prompts=2),
+        "last": VPT(vit, 2, num_prompts=3, layers=[DEPTH - 1]),
+        "reads prompts": VPT(vit, 2, num_prompts=2, pool="prompt_pool"),
+    }
+    bank = TaskBank(vit)
+
+    def prune() -> None:
+        del vit.blocks[DEPTH - 1]
+
+    if pruned == "before":
+        prune()
+    for name, model in models.items():
+        bank.add(name, model.eval())
+    if pruned == "after":
+        bank(images(1), ["deep"])
+        prune()
+    batch = images(len(models))
+    every = bank.every(batch)
+    with torch.no_grad():
+        for i, (name, answer) in enumerate(zip(models, bank(batch, list(models)), strict=True)):
+            assert torch.allclose(answer, models[name](batch)[i], atol=1e-5, rtol=1e-5), name
+            assert torch.allclose(every[name], models[name](batch), atol=1e-5, rtol=1e-5), name
+
+
+def test_every_answers_with_the_tasks_as_they_are_when_it_begins(monkeypatch):
+    """A task that is removed while the first of them run still has its answer."""
+    vit = backbone()
+    bank = TaskBank(vit)
+    for n in range(4):
+        bank.add(str(n), VPT(vit, 2, num_prompts=2))
+    expected = bank.every(images(1))
+    monkeypatch.setattr(pgn_fast.tasks.bank, "_AT_ONCE", 1)
+    loaded = bank._residents.loaded
+
+    def removed_meanwhile(tasks):
+        if "3" in bank:
+            bank.remove("3")
+        return loaded(tasks)
+
+    monkeypatch.setattr(bank._residents, "loaded", removed_meanwhile)
+    answers = bank.every(images(1))
+    assert list(bank.names) == ["0", "1", "2"] and list(answers) == ["0", "1", "2", "3"]
+    assert torch.allclose(answers["3"], expected["3"], atol=1e-6)

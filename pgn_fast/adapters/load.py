@@ -22,6 +22,8 @@ from .identity import check_shape, differences, on_meta, on_meta_by_name
 from .save import given_buffers
 from .schema import GIVEN, MODULES, PREPROCESSING, check_config, split_unknown
 
+OWN_BACKBONE = "a fine-tuned model has a backbone of its own, which no other task can share"
+
 
 def from_pretrained(
     directory: str | PathLike[str],
@@ -58,9 +60,36 @@ def from_pretrained(
 
     Unknown entries of the configuration are ignored with a warning.
     """
+    model = _load(directory, backbone, modules, strict_backbone, shared=False)
+    return model.train() if trainable else model.requires_grad_(False).eval()
+
+
+def load_on(
+    backbone: nn.Module, directory: str | PathLike[str], *, strict_backbone: bool = False
+) -> Any:
+    """As ``from_pretrained`` for inference, on a backbone that other models use, too.
+
+    Raises:
+        UserError: as there; also for a fine-tuned model, which would write its own weights into
+            the backbone of the others.
+    """
+    model = _load(directory, backbone, {}, strict_backbone, shared=True)
+    return model.requires_grad_(False).eval()
+
+
+def _load(
+    directory: str | PathLike[str],
+    backbone: str | nn.Module | None,
+    modules: Mapping[str, nn.Module],
+    strict_backbone: bool,
+    *,
+    shared: bool,
+) -> Any:
     try:
         with OpenAdapter(directory) as adapter:
             config = _known_entries(adapter.config)
+            if shared and METHODS[config["method"]].trains_backbone:
+                raise UserError(OWN_BACKBONE)
             given = None if backbone is None else load_backbone(backbone)
             # before the numbers are read, and before the backbone's are fetched
             twin = _without_numbers(config, given)
@@ -70,14 +99,13 @@ def from_pretrained(
             check_shape(config, twin)
             _check_fit(config, adapter.header.entries, twin, modules)
             tensors = adapter.tensors()
-        model = _build(config, tensors, given, modules, strict_backbone)
+        return _build(config, tensors, given, modules, strict_backbone)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         where = os.fspath(directory)
         text = brief(error, 900) or type(error).__name__
         raise UserError(text if where in text else f"{where}: {text}") from error
-    return model.train() if trainable else model.requires_grad_(False).eval()
 
 
 def build(
@@ -121,7 +149,7 @@ def _known_entries(config: Mapping[str, Any]) -> dict[str, Any]:
         unknown += [f"preprocessing: {n}" for n in pixels if n not in PREPROCESSING]
     if unknown:
         told = ", ".join(brief(name, 60) for name in sorted(unknown)[:8])
-        warnings.warn(f"unknown entries are ignored: {told}.", stacklevel=4)
+        warnings.warn(f"unknown entries are ignored: {told}.", stacklevel=5)
     return found
 
 
@@ -219,7 +247,7 @@ def _build(
         text = f"the backbone is not the one of the training: {'; '.join(told)}"
         if strict_backbone:
             raise UserError(text)
-        warnings.warn(f"{text}. Results will differ.", stacklevel=3)
+        warnings.warn(f"{text}. Results will differ.", stacklevel=4)
     model.class_names = config.get("class_names")
     model.preprocessing = config.get("preprocessing")
     model.task = config.get("task", "multiclass")

@@ -21,7 +21,7 @@ from .embedding import Embedded, Embedding
 from .entering import project_whole
 from .options import FastOptions
 from .readout import EVERYTHING, Readout
-from .schedule import FrozenTokens, PromptSchedule
+from .schedule import NO_PROMPTS, FrozenTokens, PromptSchedule
 from .splitting import all_keys_values, is_host_bound, one_product_refusal
 from .steps import BlockStep, block_steps
 from .weights import BlockWeights
@@ -110,6 +110,13 @@ class FastBackbone:
     def embed(self, images: Tensor, schedule: PromptSchedule) -> tuple[Tensor, Tensor | None]:
         """What ``eager.embed`` returns."""
         return self.embedding.tokens(images, schedule)
+
+    def below(self, x: Tensor, rope: Tensor | None, begin: int, end: int) -> Tensor:
+        """Tokens (B, S + N, D) that enter block ``begin`` to those that enter block ``end``, above
+        it, without prompts; ``x`` and ``rope`` of block 0 as ``embed`` gives them."""
+        entering = Embedded(x, x.shape[1], rope, None, inside=False, block=begin)
+        readout = Readout(prompts=False, stop=end - 1)
+        return self._run_blocks(entering, NO_PROMPTS, readout, False, None)
 
     def _run_blocks(
         self,

@@ -240,6 +240,9 @@ class PromptSchedule:
         raise ValueError(f"{_named(self.last)} is a function; how many prompts it makes is open")
 
 
+NO_PROMPTS = PromptSchedule("append", {})
+
+
 def check_tokens(i: int, tokens: Tensor, width: int, batch_size: int) -> Tensor:
     """Return prompt tokens of block ``i`` that are (P, D) or (B, P, D); refuse others."""
     shape = tuple(tokens.shape)

@@ -156,13 +156,19 @@ def add_words_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+# what ADAPTER may be, see ``adapter_folder``
+ADAPTER = (
+    "a folder such as runs/pgn/best, with its two files; a run's, whose best is meant; or "
+    "OWNER/NAME on the hub"
+)
+
+
 def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
     """ADAPTER and how to come by its backbone; see ``load_adapter``."""
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        help="a folder such as runs/pgn/best, with its two files; a run's, whose best is meant; or "
-        "OWNER/NAME on the hub",
+        help=ADAPTER,
     )
     add_backbone_arguments(parser)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ._canvas import add_canvas_arguments, canvas_fields
-from ._options import add_backbone_arguments, at_least, load_adapter
+from ._options import ADAPTER, adapter_folder, add_backbone_arguments, at_least, load_adapter
 
 HELP = "turn an adapter into pixels for an image API, or say whether a backbone allows it"
 EPILOG = """\
@@ -30,9 +30,7 @@ the training; --layout and --server are for adapters that were trained without -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "adapter", metavar="ADAPTER", nargs="?", help="a folder such as runs/rgb/best"
-    )
+    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help=ADAPTER)
     parser.add_argument("--out", metavar="DIR", help="for pictures, report and library")
     parser.add_argument(
         "--images",
@@ -198,11 +196,12 @@ def _load(args: argparse.Namespace, words: dict[str, Any]) -> Any:
     Raises:
         UserError: no such adapter, or a backbone of one size that would need more.
     """
-    from ..adapters import read_adapter
+    from ..adapters.files import OpenAdapter
     from ..backbone.load import DEMO_NAME
     from ..train.methods import any_size
 
-    config, _ = read_adapter(args.adapter)
+    with OpenAdapter(Path(adapter_folder(args.adapter))) as adapter:
+        config = adapter.config
     name = str(args.model or config.get("base_model_name_or_path"))
     trained = config.get("token_library")
     if isinstance(trained, dict):  # of a GamutLibrary

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import UserError
 from ._options import (
+    ADAPTER,
     add_backbone_arguments,
     add_device_argument,
     add_run_arguments,
@@ -50,8 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        help="a folder such as runs/pgn/best; a run's, whose best is meant; or OWNER/NAME on the "
-        "hub. With --tasks there is none, and images begin here",
+        help=f"{ADAPTER}. With --tasks there is none, and images begin here",
     )
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", help="image files, or folders of them"

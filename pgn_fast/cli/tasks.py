@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,23 +73,34 @@ def _list(args: argparse.Namespace) -> int:
 
 def _add(args: argparse.Namespace) -> int:
     from ..adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+    from ..adapters.files import OpenAdapter
     from ..errors import UserError
     from ._options import adapter_folder
 
     target = _place(args)
-    if target.exists():
-        raise UserError(f"{target} is there already: remove the task first, or choose another name")
+    taken = f"{target} is there already: remove the task first, or choose another name"
+    if os.path.lexists(target):
+        raise UserError(taken)
     source = Path(adapter_folder(args.adapter))
-    config, _ = read_adapter(source)  # whole and undamaged, or refused
-    _check_backbone(args.directory, source, config)
+    with OpenAdapter(source) as adapter:
+        _check_backbone(args.directory, source, adapter.config)
     # copied beside it first: whoever watches the directory sees a whole adapter or none
-    waiting = target.with_name(f".{target.name}.adding")
-    shutil.rmtree(waiting, ignore_errors=True)
-    waiting.mkdir(parents=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if (source / name).exists():
-            shutil.copyfile(source / name, waiting / name)
-    waiting.rename(target)
+    waiting = target.with_name(f".{target.name}.adding.{os.getpid()}")
+    try:
+        waiting.mkdir(parents=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if (source / name).exists():
+                shutil.copyfile(source / name, waiting / name)
+        read_adapter(waiting)  # whole and undamaged, or refused
+        waiting.rename(target)
+    except FileExistsError:
+        raise UserError(taken) from None
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:  # another process was faster
+            raise
+        raise UserError(taken) from None
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
     print(f"{args.name}: {source} -> {target}")
     return 0
 
@@ -133,10 +146,12 @@ def _remove(args: argparse.Namespace) -> int:
             f"{target} is a training run, of which {adapter.name}/ is the task; nothing is "
             "deleted: move the run out of the directory"
         )
-    leaving = target.with_name(f".{target.name}.removing")
-    shutil.rmtree(leaving, ignore_errors=True)
-    target.rename(leaving)
-    shutil.rmtree(leaving)
+    if target.is_symlink():  # what it leads to is somebody else's
+        target.unlink()
+    else:
+        leaving = target.with_name(f".{target.name}.removing.{os.getpid()}")
+        target.rename(leaving)
+        shutil.rmtree(leaving)
     print(f"{args.name}: removed")
     return 0
 
@@ -152,11 +167,12 @@ def _show(args: argparse.Namespace) -> int:
 
 def _place(args: argparse.Namespace) -> Path:
     from ..errors import UserError
+    from ..serve.task import check_name
 
-    if args.name != Path(args.name).name or args.name.startswith("."):
+    check_name(args.name)  # as the server has it
+    if args.name.startswith("."):
         raise UserError(
-            f"NAME is {args.name!r}: a task's name is that of its folder, without slashes and not "
-            "hidden"
+            f"NAME is {args.name!r}: a task's name is that of its folder, which must not be hidden."
         )
     return args.directory / args.name
 

@@ -160,9 +160,13 @@ class Batcher:
             for call, result in zip(batch, results, strict=True):
                 call.result.set_result(result)
         except Exception as error:
-            # whatever the model raises is the answer of these calls, and the worker goes on
-            for call in batch:
-                if not call.result.done():
-                    call.result.set_exception(error)
+            left = [call for call in batch if not call.result.done()]
+            if len(batch) > 1:  # what one call brings about is not the others' answer
+                for call in left:
+                    self._answer([call])
+                return
+            # whatever the model raises is the answer of the call, and the worker goes on
+            for call in left:
+                call.result.set_exception(error)
         images = sum(len(call.levels) for call in batch)
         self._observe_batch(images, time.perf_counter() - began)

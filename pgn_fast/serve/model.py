@@ -1,4 +1,4 @@
-"""The model behind the API: a frozen timm model and its preprocessing, nothing of ours inside."""
+"""The model behind the API: a frozen timm model and its preprocessing, no task of ours inside."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbone.engine import FastBackbone
+from ..backbone.readout import Readout, rows_read
+from ..backbone.schedule import NO_PROMPTS
 from ..cuda_graphs import CALLS_TO_PROVE, GraphedStep, graphed
 from .answerer import Target
 from .batching import Call
@@ -17,6 +20,9 @@ from .preprocess import Preprocessing
 from .settings import OUTPUTS
 
 _logger = logging.getLogger(__name__)
+# multiplications an image in the blocks, from which the engine is faster on a CPU than timm's
+# operations (bench/bench_server.py); below, its own Python is more than what it saves
+ENGINE_FROM = 3e8
 
 
 class ServedModel:
@@ -140,6 +146,8 @@ class _Pass(nn.Module):
         self._normalize = preprocessing.normalize
         self._pre_logits = output == "features"
         self._device = device
+        self._engine = _engine(model, preprocessing) if device.type == "cpu" else None
+        self._readout = Readout(rows=rows_read(model), prompts=False)
         half = next(model.parameters()).dtype not in (torch.float32, torch.float64)
         self._graphed = graphed(
             self._encode, model, what=f"serving {output}", tell=_logger.info, half=half
@@ -164,6 +172,19 @@ class _Pass(nn.Module):
         return values[:count].float().cpu()
 
     def _encode(self, images: Tensor) -> Tensor:
-        tokens = self.model.forward_features(images)
+        if self._engine is None:
+            tokens = self.model.forward_features(images)
+        else:
+            tokens = self._engine.encode(images, NO_PROMPTS, self._readout)
         found: Tensor = self.model.forward_head(tokens, pre_logits=self._pre_logits)
         return found
+
+
+def _engine(model: Any, preprocessing: Preprocessing) -> FastBackbone | None:
+    """What runs a model faster than it runs itself; None where nothing does."""
+    patches = model.patch_embed.dynamic_feat_size((preprocessing.height, preprocessing.width))
+    tokens = patches[0] * patches[1] + model.num_prefix_tokens
+    if tokens * sum(p.numel() for p in model.blocks.parameters()) < ENGINE_FROM:
+        return None
+    engine = FastBackbone(model)
+    return engine if engine.cache.refusal is None else None

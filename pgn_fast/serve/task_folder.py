@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from ..adapters import CONFIG_FILE, WEIGHTS_FILE
 from ..adapters.places import adapters_of, find_adapter
 from ..errors import UserError, brief
+from .task import Task
 from .tasks import ServedTasks
 
 _logger = logging.getLogger(__name__)
-# modification time, size and inode of an adapter's files
-Stamp = tuple[tuple[int, int, int], ...]
+# times of modification and change, size and inode of an adapter's files
+Stamp = tuple[tuple[int, int, int, int], ...]
 
 
 class TaskFolder:
@@ -35,7 +37,7 @@ class TaskFolder:
         self._seconds = seconds
         # what was tried, and of that what is served
         self._tried: dict[str, Stamp] = {}
-        self._served: set[str] = set()
+        self._served: dict[str, Task] = {}
         self._pending: dict[str, Stamp] = {}
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -59,10 +61,9 @@ class TaskFolder:
     def look(self) -> None:
         """Compare the folder with what is served, once."""
         stamps = self._stamps()
-        for name in self._served - stamps.keys():
-            self._served.discard(name)
-            if name in self._tasks.tasks():
-                self._tasks.remove(name)
+        for name in self._served.keys() - stamps.keys():
+            with suppress(KeyError):  # somebody removed it, or put another one in its place
+                self._tasks.remove(name, only=self._served.pop(name))
         changed = {name: s for name, s in stamps.items() if self._tried.get(name) != s}
         for name, stamp in changed.items():
             if self._pending.get(name) != stamp or self._stopped.is_set():
@@ -85,14 +86,13 @@ class TaskFolder:
         try:
             if adapter is None:
                 raise UserError(f"{self._folder / name} holds no adapter any more.")
-            self._tasks.add(name, adapter)
+            self._served[name] = self._tasks.add(name, adapter)
         except (UserError, OSError) as error:
             return str(error)
         # whatever one adapter brings about, the others are served
         except Exception as error:
             _logger.debug("task %r", name, exc_info=True)
             return f"{adapter} fails with {type(error).__name__}: {brief(error)}"
-        self._served.add(name)
         return None
 
     def _stamps(self) -> dict[str, Stamp]:
@@ -107,5 +107,5 @@ def _stamp(adapter: Path) -> Stamp:
             status = (adapter / file).stat()
         except OSError:
             continue
-        stamps.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        stamps.append((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
     return tuple(stamps)

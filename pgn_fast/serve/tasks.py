@@ -9,7 +9,6 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,50 +17,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..adapters import backbone_pixels, from_pretrained, read_adapter
 from ..errors import UserError
 from ..images import UnreadableImage, read_image
-from ..methods import METHODS
 from ..tasks import TaskBank
 from .answerer import Target
 from .batching import Call
 from .errors import ApiError
 from .models import Models
 from .preprocess import Levels, Preprocessing
+from .task import MAX_NAME, Task, check_name, load_task
 
 _logger = logging.getLogger(__name__)
-_MAX_NAME = 128
 # names that a refusal lists
 _LISTED = 20
-_MAX_SIDE = 2048
 
 
 class Beside(Protocol):
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
-
-
-@dataclass(eq=False)
-class Task:
-    """One task as it was added; another one of the same name, later, is another ``Task``.
-
-    Attributes:
-        name: how calls ask for it.
-        id: how the bank knows it, never used twice.
-        about: what ``GET /v1/tasks/NAME`` says.
-        calls: that are on their way.
-        removed: no new call gets it; it leaves the bank when ``calls`` is 0.
-    """
-
-    name: str
-    id: str
-    preprocessing: Preprocessing
-    class_names: Sequence[str] | None
-    num_classes: int
-    about: dict[str, Any]
-    calls: int = 0
-    removed: bool = False
 
 
 class ServedTasks:
@@ -104,33 +78,38 @@ class ServedTasks:
 
     # changes
 
-    def add(self, name: str, folder: str | PathLike[str]) -> None:
+    def add(self, name: str, folder: str | PathLike[str]) -> Task:
         """Load an adapter, try it on one image, and answer calls for it from then on.
 
         One of the same name goes on answering until the new one is there, and then leaves.
 
+        Returns:
+            The task, for ``remove``.
+
         Raises:
             UserError: no name for a task; a damaged adapter, or one of another backbone.
         """
-        if not name or len(name) > _MAX_NAME or not name.isprintable() or set(name) & set("/\\"):
-            raise UserError(
-                f"{name[:_MAX_NAME]!r} is no name for a task: up to {_MAX_NAME} printable "
-                "characters without slashes."
-            )
+        check_name(name)
         task = self._load(name, Path(folder))
         with self._changing:
             before, self._tasks[name] = self._tasks.get(name), task
             if before is not None:
                 self._retire(before)
         _logger.info("task %r: %s", name, "replaced" if before else "added")
+        return task
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, only: Task | None = None) -> None:
         """Answer no new call for a task; those on their way are answered.
 
+        Args:
+            only: what ``add`` returned; another task that has the name by now stays.
+
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is none of that name, or not that one.
         """
         with self._changing:
+            if only not in (None, self._tasks[name]):
+                raise KeyError(name)
             self._retire(self._tasks.pop(name))
         _logger.info("task %r: removed", name)
 
@@ -140,25 +119,7 @@ class ServedTasks:
             self._bank.remove(task.id)
 
     def _load(self, name: str, folder: Path) -> Task:
-        config, _ = read_adapter(folder)
-        # fine-tuning changed the backbone, so that its model brings another one
-        shared = None if METHODS[config["method"]].trains_backbone else self.backbone
-        if config.get("task") == "multilabel":
-            raise UserError(
-                f"{folder} gives several labels an image, and answers here are one class of all: "
-                "pgn-fast predict ADAPTER takes it."
-            )
-        model = from_pretrained(folder, shared, strict_backbone=self._strict)
-        try:
-            pixels = dict(model.preprocessing or backbone_pixels(self.backbone))
-            preprocessing = Preprocessing(pixels)
-        except (TypeError, KeyError, ValueError) as error:
-            raise UserError(f"{folder}: its preprocessing is none ({error}).") from error
-        if max(preprocessing.height, preprocessing.width) > _MAX_SIDE:
-            raise UserError(
-                f"{folder}: images of {preprocessing.height} × {preprocessing.width} pixels are "
-                f"above the {_MAX_SIDE} that are served."
-            )
+        model, preprocessing = load_task(folder, self.backbone, self._strict)
         # a name that is used once: a call never meets a later task of the same name
         task_id = f"{name}#{next(self._ids)}"
         # the model and not its folder: a task that went to disk comes back as it was
@@ -176,7 +137,7 @@ class ServedTasks:
             raise UserError(f"{folder} fails on an image of zeros: {error}") from error
         task.num_classes = logits.shape[1]
         task.about = {
-            "method": config["method"],
+            "method": model.method,
             "num_classes": task.num_classes,
             "class_names": None if task.class_names is None else list(task.class_names),
             "preprocessing": preprocessing.describe(),
@@ -205,6 +166,8 @@ class ServedTasks:
         if name is None and len(self._tasks) == 1:
             return next(iter(self._tasks.values()))
         names = sorted(self._tasks)
+        if not names:
+            raise ApiError(400, "no_such_task", "this server has no task at the moment.")
         if name is None:
             raise ApiError(
                 400,
@@ -214,9 +177,7 @@ class ServedTasks:
             )
         near = difflib.get_close_matches(name, names[:10_000], n=3, cutoff=0.4)
         hint = f"the nearest are {_listed(near)}" if near else f"it has {_listed(names)}"
-        raise ApiError(
-            400, "no_such_task", f"this server has no task {name[:_MAX_NAME]!r}; {hint}."
-        )
+        raise ApiError(400, "no_such_task", f"this server has no task {name[:MAX_NAME]!r}; {hint}.")
 
     def release(self, target: Target) -> None:
         with self._changing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,22 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import CONFIG_FILE, from_pretrained
-from ..adapters.repository import fetch_adapter
-from ..backbone.engine import FastBackbone
+from ..adapters import from_pretrained
+from ..adapters.load import OWN_BACKBONE
+from ..adapters.places import adapters_of, fetch_adapter, find_adapter
 from ..backbone.inputs import check_images
 from ..backbone.load import load_backbone
 from ..backbone.options import FastOptions
-from ..backbone.readout import pool, rows_read
-from ..backbone.schedule import PromptSchedule
 from ..errors import UserError
 from ..models import FineTuned, LinearProbe, PromptedViT
-from ..prompts import VisualPrompts
-from .mixed import Below, MixedBackbone, Part, group
-from .residents import Ready, Resident, Residents, load, taken, versions_of
-from .steps import steps_of
-
-_NO_PROMPTS = PromptSchedule("append", {})
+from .answers import Answers
+from .residents import Residents, load, taken
 
 # images times tasks that `every` runs at once: 64 images of ViT-B are 40 MB a block
 _AT_ONCE = 64
@@ -60,13 +53,10 @@ class TaskBank:
         backend: str | None = None,
         fast: bool | str | FastOptions = True,
     ) -> None:
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError(f"max_bytes must be at least 1, or None for no limit, got {max_bytes}")
         self.backbone: Any = load_backbone(backbone)
         self.failed: dict[str, str] = {}
-        options = FastOptions.of(fast)
-        self._engine = None if options is None else FastBackbone(self.backbone, options, backend)
-        self._residents = Residents(self.backbone, self._make, max_bytes)
+        self._answers = Answers(self.backbone, FastOptions.of(fast), backend)
+        self._residents = Residents(self.backbone, self._answers.resident, max_bytes)
 
     @classmethod
     def from_directory(
@@ -79,11 +69,13 @@ class TaskBank:
     ) -> TaskBank:
         """A bank of every adapter in the sub-directories of ``path``, named after them.
 
+        Of a training run it is the best one; hidden sub-directories are passed over.
+
         A damaged adapter does not keep the others from being served: it is named in a warning, and
         in ``failed``.
 
         Args:
-            path: a directory with one adapter a sub-directory.
+            path: a directory with one adapter, or training run, a sub-directory.
             backbone: as for ``TaskBank``; None: the one that the adapters name.
             strict_backbone: as for ``add``.
             options: as for ``TaskBank``.
@@ -95,22 +87,22 @@ class TaskBank:
         root = Path(path)
         if not root.is_dir():
             raise UserError(f"no tasks: there is no folder {root}.")
-        folders = sorted(f for f in root.iterdir() if (f / CONFIG_FILE).exists())
-        if not folders:
+        adapters = adapters_of(root)
+        if not adapters:
             raise UserError(
-                f"no tasks in {root}: it has no sub-folder with an {CONFIG_FILE}, one a task."
+                f"no tasks in {root}: it has no sub-folder with an adapter or a training run, one "
+                "a task."
             )
         bank = None if backbone is None else cls(backbone, **options)
         failed = {}
-        for folder in folders:
+        for name, adapter in adapters.items():
             try:
                 if bank is None:
-                    first = from_pretrained(folder)
-                    bank = cls(first.backbone, **options)
-                bank.add(folder.name, folder, strict_backbone=strict_backbone)
-            except ValueError as error:
-                failed[folder.name] = str(error)
-                warnings.warn(f"task {folder.name!r} is left out: {error}", stacklevel=2)
+                    bank = cls(_backbone_of(adapter), **options)
+                bank.add(name, adapter, strict_backbone=strict_backbone)
+            except (ValueError, OSError) as error:
+                failed[name] = str(error)
+                warnings.warn(f"task {name!r} is left out: {error}", stacklevel=2)
         if bank is None or not len(bank):
             reasons = "; ".join(failed.values())
             raise UserError(f"no task in {root} can be loaded: {reasons}")
@@ -124,8 +116,9 @@ class TaskBank:
 
         Args:
             name: what ``tasks`` will call it.
-            source: an adapter's directory or hub id ("OWNER/NAME", "OWNER/NAME@REVISION"), or a
-                model on this bank's backbone, which becomes frozen and should change no more.
+            source: an adapter's directory, a training run's (its best adapter) or a hub id
+                ("OWNER/NAME", "OWNER/NAME@REVISION"), or a model on this bank's backbone, which
+                becomes frozen and should change no more.
             strict_backbone: refuse an adapter that was trained on other weights or settings of the
                 backbone; False: warn.
 
@@ -140,7 +133,8 @@ class TaskBank:
         if isinstance(source, nn.Module):
             model, place = self._checked(name, source), None
         else:
-            place = fetch_adapter(source)
+            folder = fetch_adapter(source)
+            place = find_adapter(folder) or folder
             try:
                 found = load(place, self.backbone, strict=strict_backbone)
             except UserError as error:
@@ -166,6 +160,7 @@ class TaskBank:
             UnknownTask: (a KeyError) no task of that name; the nearest are named.
             ValueError: another number of names than images.
         """
+        check_images(self.backbone, images)
         if isinstance(tasks, str) or len(tasks) != images.shape[0]:
             given = f"the string {tasks!r}" if isinstance(tasks, str) else f"{len(tasks)} names"
             raise ValueError(
@@ -173,13 +168,16 @@ class TaskBank:
             )
         places: dict[str, list[int]] = {}
         for i, name in enumerate(tasks):
+            if not isinstance(name, str):
+                raise ValueError(f"tasks must be names, got {name!r} for image {i}")
             places.setdefault(name, []).append(i)
-        residents = self._residents.get(places)
+        places = dict(sorted(places.items()))
+        held = self._residents.hold(places)
         answers: list[Tensor | None] = [None] * images.shape[0]
         with torch.no_grad():
-            check_images(self.backbone, images)
-            work = [(residents[name], rows) for name, rows in sorted(places.items())]
-            for rows, logits in self._answer(images, work, self._mixed(images.shape[0])):
+            residents = self._residents.loaded(held)
+            work = list(zip(residents, places.values(), strict=True))
+            for rows, logits in self._answers.of(images, work):
                 for row, vector in zip(rows, logits, strict=True):
                     answers[row] = vector
         return answers  # type: ignore[return-value]
@@ -194,21 +192,14 @@ class TaskBank:
         Returns:
             name -> logits (B, C).
         """
-        names = list(self.names if tasks is None else dict.fromkeys(tasks))
-        everything = list(range(images.shape[0]))
-        answers: dict[str, Tensor] = {}
+        check_images(self.backbone, images)
+        held = self._residents.hold(None if tasks is None else dict.fromkeys(tasks))
+        at_once = max(1, _AT_ONCE // max(1, images.shape[0]))
+        parts = [held[i : i + at_once] for i in range(0, len(held), at_once)]
         with torch.no_grad():
-            check_images(self.backbone, images)
-            mixed = self._mixed(len(everything))
-            below = None if mixed is None else Below(mixed, images)
-            at_once = max(1, _AT_ONCE // max(1, len(everything)))
-            for start in range(0, len(names), at_once):
-                chosen = names[start : start + at_once]
-                residents = self._residents.get(chosen)
-                work = [(residents[name], everything) for name in chosen]
-                found = self._answer(images, work, mixed, below)
-                answers |= dict(zip(chosen, (logits for _, logits in found), strict=True))
-        return answers
+            found = self._answers.every(images, map(self._residents.loaded, parts))
+            answers = [logits for part in found for logits in part]
+        return {task.name: logits for task, logits in zip(held, answers, strict=True)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -260,12 +251,10 @@ class TaskBank:
             f"{len(tasks)} tasks on one {type(self.backbone).__name__}, {len(resident)} of them in "
             f"memory ({self.resident_bytes / 1e6:.1f} MB)."
         ]
-        if reason := self._apart():
+        if reason := self._answers.apart():
             lines.append(f"Every task runs by its own model, one after the other: {reason}.")
-        elif self._engine is not None:
-            runs = self._engine.cache.backend_for(
-                "prompt_attention_ragged", self._engine.cache.dtype
-            )
+        elif (engine := self._answers.engine) is not None:
+            runs = engine.cache.backend_for("prompt_attention_ragged", engine.cache.dtype)
             how = f"one call by {runs}" if runs != "reference" else "a call for each P, plain torch"
             lines.append(f"Attention of a batch with unequal numbers of prompts P: {how}.")
         return "\n".join(lines)
@@ -273,10 +262,7 @@ class TaskBank:
     def _checked(self, name: str, model: Any) -> Any:
         """A model that can answer in this bank, frozen."""
         if isinstance(model, FineTuned):
-            raise ValueError(
-                f"task {name!r}: a fine-tuned model has a backbone of its own, which no other task "
-                "can share"
-            )
+            raise ValueError(f"task {name!r}: {OWN_BACKBONE}")
         if not isinstance(model, PromptedViT | LinearProbe):
             raise ValueError(
                 f"task {name!r}: a bank takes models of this package, got {type(model).__name__}"
@@ -290,112 +276,10 @@ class TaskBank:
             engine.cache.forget_prompts()  # here they are kept once, and counted
         return model.eval().requires_grad_(False)
 
-    def _apart(self, images: int = 1) -> str | None:
-        """Why tasks cannot share a batch of so many images; None where they can."""
-        if self._engine is None:
-            return "fast=False"
-        self._engine.cache.follow(images)
-        return self._engine.cache.refused
 
-    def _mixed(self, images: int) -> MixedBackbone | None:
-        """The backbone as it is now; None where every task runs by its own model."""
-        if self._engine is None or self._apart(images) is not None:
-            return None
-        return MixedBackbone(self._engine)
-
-    def _make(self, model: Any) -> Resident:
-        """Project deep prompts' keys and values, once."""
-        resident = Resident(model)
-        with torch.no_grad():
-            mixed = self._mixed(1)
-            if mixed is not None and _static(model):
-                self._ready(resident, mixed)
-        return resident
-
-    def _ready(self, resident: Resident, mixed: MixedBackbone) -> Ready:
-        """A static task's schedule, and its keys and values where the weights that they are made
-        from may be kept; made again when those or the prompts have changed."""
-        model, ready = resident.model, resident.ready
-        versions = versions_of(model.prompter)
-        if ready is not None and ready.holds(mixed.weights[0], versions):
-            return ready
-        schedule = model.prompter.schedule(torch.empty(0))
-        steps = steps_of(schedule, model.readout.prompts, mixed.depth)
-        rows = mixed.ready(schedule, steps) if mixed.engine.cache.folds else {}
-        made_from = weakref.ref(mixed.weights[0]), versions
-        resident.ready = ready = Ready(schedule, steps, rows, made_from)
-        return ready
-
-    def _answer(
-        self,
-        images: Tensor,
-        work: list[tuple[Resident, list[int]]],
-        mixed: MixedBackbone | None,
-        below: Below | None = None,
-    ) -> list[tuple[list[int], Tensor]]:
-        """Rows and logits of each task.
-
-        Args:
-            work: tasks, and the places of their images.
-            mixed: what runs them together; None: every task runs by its own model.
-            below: for the same images through many tasks: their tokens, kept from call to call.
-                None: every image has one task.
-        """
-        answers: list[tuple[list[int], Tensor] | None] = [None] * len(work)
-        parts: dict[int, Part] = {}
-        for n, (resident, rows) in enumerate(work):
-            part = None if mixed is None else self._part(resident, images, rows, mixed)
-            if part is None:
-                answers[n] = rows, resident.model(images[rows])
-            else:
-                parts[n] = part
-        if mixed is not None and parts:
-            groups = group(parts.values(), mixed.depth, 0 if below is None else None)
-            below = below or Below(mixed, images)
-            below.reach(one.first for one in groups)
-            tokens = mixed.run(below.starts, below.rope, groups)
-            places = {
-                id(part): (g, at) for g in range(len(groups)) for part, at in groups[g].slices()
-            }
-            for n, part in parts.items():
-                g, at = places[id(part)]
-                answers[n] = part.rows, self._logits(work[n][0].model, part, tokens[g][at])
-        return answers  # type: ignore[return-value]
-
-    def _part(
-        self, resident: Resident, images: Tensor, rows: list[int], mixed: MixedBackbone
-    ) -> Part | None:
-        """A task's share of the batch; None where it changes images or embedding on the way."""
-        model = resident.model
-        if isinstance(model, LinearProbe):
-            steps = steps_of(_NO_PROMPTS, False, mixed.depth)
-            return Part(rows, _NO_PROMPTS, steps, outputs=rows_read(self.backbone))
-        reads = model.readout.prompts
-        outputs = None if reads else model.readout.rows
-        if _static(model):
-            ready = self._ready(resident, mixed)
-            if ready.schedule.position == "add":
-                return None
-            return Part(rows, ready.schedule, ready.steps, reads, outputs, ready.rows)
-        own = images[rows]
-        pixels, schedule = model._prompted(own, mixed.engine.backend)
-        if pixels is not own or schedule.position == "add" or schedule.patch_weight is not None:
-            return None
-        norm_pre = mixed.engine.cache.family.norm_pre(self.backbone)
-        if callable(schedule.parts(0).tokens) and not isinstance(norm_pre, nn.Identity):
-            return None
-        steps = steps_of(schedule, reads, mixed.depth)
-        return Part(rows, schedule, steps, reads, outputs)
-
-    def _logits(self, model: Any, part: Part, tokens: Tensor) -> Tensor:
-        """(B, M, D) to (B, C), one image after the other: its mates then leave no trace in the
-        order of a sum."""
-        if isinstance(model, LinearProbe):
-            return torch.cat([model.classify(pool(self.backbone, x[None])) for x in tokens])
-        prompts = part.schedule.num_prompts_left if part.reads else 0
-        return torch.cat([model._classify(x[None], prompts) for x in tokens])
-
-
-def _static(model: Any) -> bool:
-    """Whether the prompts are the same for all images."""
-    return isinstance(getattr(model, "prompter", None), VisualPrompts)
+def _backbone_of(adapter: Path) -> Any:
+    """The backbone that an adapter names, with its pretrained weights."""
+    model = from_pretrained(adapter)
+    if isinstance(model, FineTuned):
+        raise UserError(f"{adapter}: {OWN_BACKBONE}")
+    return model.backbone

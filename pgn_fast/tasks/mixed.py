@@ -23,9 +23,9 @@ from torch import Tensor
 from ..backbone import blocks, recompute
 from ..backbone.eager import prompt_tokens
 from ..backbone.engine import FastBackbone
-from ..backbone.schedule import PromptSchedule
+from ..backbone.schedule import NO_PROMPTS, PromptSchedule
 from . import keys
-from .steps import Step, sequence_of, steps_of
+from .steps import Step, sequence_of
 
 
 @dataclass
@@ -129,21 +129,6 @@ class MixedBackbone:
                 made[i] = keys.rows_of(pair).contiguous()
         return made
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images to tokens (B, T, D) as block 0 gets them, and the rotary embedding."""
-        x, rope = self.engine.embed(images, PromptSchedule("append", {}))
-        return self._norm_pre(x), rope
-
-    def below(self, begin: int, x: Tensor, rope: Tensor | None, end: int) -> Tensor:
-        """Tokens (B, T, D) from before block ``begin`` to before block ``end``, without prompts."""
-        bare = PromptSchedule("append", {})
-        part = Part(list(range(x.shape[0])), bare, steps_of(bare, True, self.depth), reads=True)
-        alone, active = group([part], self.depth, first=begin), {0: x}
-        with torch.autocast(self.engine.cache.device.type, enabled=False):
-            for i in range(begin, end):
-                self._block(i, alone, active, rope)
-        return active[0]
-
     def run(
         self,
         starts: Mapping[int, Tensor],
@@ -154,7 +139,7 @@ class MixedBackbone:
 
         Args:
             starts: block -> tokens (B, T, D) of the whole batch that enter it.
-            rope: as ``embed`` gives it.
+            rope: as the engine's ``embed`` gives it.
             groups: of ``group``; each begins at a block in ``starts``.
 
         Returns:
@@ -304,18 +289,25 @@ class MixedBackbone:
 
 
 class Below:
-    """The tokens of some images that enter each block while no prompt has come, made once each."""
+    """The tokens of some images that enter each block while no prompt has come, made once each.
 
-    def __init__(self, mixed: MixedBackbone, images: Tensor) -> None:
-        self._mixed = mixed
-        x, self.rope = mixed.embed(images)
-        self.starts = {0: x}
+    Attributes:
+        starts: block -> tokens (B, T, D), of the blocks that were reached.
+        rope: the rotary embedding, as the engine's ``embed`` gives it.
+    """
+
+    def __init__(self, engine: FastBackbone, images: Tensor) -> None:
+        self._engine = engine
+        self._embedded, self.rope = engine.embed(images, NO_PROMPTS)
+        norm_pre = engine.cache.family.norm_pre(engine.backbone)
+        self.starts = {0: norm_pre(self._embedded)}
 
     def reach(self, firsts: Iterable[int]) -> None:
-        """Run up to each of these blocks, from the nearest that was reached."""
+        """Run up to each of these blocks, from the highest below them that was reached."""
         for i in sorted(set(firsts) - set(self.starts)):
             begin = max(known for known in self.starts if known < i)
-            self.starts[i] = self._mixed.below(begin, self.starts[begin], self.rope, i)
+            x = self.starts[begin] if begin else self._embedded
+            self.starts[i] = self._engine.below(x, self.rope, begin, i)
 
 
 def _chosen(x: Tensor, rows: list[int]) -> Tensor:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import CONFIG_FILE, from_pretrained, save_pretrained
+from ..adapters import CONFIG_FILE, save_pretrained
+from ..adapters.load import load_on
 from ..adapters.schema import GIVEN
 from ..backbone.schedule import PromptSchedule
 from ..errors import UserError
@@ -86,6 +87,7 @@ class Task:
     resident: Resident | None
     nbytes: int
     digest: str | None = None  # of its tensors, once it may leave memory
+    spilled: bool = False  # its source, if any, is a folder of ours
     stays: bool = False  # in memory: no adapter holds all of it, such as a head of the user's code
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -104,7 +106,6 @@ class Residents:
     def __init__(
         self, backbone: Any, make: Callable[[Any], Resident], max_bytes: int | None
     ) -> None:
-        self.max_bytes = max_bytes
         self.nbytes = 0
         self._backbone = backbone
         self._make = make
@@ -113,6 +114,19 @@ class Residents:
         self._lock = threading.RLock()
         self._spilled: tempfile.TemporaryDirectory[str] | None = None
         self._folders = itertools.count()
+        self.max_bytes = max_bytes
+
+    @property
+    def max_bytes(self) -> int | None:
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, value: int | None) -> None:
+        if value is not None and value < 1:
+            raise ValueError(f"max_bytes must be at least 1, or None for no limit, got {value}")
+        with self._lock:
+            self._max_bytes = value
+            self._shrink()
 
     def __contains__(self, name: object) -> bool:
         return name in self._tasks
@@ -147,6 +161,7 @@ class Residents:
             model.method,
             resident,
             resident.nbytes,
+            spilled=source is None,
         )
         if self.max_bytes is not None:
             self._prepare(task)
@@ -170,14 +185,20 @@ class Residents:
             if task.resident is not None:
                 self.nbytes -= task.nbytes
 
-    def get(self, names: Iterable[str]) -> dict[str, Resident]:
-        """The tasks of these names as they are now; those on disk alone are loaded."""
-        tasks = [self.find(name) for name in names]
+    def hold(self, names: Iterable[str] | None = None) -> list[Task]:
+        """The tasks of these names as they are now, None: all, sorted. They answer for who holds
+        them, whatever becomes of their names meanwhile."""
         with self._lock:
+            names = sorted(self._tasks) if names is None else names
+            tasks = [self.find(name) for name in names]
             for task in tasks:
-                if task.name in self._recent:
+                if self._recent.get(task.name) is task:
                     self._recent.move_to_end(task.name)
-        return {task.name: self._loaded(task) for task in tasks}
+        return tasks
+
+    def loaded(self, tasks: Iterable[Task]) -> list[Resident]:
+        """What answers for these tasks; those on disk alone are loaded."""
+        return [self._loaded(task) for task in tasks]
 
     def _loaded(self, task: Task) -> Resident:
         resident = task.resident
@@ -187,8 +208,12 @@ class Residents:
             if task.resident is not None:
                 return task.resident
             assert task.source is not None
-            model = load(task.source, self._backbone)
-            if _digest(model) != task.digest:
+            try:
+                model = load(task.source, self._backbone)
+            except UserError as error:
+                text = f"task {task.name!r} cannot come back from disk: {error}"
+                raise UserError(text) from error
+            if _digest(model, task.spilled) != task.digest:
                 raise UserError(
                     f"task {task.name!r}: its adapter in {task.source} is another one than when it "
                     "was added; remove the task and add it again"
@@ -202,7 +227,7 @@ class Residents:
                     self._shrink(keep=task.name)
             return resident
 
-    def _shrink(self, keep: str) -> None:
+    def _shrink(self, keep: str | None = None) -> None:
         """Let the tasks that were used least recently go while there are too many bytes."""
         while self.max_bytes is not None and self.nbytes > self.max_bytes and self._recent:
             name, task = next(iter(self._recent.items()))
@@ -223,7 +248,7 @@ class Residents:
         assert task.resident is not None
         model = task.resident.model
         if task.digest is None:
-            task.digest = _digest(model)
+            task.digest = _digest(model, task.spilled)
         if task.source is not None:
             return
         with self._lock:
@@ -245,7 +270,7 @@ class Residents:
 def load(source: Path, backbone: Any, *, strict: bool = False) -> Any:
     """The model of an adapter. It outlives the call that asks, which may run in inference mode."""
     with torch.inference_mode(False), torch.no_grad():
-        return from_pretrained(source, backbone, strict_backbone=strict)
+        return load_on(backbone, source, strict_backbone=strict)
 
 
 def taken(name: str) -> str:
@@ -259,10 +284,19 @@ def versions_of(prompter: nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((id(p), version(p)) for p in prompter.parameters())
 
 
-def _digest(model: Any) -> str:
-    """Of a task's own tensors."""
+def _digest(model: Any, tensors_alone: bool) -> str:
+    """Of a task's own tensors, and of how they are used.
+
+    Args:
+        tensors_alone: of an adapter that nobody else writes; the settings of a model that was given
+            may come back from disk in other words, such as a list for a tuple.
+    """
     found = hashlib.sha256()
     for name, tensor in sorted(model.adapter_state_dict().items()):
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    if not tensors_alone:
+        settings = [model.method, sorted(model.adapter_config.items())]
+        settings.append(getattr(model, "class_names", None))
+        found.update(repr(settings).encode())
     return found.hexdigest()
