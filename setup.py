@@ -123,10 +123,12 @@ class CMakeBuild(build_ext):
         if not archs:
             raise CudaBuildError(f"TORCH_CUDA_ARCH_LIST={asked} leaves none: {'; '.join(lines)}")
         listed = ";".join(arch.cmake() for arch in archs)
+        # a wheel is downloaded by people who do not profile its kernels
+        line_info = "ON" if self.prefix == ROOT else "OFF"
         try:
             self.cmake(
                 *("cuda", "-DPGN_FAST_CUDA=ON", f"-DPGN_FAST_CUDA_ARCHS={listed}"),
-                f"-DCMAKE_CUDA_COMPILER={nvcc}",
+                *(f"-DPGN_FAST_LINE_INFO={line_info}", f"-DCMAKE_CUDA_COMPILER={nvcc}"),
             )
         except subprocess.CalledProcessError as error:
             raise CudaBuildError(

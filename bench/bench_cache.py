@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 
+import level
 import pytest
 import torch
 from models_common import NUM_CLASSES, alternate, make_backbone, training_step
@@ -20,7 +21,8 @@ import pgn_fast
 from pgn_fast.backbone.schedule import FrozenTokens
 from pgn_fast.train.token_store import TokenStore, row_key
 
-ROUNDS, BATCH, PROMPTS = 5, 4, 10
+ROUNDS = 2 if level.LEVEL == "chosen" else 5
+BATCH, PROMPTS = 4, 10
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def vit(quick):
     return make_backbone(arch, DEVICE, torch.float32).eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("k", [4, 2, 1])
+@pytest.mark.parametrize("k", level.measured(1, tables=(2, 4)))
 def bench_last_blocks(benchmark, quick, record, vit, tmp_path, k):
     """VPT-Deep in the last k of 12 blocks, ViT-B/16, a batch of 4."""
     depth = len(vit.blocks)

@@ -255,6 +255,8 @@ def plain_table(suite: str) -> Callable[[list[Row]], list[str]]:
         for r in kept:
             if r.suite == suite:
                 found[r.case, r.contender][machine_name(r.machine["device"])] = figure(r)
+        if not found:
+            return ["Nothing has been measured yet."]
         machines = list(dict.fromkeys(name for figures in found.values() for name in figures))
         lines = [
             f"| what | who | {' | '.join(machines)} |",
@@ -363,7 +365,7 @@ def plot_cost(kept: list[Row], path: Path) -> None:
         axes.set_title(machine_name(device), fontsize=10)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("training step (s)")
-    panels[0].legend()
+    panels[0].legend(loc="upper left")
     picture.suptitle("VPT-Deep, ViT-B/16, batch 8, float32, two CPU cores", fontsize=11)
     with matplotlib.rc_context({"svg.hashsalt": "pgn_fast"}):  # the same rows, the same file
         picture.savefig(path, metadata={"Date": None})

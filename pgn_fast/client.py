@@ -52,10 +52,6 @@ class ServerError(RuntimeError):
         self.code = code
 
 
-# its name where there was one client
-RgbClientError = ServerError
-
-
 class _Client:
     """One connection to a server, which serves one thread, and its repetitions."""
 

@@ -20,7 +20,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import VisionTransformer
 
 from pgn_fast import cli
-from pgn_fast.client import RgbClient, RgbClientError, encode_plain
+from pgn_fast.client import RgbClient, ServerError, encode_plain
 from pgn_fast.serve import ServedModel, ServerSettings, create_app, load_served_model
 from pgn_fast.serve.access import Tokens
 
@@ -142,13 +142,13 @@ def test_a_token_is_sent_with_every_call(served, levels, tmp_path):
     with serving(create_app(served, tokens=Tokens(tmp_path / "tokens"))) as (url, _):
         with RgbClient(url, token="sesame") as client:
             assert client.features(levels[:1]).shape == (1, 48)
-        with RgbClient(url) as client, pytest.raises(RgbClientError, match="Bearer TOKEN") as e:
+        with RgbClient(url) as client, pytest.raises(ServerError, match="Bearer TOKEN") as e:
             client.model()
         assert (e.value.status, e.value.code) == (401, "unauthorized")
 
 
 def test_a_refusal_carries_status_code_and_reason(url):
-    with RgbClient(url) as client, pytest.raises(RgbClientError, match="image 0 is not PNG") as e:
+    with RgbClient(url) as client, pytest.raises(ServerError, match="image 0 is not PNG") as e:
         client.features([b"nothing"])
     assert (e.value.status, e.value.code) == (415, "unsupported_image")
 
@@ -202,7 +202,7 @@ def test_retries_end():
     with (
         serving(app) as (url, _),
         RgbClient(url, retries=2, backoff=0.001) as client,
-        pytest.raises(RgbClientError, match="503 after 3 attempts: try again") as refusal,
+        pytest.raises(ServerError, match="503 after 3 attempts: try again") as refusal,
     ):
         client.model()
     assert (refusal.value.status, refusal.value.code, app.calls) == (503, "overloaded", 3)
@@ -213,7 +213,7 @@ def test_other_refusals_are_not_retried():
     with (
         serving(app) as (url, _),
         RgbClient(url) as client,
-        pytest.raises(RgbClientError, match="answered 500: <html>oops") as refusal,
+        pytest.raises(ServerError, match="answered 500: <html>oops") as refusal,
     ):
         client.model()
     assert (refusal.value.status, refusal.value.code, app.calls) == (500, None, 1)
@@ -224,7 +224,7 @@ def test_nobody_there():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     client = RgbClient(f"http://127.0.0.1:{port}", retries=1, backoff=0.001)
-    with pytest.raises(RgbClientError, match=r"no connection .* after 2 attempts .* running\?"):
+    with pytest.raises(ServerError, match=r"no connection .* after 2 attempts .* running\?"):
         client.model()
 
 
@@ -233,7 +233,7 @@ def test_a_silent_server_times_out():
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         client = RgbClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.2)
-        with pytest.raises(RgbClientError, match=r"did not answer within 0\.2 seconds"):
+        with pytest.raises(ServerError, match=r"did not answer within 0\.2 seconds"):
             client.model()
 
 

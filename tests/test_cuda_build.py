@@ -95,6 +95,17 @@ def test_an_old_architecture_is_dropped_with_a_line(build, monkeypatch, tmp_path
     assert not (build.package / "_C_cuda.txt").exists()
 
 
+def test_a_wheel_carries_no_lines_for_profilers(build, monkeypatch, tmp_path):
+    """They are more than half of the library; a build in place has them."""
+    compiler(monkeypatch, tmp_path, "exit 0")
+    build.cuda = lambda *given: None
+    for build.inplace, wanted in ((True, "ON"), (False, "OFF")):
+        build.build_lib = str(tmp_path / "lib")
+        (tmp_path / "lib/pgn_fast").mkdir(parents=True, exist_ok=True)
+        build.run()
+        assert f"-DPGN_FAST_LINE_INFO={wanted}" in build.parts[-1]
+
+
 def test_old_architectures_alone_leave_none(build, monkeypatch, tmp_path):
     compiler(monkeypatch, tmp_path, "exit 0")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")

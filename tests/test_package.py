@@ -224,6 +224,16 @@ def test_what_is_downloaded_beside_torch_and_timm_is_small():
     assert downloaded <= 10e6, f"{downloaded / 1e6:.1f} MB, with {sorted(beside)}"
 
 
+def test_a_wheel_may_ship_what_the_package_holds():
+    """Every file of data is one that tools/check_wheel.py knows, and looks for."""
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and path.suffix not in (".pyc", ".so", ".txt"):
+            name = path.relative_to(ROOT).as_posix()
+            assert check_wheel.SHIPPED.fullmatch(name), name
+            if path.suffix in (".json", ".npz", ".safetensors"):
+                assert name in check_wheel.NEEDED, name
+
+
 def test_the_library_is_tied_to_no_torch():
     """torch's stable ABI of 2.10: a wheel serves every later torch."""
     pytest.importorskip("torch_abi_audit")

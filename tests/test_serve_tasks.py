@@ -25,7 +25,7 @@ import pgn_fast
 from pgn_fast import cli
 from pgn_fast.adapters import from_pretrained, save_pretrained
 from pgn_fast.backbone.load import load_backbone
-from pgn_fast.client import Prediction, RgbClientError, TaskClient
+from pgn_fast.client import Prediction, ServerError, TaskClient
 from pgn_fast.errors import UserError
 from pgn_fast.models.baselines import FineTuned, LinearProbe
 from pgn_fast.serve import ApiError, ServerSettings, create_app, load_served_tasks
@@ -586,9 +586,9 @@ def test_task_client_asks_by_name(tasks, folder):
             ranked = client.predict(levels, topk=3)[0]
             assert sum(each.probability for each in ranked) == pytest.approx(1)
         with TaskClient(url) as client:
-            with pytest.raises(RgbClientError, match="has 4 tasks; say which one"):
+            with pytest.raises(ServerError, match="has 4 tasks; say which one"):
                 client.predict(levels)
-            with pytest.raises(RgbClientError, match="4 tasks; name one by task="):
+            with pytest.raises(ServerError, match="4 tasks; name one by task="):
                 client.describe()
 
 

@@ -21,11 +21,14 @@ MEGABYTES = 10
 TAG = re.compile(r"-(cp3\d+)-\1-(manylinux|linux|macosx)_\w+\.whl$")
 SHIPPED = re.compile(
     r"pgn_fast/(\w+/)*\w+\.py|pgn_fast/(py\.typed|_C\.pyi|digits\.npz|_C\.[\w-]+\.so|_C_cuda\.(so|txt))"
-    r"|pgn_fast/demo/demo_vit\.(safetensors|json)|pgn_fast-[^/]+\.dist-info/.+"
+    r"|pgn_fast/demo/demo_vit\.(safetensors|json)|pgn_fast/train/\w+/\w+\.json"
+    r"|pgn_fast-[^/]+\.dist-info/.+"
 )
 NEEDED = (
     *("pgn_fast/__init__.py", "pgn_fast/_C.pyi", "pgn_fast/kernels/mix_prompts.py"),
-    *("pgn_fast/digits.npz", "pgn_fast/demo/demo_vit.safetensors", "pgn_fast/py.typed"),
+    *("pgn_fast/digits.npz", "pgn_fast/demo/demo_vit.safetensors", "pgn_fast/demo/demo_vit.json"),
+    "pgn_fast/py.typed",
+    *("pgn_fast/train/protocols/pgn_classes.json", "pgn_fast/train/reproduce/paper_numbers.json"),
 )
 # of each layer something that needs no extra, in a few minutes
 TESTS = (

@@ -116,9 +116,10 @@ class PromptGenerator(Prompter):
             self.token_library = token_library
             got = tuple(self.library().shape)
             if got != (library_size, embed_dim):
+                way = f"; pass library_size={got[0]}" if got[1:] == (embed_dim,) else ""
                 raise ValueError(
                     f"token_library yields {got}, but library_size and the backbone's width ask "
-                    f"for {(library_size, embed_dim)}"
+                    f"for {(library_size, embed_dim)}{way}"
                 )
 
     def forward(self, images: Tensor, *, backend: str | None = None) -> Tensor:

@@ -44,7 +44,9 @@ class RunResult:
     Attributes:
         output: the folder of the run, with ``best/``, ``last/``, ``summary.json`` and the rest.
         best_epoch: from 1.
-        train, validation, test: split, images, top1 in percent, loss in nats; None where not given.
+        train: its images, top1 in percent, loss in nats, and the name of the split.
+        validation: the same of the validation images; None where none were given.
+        test: the same of the test images; None where none were given.
         history: one row an epoch, as in ``history.csv``.
         summary: the whole of ``summary.json``.
     """
