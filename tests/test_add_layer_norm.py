@@ -6,6 +6,7 @@ import pytest
 import torch
 from numerics import assert_matches, leaves64
 
+from pgn_fast import _C
 from pgn_fast.ops import add_layer_norm
 from pgn_fast.ops.add_layer_norm import with_rstd
 from pgn_fast.ops.dispatch import refusal
@@ -63,6 +64,24 @@ def test_rstd_and_strides(backend):
     assert_matches("total", total, total64)
     assert_matches("normed", normed, normed64)
     assert_matches("rstd", rstd, (total64.var(-1, correction=0) + 1e-5).rsqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_round_as_torch_rounds(dtype):
+    """All 65,536 numbers of a half, subnormal, infinite and not a number, plus a few others."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    chosen = _C.build_info()["cpu_isa"]
+    try:
+        for isa in ("scalar", "avx2", "avx512"):
+            if _C.set_isa(isa):
+                for other in (0.0, 1.0, 3.1e-3, -257.0, 6e4):
+                    others = torch.full_like(every, other)
+                    total, _ = add_layer_norm(every, others, backend="cpu")
+                    torch.testing.assert_close(
+                        total, every + others, rtol=0, atol=0, equal_nan=True, msg=isa
+                    )
+    finally:
+        _C.set_isa(chosen)
 
 
 def test_registered_correctly():

@@ -43,9 +43,23 @@ inline Lanes load(const float16* x) {
 }
 
 inline void store(Lanes lanes, float* out) { *reinterpret_cast<Lanes*>(out) = lanes; }
-template <typename T>
-inline void store(Lanes lanes, T* out) {
+// as from_float of each number: to nearest even, and a NaN is 0x7fc0
+inline void store(Lanes lanes, bfloat16* out) {
+  const Words bits = reinterpret_cast<Words>(lanes);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words kept = lanes == lanes ? rounded : Words{} + 0x7fc0;
+  *reinterpret_cast<Shorts*>(out) = __builtin_convertvector(kept, Shorts);
+}
+inline void store(Lanes lanes, float16* out) {  // 0: to nearest even
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, reinterpret_cast<__m512>(lanes), 0);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), halves);
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm256_cvtps_ph(reinterpret_cast<__m256>(lanes), 0));
+#else
   for (int i = 0; i < kLanes; ++i) from_float(lanes[i], out + i);
+#endif
 }
 
 inline float sum_of(Lanes lanes) {
