@@ -40,7 +40,9 @@ sys.path.insert(0, str(HERE))
 import gpu_common  # noqa: E402
 import gpu_steps  # noqa: E402
 
-DEVICE_TESTS = ("test_mix_prompts", "test_prompt*", "test_feedback_round", "test_triton_[km]*")
+from pgn_fast.ops import dispatch  # noqa: E402
+
+DEVICE_TESTS = (*(f"test_{op}" for op in dispatch.OPS), "test_prompt*", "test_triton_[km]*")
 
 
 class Step(NamedTuple):
@@ -69,7 +71,7 @@ def _build(part: Path) -> list[list[str]]:
 
 
 def _tests(part: Path) -> list[list[str]]:
-    files = sorted(str(f) for name in DEVICE_TESTS for f in (ROOT / "tests").glob(f"{name}.py"))
+    files = sorted({str(f) for name in DEVICE_TESTS for f in (ROOT / "tests").glob(f"{name}.py")})
     pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     pytest += ["--continue-on-collection-errors"]  # a test package may be missing there
     if importlib.util.find_spec("xdist"):
@@ -102,7 +104,7 @@ STEPS = [
     Step("prompt_attention", 35, _measure("prompt_attention")),
     Step("prompted_patch_embed", 20, _measure("prompted_patch_embed")),
     Step("mix_prompts", 15, _measure("mix_prompts")),
-    Step("add_layer_norm", 10, _measure("add_layer_norm")),
+    Step("other ops", 10, _measure("other_ops")),
     Step("tests", 70, _tests),
     Step("memcheck", 20, _sanitizer("memcheck")),
     Step("racecheck", 15, _sanitizer("racecheck")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 from collections.abc import Callable
@@ -265,28 +266,40 @@ def sdpa_kernels(bench: Bench, compiled: bool) -> dict[str, Callable[..., Tensor
     }
 
 
-def add_layer_norm(bench: Bench, compiled: bool = False) -> None:
-    from pgn_fast import ops
+def other_ops(bench: Bench, compiled: bool = False) -> None:
+    """Every op that has no measurement of its own above, by the first of its examples."""
+    from pgn_fast.ops.dispatch import OPS
+    from pgn_fast.ops.examples import Sizes, examples
 
-    cases = {"B/16": (64, 197, 768), "L/14": (64, 257, 1024)}
-    for name, (B, T, D) in {"tiny": (2, 3, 16)}.items() if bench.tiny else cases.items():
-        inputs = [bench.draw(B, T, D, grad=True), bench.draw(B, T, D, grad=True)]
+    models = {"B/16": Sizes(B=64), "L/14": Sizes(B=64, D=1024, h=16, patch=14)}
+    tiny = {"tiny": Sizes(B=2, D=16, h=2, patch=4, image=8, P=3, K=5)}
+    known = {"mix_prompts", "prompted_patch_embed", "prompt_attention"}
+    for op in [op for op, row in OPS.items() if row.timed and op not in known]:
+        for name, sizes in (tiny if bench.tiny else models).items():
+            example = examples(op, sizes, bench.dtype, bench.device)[0]
+            calls: dict[str, Callable[..., Any]] = {"torch": _last(example.eager())}
+            for backend in backends(bench, op, *example.tensors):
+                calls[backend] = _last(example.call(backend))
+            if compiled:
+                calls = {"torch.compile": bench.compile(calls["torch"])}
+            read = sum(x.numel() * x.itemsize for x in example.tensors)
+            record_both(
+                *(bench, f"{op} {name}, B={sizes.B}", calls, example.tensors),
+                _last(example.eager()),
+                flops=0.0,
+                bytes=2 * read,  # it writes about as much as it reads
+                backward_flops=0.0,
+            )
 
-        def plain(x: Tensor, y: Tensor) -> Tensor:
-            return F.layer_norm(x + y, x.shape[-1:], eps=1e-6)
 
-        calls: dict[str, Callable[..., Tensor]] = {"torch": plain}
-        for backend in backends(bench, "add_layer_norm", inputs[0], columns=D):
-            calls[backend] = lambda *x, b=backend: ops.add_layer_norm(*x, backend=b)[1]
-        if compiled:
-            calls = {"torch.compile": bench.compile(plain)}
-        traffic = 4 * inputs[0].numel() * inputs[0].itemsize
-        record_both(
-            *(bench, f"add_layer_norm {name}, B={B}", calls, inputs, plain),
-            flops=0.0,
-            bytes=traffic,
-            backward_flops=0.0,
-        )
+def _last(call: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The last of a call's outputs, where it has several."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        outputs = call(*tensors)
+        return outputs[-1] if isinstance(outputs, tuple) else outputs
+
+    return run
 
 
 # every compiled peer has a process of its own: Dynamo's and Inductor's state, and a compiler that
@@ -295,7 +308,7 @@ _COMPILED: list[Callable[[Bench], None]] = [
     *(partial(compiled_models, index=i) for i in range(2 * len(CASES))),
     partial(prompt_attention, compiled=True),
     partial(prompted_patch_embed, compiled=True),
-    partial(add_layer_norm, compiled=True),
+    partial(other_ops, compiled=True),
     partial(mix_prompts, compiled=True),
     partial(sdpa, compiled=True),
 ]
@@ -322,44 +335,27 @@ def full_size(bench: Bench) -> None:
 def small(bench: Bench) -> None:
     """Small problems through every kernel of this machine, for compute-sanitizer to watch."""
     import triton_cases
-    from pgn_fast.kernels import (
-        add_layer_norm,
-        feedback_round,
-        mix_prompts,
-        prompt_attention,
-        prompted_patch_embed,
-    )
 
-    from pgn_fast import ops
+    from pgn_fast.ops.devices import stem
+    from pgn_fast.ops.dispatch import OPS, has_kernel
+    from pgn_fast.ops.examples import Sizes, examples
 
-    dtype = bench.dtype
-    triton_cases.check_mix_prompts(mix_prompts, bench.device, dtype)
-    triton_cases.check_prompt_attention(prompt_attention, bench.device, dtype)
-    triton_cases.check_prompted_patch_embed(prompted_patch_embed, bench.device, dtype)
-    triton_cases.check_add_layer_norm(add_layer_norm, bench.device, dtype)
-    levels, shares = torch.rand(3, 70, device=bench.device) * 255, bench.draw(70, 70).float()
-    order = torch.randperm(70).to(bench.device)
-    feedback_round.feedback_round(levels, shares.tril(-1) / 100, order)
+    for op in sorted({stem(op) for op in OPS if has_kernel("triton", op)}):
+        module = importlib.import_module(f"pgn_fast.kernels.{op}")
+        triton_cases.check(op, module, bench.device, bench.dtype)
     own = "cpu" if bench.tiny else "cuda"  # the compiled kernels of this machine
-    logits, library = bench.draw(3, 7, 70, grad=True), bench.draw(70, 65, grad=True)
-    q, prompts = bench.draw(2, 3, 70, 64, grad=True), bench.draw(3, 37, 64, grad=True)
-    mix = lambda a, b: ops.mix_prompts(a, b, backend=own)
-    attend = lambda a, b: ops.prompt_attention(a, a, a, b, b, backend=own)
-    if own in backends(bench, "mix_prompts", logits, library):
-        gradients(mix, [logits, library])()
-    if own in backends(bench, "prompt_attention", q, prompts):
-        gradients(attend, [q, prompts])()
-    weight = bench.draw(65, 3, 6, 6)
-    if own in backends(bench, "prompted_patch_embed", weight):
-        images = torch.zeros(3, 3, 30, 18, dtype=torch.uint8, device=bench.device)
-        ops.prompted_patch_embed(
-            *(images, weight, None, None, None, logits.detach(), library.detach()), backend=own
-        )
-        # sizes that Hopper's own kernel takes: whole panels, two blocks of columns, several tiles
-        images = torch.randint(0, 256, (4, 3, 96, 96), dtype=torch.uint8, device=bench.device)
-        weight, library = bench.draw(136, 3, 16, 16), bench.draw(70, 136)
-        logits = bench.draw(4, 7, 70)
-        ops.prompted_patch_embed(*(images, weight, None, None, None, logits, library), backend=own)
+    several_tiles = Sizes(B=3, D=192, h=3, patch=6, image=48, P=37, K=70)
+    # sizes that Hopper's own kernel takes: whole panels, two blocks of columns, several tiles
+    panels = Sizes(B=4, D=136, h=2, patch=16, image=96, P=7, K=70)
+    for op, sizes in itertools.product(OPS, (several_tiles, panels)):
+        for example in examples(op, sizes, bench.dtype, bench.device):
+            if own not in backends(bench, op, *example.tensors):
+                continue
+            call = _last(example.call(own))
+            if any(x.requires_grad for x in example.tensors):
+                gradients(call, example.tensors)()
+            else:
+                without_gradients(call, example.tensors)()
 
 
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
@@ -371,7 +367,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
         prompted_patch_embed,
         prompt_attention,
         sdpa,
-        add_layer_norm,
+        other_ops,
         models,
         full_size,
         small,

@@ -86,12 +86,12 @@ MUTATIONS = [
     ),
 ]
 
-FILES = [
-    "test_add_layer_norm.py",
-    "test_mix_prompts.py",
-    "test_prompt_attention.py",
-    "test_prompted_patch_embed.py",
-]
+# the tests of every op that has CPU loops here
+FILES = sorted(
+    f"test_{loops.stem}.py"
+    for loops in (ROOT / ISA).glob("*.inc")
+    if (ROOT / f"tests/test_{loops.stem}.py").is_file()
+)
 # the sanitized run takes the random shapes too; opcheck and the other backends say nothing about it
 SELECT = "cpu and not triton and not cuda and not reference"
 

@@ -11,6 +11,7 @@ import subprocess
 import cuda_host
 import pytest
 import torch
+from cuda_host import intact, poisoned
 from numerics import assert_matches, leaves64
 
 from pgn_fast import reference
@@ -34,21 +35,6 @@ def test_the_structs_here_are_those_of_the_header(tmp_path):
         source.write_text(fields)
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode == 0) == holds, done.stderr[-2000:]
-
-
-GUARD = 256  # elements of poison before and behind an output
-
-
-def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """An output that stands in a larger buffer of NaN; `intact` checks what is around it."""
-    size = torch.Size(shape).numel()
-    buffer = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype)
-    return buffer[GUARD : GUARD + size].view(shape)
-
-
-def intact(out: torch.Tensor) -> bool:
-    buffer = out.as_strided((out.numel() + 2 * GUARD,), (1,), out.storage_offset() - GUARD)
-    return bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,7 +155,7 @@ def test_seeded_bugs_are_seen(right, wrong, tmp_path):
     source = (tmp_path / "mix_prompts.cu").read_text()
     assert right in source, "the seeded bug's line has changed: write the bug anew"
     (tmp_path / "mix_prompts.cu").write_text(source.replace(right, wrong, 1))
-    broken = cuda_host.build(tmp_path, mix_prompts_only=True)
+    broken = cuda_host.build(tmp_path, only="mix_prompts")
     logits, library = torch.randn(1, 33, 65).half(), torch.randn(65, 40).half()
     expected = reference.mix_prompts(logits.double(), library.double())[0]
     with pytest.raises(AssertionError):

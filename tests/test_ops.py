@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from pgn_fast import _C, _native, reference
-from pgn_fast.ops import devices, dispatch, mix_prompts, prompt_attention, prompted_patch_embed
+from pgn_fast import _C, _native
+from pgn_fast.ops import dispatch, mix_prompts, prompt_attention, prompted_patch_embed
+from pgn_fast.ops._register import Op
 from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.examples import Sizes, examples
 
 ROOT = Path(__file__).parents[1]
 needs_cpu_kernels = pytest.mark.skipif(
@@ -72,56 +74,31 @@ def test_compiles_into_one_graph():
 
 
 def registered_ops():
-    """Every op with arguments for it, backend left out: (op, arguments)."""
-    module = lambda name: importlib.import_module(f"pgn_fast.ops.{name}")
-    norm, rounding, linear = map(module, ("add_layer_norm", "feedback_round", "frozen_linear"))
-    mixing, attention, embed = map(
-        module, ("mix_prompts", "prompt_attention", "prompted_patch_embed")
-    )
-    random = torch.Generator().manual_seed(3)
-    normal = lambda *shape: torch.randn(*shape, generator=random)
-    heads = [normal(3, 2, n, 16) for n in (5, 9, 9)] + [normal(2, 4, 16) for _ in range(2)]
-    images, logits, library = normal(3, 3, 8, 12), normal(3, 5, 9), normal(9, 24)
-    embedding = (images, normal(24, 3, 4, 4), normal(24), normal(6, 24), normal(1, 24))
-    levels, feedback = 100 * normal(4, 12), normal(12, 12) / 12
-    _, normed, rstd = reference.add_layer_norm(normal(7, 24), normal(7, 24), 1e-6)
-    out, lse = reference.prompt_attention(*heads, 0.25)
-    factors = [0.5] * 3, [0.1] * 3
-    return {
-        "mix_prompts": (mixing._op, (logits, library, "softmax")),
-        "mix_prompts_backward": (
-            mixing.backward,
-            (normal(3, 5, 24), logits, library, "softmax"),
-        ),
-        "prompt_attention": (attention._op, (*heads, 0.25)),
-        "prompt_attention_ragged": (
-            attention._ragged_op,
-            (*heads, torch.tensor([[0, 3], [2, 2], [1, 4]]), 0.25),
-        ),
-        "prompt_attention_backward": (
-            attention._backward_op,
-            (normal(3, 2, 5, 16), *heads, out, lse, 0.25, True, True, True),
-        ),
-        "add_layer_norm": (norm._op, (normal(7, 24), normal(7, 24), 1e-6)),
-        "add_layer_norm_backward": (
-            norm._backward_op,
-            (normal(7, 24), normal(7, 24), normed, rstd),
-        ),
-        "frozen_linear": (linear._op, (normal(70, 128), normal(256, 128), normal(256))),
-        "prompted_patch_embed": (
-            embed._op,
-            (*embedding, logits, library, None, *factors, "softmax", "append"),
-        ),
-        "feedback_round": (rounding._op, (levels, feedback, torch.randperm(12))),
-    }
+    """Every op, and every backward, with arguments that its examples lead to: (op, arguments)."""
+    found = {}
+
+    def record(self, *arguments, backend):
+        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        found.setdefault(self.name, (self, detached))
+        return run(self, *arguments, backend=backend)
+
+    run, through = Op.run, lambda self, *a, backend: self.run(*a, backend="auto")
+    small = Sizes(B=3, D=24, h=2, patch=4, image=8, P=4, K=9)
+    with mock.patch.object(Op, "run", record), mock.patch.object(Op, "__call__", through):
+        for name in dispatch.OPS:
+            for example in examples(name, small, torch.float32, torch.device("cpu")):
+                outputs = example.call(None)(*example.tensors)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                leaves = [t for t in example.tensors if t.requires_grad]
+                if leaves:
+                    torch.autograd.grad(sum(x.square().sum() for x in outputs), leaves)
+    return found
 
 
 REGISTERED = registered_ops()
 
 
 def test_the_table_of_ops_is_whole():
-    rows = {name.removesuffix("_backward") for name in REGISTERED}
-    assert rows == set(dispatch.OPS)
     names = torch._C._dispatch_get_all_op_names()
     assert {n.removeprefix("pgn_fast::") for n in names if n.startswith("pgn_fast::")} == set(
         REGISTERED
@@ -172,9 +149,9 @@ def test_resolve_knows_sizes():
         prompt_attention(q, q, q, q[0], q[0], backend="cpu")
     assert str(raised.value) == reason
     for op, size in (("prompt_attention", {"head_width": 129}), ("mix_prompts", {})):
-        limited = devices.limit("cuda", op, torch.device("cuda"), torch.float16, size)
+        limited = dispatch.limit("cuda", op, torch.device("cuda"), torch.float16, size)
         assert (limited is None) == (not size)
-    limited = devices.limit(
+    limited = dispatch.limit(
         "cuda", "prompted_patch_embed", torch.device("cuda"), torch.float16, {"channels": 65}
     )
     assert "channels up to 64, got 65" in limited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 
@@ -20,29 +21,18 @@ from pgn_fast.kernels import (
     prompted_patch_embed,
 )
 
-# every table of tile sizes, with the op that uses it and a check that runs through it
-TABLES = {
-    "mix_prompts": (
-        mix_prompts,
-        cases.check_mix_prompts,
-        ("FORWARD_CONFIGS", "LOGITS_CONFIGS", "LIBRARY_CONFIGS"),
-    ),
-    "prompt_attention": (
-        prompt_attention,
-        cases.check_prompt_attention,
-        ("FORWARD_CONFIGS", "QUERY_CONFIGS", "KEY_CONFIGS"),
-    ),
-    "prompted_patch_embed": (
-        prompted_patch_embed,
-        cases.check_prompted_patch_embed,
-        ("PATCH_CONFIGS",),
-    ),
-    "add_layer_norm": (add_layer_norm, cases.check_add_layer_norm, ()),
+from pgn_fast.ops.devices import stem
+from pgn_fast.ops.dispatch import OPS, has_kernel
+
+MODULES = {
+    op: importlib.import_module(f"pgn_fast.kernels.{op}")
+    for op in sorted({stem(op) for op in OPS if has_kernel("triton", op)})
 }
 TILES = [
     pytest.param(op, table, kind, index, id=f"{op}-{table}-{kind}-{index}")
-    for op, (module, _, tables) in TABLES.items()
-    for table in tables
+    for op, module in MODULES.items()
+    for table in vars(module)
+    if table.endswith("_CONFIGS")
     for kind, configs in getattr(module, table).items()
     for index in range(len(configs))
 ]
@@ -51,18 +41,19 @@ TILES = [
 @pytest.mark.parametrize("op, table, kind, index", TILES)
 def test_every_tile_computes_the_same(op, table, kind, index, device, monkeypatch):
     """Whatever tuning may choose on some GPU is right, also a tile larger than the problem."""
-    module, check, _ = TABLES[op]
+    module = MODULES[op]
     configs = getattr(module, table)[kind]
     monkeypatch.setitem(getattr(module, table), kind, [configs[index]])
     dtype = torch.float32 if kind == "float" else torch.float16
-    check(module, device, dtype, **{"one-query": {"queries": 1}, "wide": {"d": 72}}.get(kind, {}))
+    variant = {"one-query": {"queries": 1}, "wide": {"d": 72}}.get(kind, {})
+    cases.check(op, module, device, dtype, **variant)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", TABLES)
+@pytest.mark.parametrize("op", MODULES)
 def test_every_dtype(op, dtype, device):
     """bfloat16 also in the interpreter: ``dot`` and ``cast`` stand in for what is wrong there."""
-    TABLES[op][1](TABLES[op][0], device, dtype)
+    cases.check(op, MODULES[op], device, dtype)
 
 
 def test_variants(device):
@@ -100,10 +91,10 @@ def guarded(monkeypatch):
         assert guard.isnan().all()
 
 
-@pytest.mark.parametrize("op", TABLES)
+@pytest.mark.parametrize("op", MODULES)
 def test_memory_around_tensors_is_left_alone(op, device, guarded):
     """Inputs lie inside buffers of NaN, see triton_cases; outputs and scratch are guarded here."""
-    TABLES[op][1](TABLES[op][0], device)
+    cases.check(op, MODULES[op], device)
 
 
 def test_library_tokens_with_no_weight_at_all(device):

@@ -6,13 +6,45 @@ module, or a mutant of it.
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import torch
 from numerics import assert_matches
 from torch import Tensor
 
 from pgn_fast import reference
+from pgn_fast.autotune.cases import in_float64 as leaves_in_float64
+from pgn_fast.autotune.cases import results
+from pgn_fast.ops.examples import Sizes, examples
+
+SIZES = Sizes(B=3, D=70, h=2, patch=6, image=36, P=7, K=70)
+
+
+def check(
+    op: str,
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    **variant: Any,
+) -> None:
+    """The op's own check, or its examples, forward and backward, by the kernels of ``module``."""
+    if op in CHECKS:
+        return CHECKS[op](module, device, dtype, **variant)
+    public = importlib.import_module(f"pgn_fast.ops.{op}")
+    for example in examples(op, SIZES, dtype, device):
+        framed = [
+            inside_nan(t.detach()).requires_grad_(t.requires_grad) if t.is_floating_point() else t
+            for t in example.tensors
+        ]
+        launcher = lambda name, *_, **__: getattr(module, name)
+        with mock.patch.object(public, "select_kernel", launcher):
+            found = results(example.call("triton"), framed)
+        exact = results(example.call("reference"), leaves_in_float64(example.tensors))
+        for i, (actual, expected) in enumerate(zip(found, exact, strict=True)):
+            assert_matches(f"{op}, result {i}", actual, expected)
 
 
 def check_mix_prompts(
@@ -139,6 +171,18 @@ def check_add_layer_norm(
     assert_matches("grad", grad, grad64 + grad_total64 if add else grad64)
 
 
+def check_feedback_round(
+    module: ModuleType, device: torch.device, dtype: torch.dtype = torch.float32
+) -> None:
+    """Its pixels are float32 whatever ``dtype`` is; at ties a whole row may differ."""
+    (example,) = examples("feedback_round", SIZES, torch.float32, device)
+    levels, feedback, order = example.tensors
+    levels = inside_nan(levels + torch.rand_like(levels))
+    rounded = module.feedback_round(levels, inside_nan(feedback), order)
+    expected = reference.feedback_round(*in_float64(levels, feedback), order.cpu())
+    assert (rounded.cpu() != expected).any(dim=1).double().mean() <= 0.35
+
+
 def inside_nan(x: Tensor) -> Tensor:
     """``x`` as a view into a buffer that is NaN everywhere else, columns still dense."""
     buffer = x.new_full([n + 3 for n in x.shape], float("nan"))
@@ -148,3 +192,13 @@ def inside_nan(x: Tensor) -> Tensor:
 
 def in_float64(*tensors: Tensor) -> list[Tensor]:
     return [t.double().cpu() for t in tensors]
+
+
+# ops whose kernels have more to check than the op's examples say: strides, variants, ties
+CHECKS = {
+    "mix_prompts": check_mix_prompts,
+    "prompt_attention": check_prompt_attention,
+    "prompted_patch_embed": check_prompted_patch_embed,
+    "add_layer_norm": check_add_layer_norm,
+    "feedback_round": check_feedback_round,
+}

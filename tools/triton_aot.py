@@ -33,6 +33,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from pgn_fast.ops import devices, dispatch
+from pgn_fast.ops.examples import Sizes, examples
+
 TABLE = Path(__file__).parents[1] / "tests/resources/triton.json"
 ARCHITECTURES = (80, 90)
 # shared memory that a block may ask for, in bytes, on the smallest card of each architecture
@@ -54,12 +57,18 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _mix_prompts(module: Any, dtype: torch.dtype, ones: bool) -> None:
-    B, P, K, D = (1, 1, 1, 1) if ones else (64, 16, 256, 768)
-    logits, library = _empty(B, P, K, dtype=dtype), _empty(K, D, dtype=dtype)
-    for activation in ("softmax", "sigmoid"):
-        prompts = module.mix_prompts(logits, library, activation)
-        module.mix_prompts_backward(prompts, logits, library, activation)
+def _by_examples(module: Any, dtype: torch.dtype, ones: bool) -> None:
+    """The op's examples, forward and backward, by the launchers of ``module``."""
+    op = module.__name__.rpartition(".")[2]
+    public = importlib.import_module(f"pgn_fast.ops.{op}")
+    sizes = Sizes(1, 1, 1, 1, 1, 1, 1) if ones else Sizes(B=64)
+    with mock.patch.object(public, "select_kernel", lambda name, *_, **__: getattr(module, name)):
+        for example in examples(op, sizes, dtype, torch.device("meta")):
+            outputs = example.call("triton")(*example.tensors)
+            leaves = [x for x in example.tensors if x.requires_grad]
+            if leaves:
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs])
 
 
 def _prompted_patch_embed(module: Any, dtype: torch.dtype, ones: bool) -> None:
@@ -95,20 +104,15 @@ def _add_layer_norm(module: Any, dtype: torch.dtype, ones: bool) -> None:
         module.add_layer_norm_backward(other, x, normed, rstd)
 
 
-def _feedback_round(module: Any, dtype: torch.dtype, ones: bool) -> None:
-    R, n = (1, 1) if ones else (16, 3072)  # always float32
-    module.feedback_round(_empty(R, n), _empty(n, n), _empty(n, dtype=torch.int64))
-
-
-# each runs an op forward and backward: at the sizes that its resources are held at, or with every
-# size one, which the compiler turns into constants
+# What runs an op forward and backward, at the sizes that its resources are held at, or with every
+# size one, which the compiler turns into constants. Here stand ops whose launchers have more
+# branches than the op's examples reach.
 CASES: dict[str, Callable[[Any, torch.dtype, bool], None]] = {
-    "mix_prompts": _mix_prompts,
     "prompted_patch_embed": _prompted_patch_embed,
     "prompt_attention": _prompt_attention,
     "add_layer_norm": _add_layer_norm,
-    "feedback_round": _feedback_round,
 }
+NAMES = sorted({devices.stem(op) for op in dispatch.OPS if dispatch.has_kernel("triton", op)})
 
 
 class Launch(NamedTuple):
@@ -156,10 +160,10 @@ def launches(op: str, dtype: torch.dtype, ones: bool = False) -> list[Launch]:
             launch(config)
         first_tile = True
 
-    # create=True: add_layer_norm has nothing to tune
+    # create=True: an op may have nothing to tune
     tuned = mock.patch.object(module, "launch_tuned", launch_all, create=True)
     with mock.patch.object(JITFunction, "run", catch), tuned:
-        CASES[op](module, dtype, ones)
+        CASES.get(op, _by_examples)(module, dtype, ones)
     return caught
 
 
@@ -274,7 +278,7 @@ def complaints(measured: dict[str, Any], table: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python tools/triton_aot.py")
     parser.add_argument("--all", action="store_true", help="every dtype, architecture and tile")
-    parser.add_argument("--op", choices=CASES, help="one op only")
+    parser.add_argument("--op", choices=NAMES, help="one op only")
     parser.add_argument("--update", action="store_true", help="write what is measured")
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--gates", action="store_true", help="every architecture, no table")
@@ -282,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if _common.INTERPRETED.value:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
-    measured, ops = {}, [arguments.op] if arguments.op else list(CASES)
+    measured, ops = {}, [arguments.op] if arguments.op else NAMES
     if arguments.gates:
         # a subset of architectures is CI's: half precision, where the tiles are largest
         dtypes = (torch.bfloat16,) if arguments.arch else DTYPES

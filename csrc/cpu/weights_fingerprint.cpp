@@ -74,6 +74,11 @@ int64_t weights_fingerprint_cpu(std::vector<Tensor> weights,  // bytes: contiguo
 
 }  // namespace pgn_fast
 
+// no public op, whose schema would stand in pgn_fast/ops: pgn_fast/backbone/watch.py calls it
+STABLE_TORCH_LIBRARY_FRAGMENT(pgn_fast_C, m) {
+  m.def("weights_fingerprint(Tensor[] weights, int lines, int begin, int end) -> int");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(pgn_fast_C, CPU, m) {
   m.impl("weights_fingerprint", TORCH_BOX(&pgn_fast::weights_fingerprint_cpu));
 }

@@ -23,7 +23,7 @@ import torch
 from ..ops import dispatch, measured
 from . import cases
 
-OPS = ("prompted_patch_embed", "mix_prompts", "prompt_attention", "add_layer_norm")
+OPS = tuple(name for name, row in dispatch.OPS.items() if row.timed)
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.bfloat16, torch.float16, torch.float32),

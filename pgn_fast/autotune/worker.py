@@ -31,9 +31,9 @@ def verify(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> t
             or a replayed graph that does.
     """
     worst, worst_plain = 0.0, 0.0
-    own, plain = cases.call(op, backend), cases.plain(op)
     for sizes in (cases.Sizes(B=2), cases.ODD):
-        tensors = cases.inputs(op, sizes, dtype, device)
+        case = cases.case(op, sizes, dtype, device)
+        own, plain, tensors = case.call(backend), case.eager(), case.tensors
         expected = cases.results(plain, cases.in_float64(tensors))
         allowed = _error(cases.results(plain, tensors), expected)
         for layout in (tensors, cases.strided(tensors)):
@@ -48,7 +48,7 @@ def verify(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> t
             again = cases.results(own, layout)
             if not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
                 raise ArithmeticError("two runs on the same inputs differ")
-            if device.type == "cuda" and not _replays(own, layout, got[0]):
+            if device.type == "cuda" and not _replays(own, layout, got):
                 raise ArithmeticError("a replayed CUDA graph gives other numbers")
             worst, worst_plain = max(worst, error), max(worst_plain, allowed)
     return worst, worst_plain
@@ -71,7 +71,7 @@ def _poison(like: list[Tensor], dtype: torch.dtype, device: torch.device) -> Non
         del held
 
 
-def _replays(function: cases.Call, tensors: list[Tensor], expected: Tensor) -> bool:
+def _replays(function: cases.Call, tensors: list[Tensor], expected: list[Tensor]) -> bool:
     side = torch.cuda.Stream()
     with torch.no_grad():
         with torch.cuda.stream(side):
@@ -79,23 +79,25 @@ def _replays(function: cases.Call, tensors: list[Tensor], expected: Tensor) -> b
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = function(*tensors)
-        out.fill_(torch.nan)
+            outputs = function(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for out in outputs:
+            out.fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
-    return torch.equal(out, expected)
+    return all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=False))
 
 
 def measure(
     op: str, backend: str, dtype: torch.dtype, device: torch.device, sizes: cases.Sizes
 ) -> tuple[float, float]:
     """Median milliseconds of forward and backward: by the backend and in plain torch, in turns."""
-    tensors = cases.inputs(op, sizes, dtype, device)
+    case = cases.case(op, sizes, dtype, device)
     times: tuple[list[float], list[float]] = ([], [])
-    calls = cases.call(op, backend), cases.plain(op)
+    calls = case.call(backend), case.eager()
     for _ in range(ROUNDS + 2):
         for call, found in zip(calls, times, strict=True):
-            found.append(_milliseconds(partial(cases.results, call, tensors), device))
+            found.append(_milliseconds(partial(cases.results, call, case.tensors), device))
     ours, plain = (sorted(t[2:])[ROUNDS // 2] for t in times)
     return ours, plain
 

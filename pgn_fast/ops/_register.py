@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from . import dispatch
 
 _library = torch.library.Library("pgn_fast", "FRAGMENT")
+_compiled = torch.library.Library("pgn_fast_C", "FRAGMENT")  # what csrc implements
 
 
 class Op:
@@ -82,11 +83,13 @@ def register_op(
     *,
     fake: Callable[..., Any],
     plain: Callable[..., Any],
+    row: dispatch.OpRow | None = None,
     check: Callable[..., None] | None = None,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Op:
-    """Register ``schema`` in the namespace ``pgn_fast``.
+    """Register ``schema`` in the namespace ``pgn_fast``, and without its backend in ``pgn_fast_C``,
+    where the compiled libraries implement it.
 
     ``torch.library.custom_op`` does the same at about twice the cost of a call.
 
@@ -95,6 +98,8 @@ def register_op(
         kernel: runs it, backend included.
         fake: shapes and dtypes of the results.
         plain: the op in PyTorch, without the backend; it is differentiated for second derivatives.
+        row: what the dispatcher and the measurements have to know of the op; None for a backward,
+            which has that of its forward.
         check: of the arguments without the backend; raises ValueError.
         setup_context, backward: as in torch.autograd.Function; none for an op that is a backward.
             ``backward`` is run with gradients enabled for second derivatives (create_graph=True)
@@ -103,6 +108,9 @@ def register_op(
     """
     name = schema.partition("(")[0]
     qualified = f"pgn_fast::{name}"
+    if row is not None:
+        dispatch.OPS[name] = row
+    _compiled.define(schema.replace(", str backend)", ")"))
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _library.impl(name, kernel, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from .. import reference
 from ._register import register_op
-from .dispatch import select_kernel
+from .dispatch import OpRow, select_kernel
+from .examples import Draw, Sizes
 
 # What every kernel of this op gets and may rely on:
 #
@@ -140,6 +142,10 @@ def rstd_gradient(grad_rstd: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
     return (-factor.unsqueeze(-1) * normed).to(normed.dtype)
 
 
+def _examples(s: Sizes, draw: Draw) -> Iterator[dict[str, Any]]:
+    yield {"x": draw(s.B, s.tokens, s.D), "y": draw(s.B, s.tokens, s.D)}
+
+
 _backward_op = register_op(
     "add_layer_norm_backward(Tensor grad_total, Tensor grad_normed, Tensor normed, Tensor rstd, "
     "str backend) -> Tensor",
@@ -152,6 +158,8 @@ _op = register_op(
     _kernel,
     fake=_fake,
     plain=reference.add_layer_norm,
+    # one Triton program holds a row
+    row=OpRow(_examples, {"cpu": ("cpu",)}, largest={"triton": {"columns": 16384}}),
     check=_check,
     setup_context=_setup_context,
     backward=_backward,

@@ -1,7 +1,7 @@
-"""What a device has to offer for a backend's kernels: its code, its memory, the sizes they take.
+"""What a device has to offer for a backend's kernels: its code and its memory.
 
-The one place that knows the limits of a backend. ``dispatch`` asks ``missing`` and ``limit`` before
-anything runs, so what is said here is what a user, ``explain()`` and a benchmark read.
+``dispatch`` asks ``missing`` and ``limit`` before anything runs, so what is said here is what a
+user, ``explain()`` and a benchmark read. Limits that no device changes are in an op's own row.
 """
 
 from __future__ import annotations
@@ -13,16 +13,7 @@ import torch
 
 from .. import _cuda_archs, _native
 
-# the largest size of each name that the kernels of a backend hold, by op
-_LARGEST: dict[tuple[str, str], dict[str, int]] = {
-    ("cpu", "prompt_attention"): {"head_width": 256},
-    ("triton", "prompt_attention"): {"head_width": 256},
-    ("cuda", "prompt_attention"): {"head_width": 128},
-    ("cuda", "prompted_patch_embed"): {"channels": 64},
-    ("triton", "add_layer_norm"): {"columns": 16384},  # of one program
-}
 _MAX_ROWS = 2**31 - 1  # of a batch's queries together
-_SAID = {"head_width": "head widths", "channels": "channels", "columns": "columns"}
 
 
 def stem(op: str) -> str:
@@ -58,18 +49,10 @@ def built_archs() -> list[_cuda_archs.Arch]:
 def limit(
     backend: str, op: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int]
 ) -> str | None:
-    """Which of a problem's sizes the kernels of ``backend`` do not take; None where they take all.
+    """Which of a problem's sizes a device does not take; None where it takes all.
 
-    Args:
-        backend: "cpu", "triton" or "cuda".
-        op: the op's name, with or without "_backward" or "_ragged".
-        device: the tensors' device.
-        dtype: of the op's operands.
-        sizes: what is known of "head_width", "channels", "columns" and "rows" (B * Q queries).
+    See ``dispatch.limit``. Of the sizes, "head_width" and "rows" (B * Q queries) count here.
     """
-    for name, largest in _LARGEST.get((backend, stem(op)), {}).items():
-        if sizes.get(name, 0) > largest:
-            return f"its kernels take {_SAID[name]} up to {largest}, got {sizes[name]}"
     if stem(op) != "prompt_attention":
         return None
     if sizes.get("rows", 0) > _MAX_ROWS:

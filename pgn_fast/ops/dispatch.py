@@ -10,7 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from . import devices, measured, onednn
+from . import devices, measured
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -28,37 +28,38 @@ HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class OpRow:
-    """What is known of one op.
+    """What is known of one op; its own file says it, to ``register_op``.
 
     Attributes:
+        examples: calls of the public function at a model's sizes, see ``examples.py``.
         preference: by device type, the backends to try first; the first that accepts the inputs
             runs, and the reference comes after all. An order is data: bench/results holds the runs
-            that justify it, and a backend is listed only where it beats eager PyTorch.
+            that justify it, and a backend is listed only where it beats eager PyTorch. CUDA
+            devices have none yet: no kernel has been measured on one.
         dtypes: what the kernels take.
+        largest: by backend, the largest size of each name that its kernels hold, of those that the
+            op gives ``select_kernel``. Limits that depend on the device are in ``devices``.
         trains_in_torch: device types on which the gradient is left to torch's own autograd unless a
             backend is named: the kernels win there, but an autograd function in Python costs more
             than they win.
         bundled: backends whose kernel comes with torch, and the module that calls it.
+        timed: whether ``pgn-fast autotune`` and the GPU script verify and time it by its examples;
+            not where correct backends may differ by more than rounding, or none is to choose.
+        eager: what a user without this library would write, where that is faster than the
+            reference; it takes an example's arguments.
     """
 
-    preference: Mapping[str, tuple[str, ...]]
+    examples: Callable[[Any, Any], Iterator[dict[str, Any]]]
+    preference: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = HALF_OR_FLOAT
+    largest: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     trains_in_torch: tuple[str, ...] = ()
     bundled: Mapping[str, ModuleType] = field(default_factory=dict)
+    timed: bool = True
+    eager: Callable[..., Any] | None = None
 
 
-# CUDA devices have no preference yet: no kernel has been measured on one.
-OPS: dict[str, OpRow] = {
-    "prompted_patch_embed": OpRow({"cpu": ("cpu",)}),
-    "mix_prompts": OpRow({"cpu": ("cpu",)}, trains_in_torch=("cpu",)),
-    "prompt_attention": OpRow({"cpu": ("cpu",)}),
-    # tasks of unequal P in one call; where nothing is preferred they run one P after the other
-    "prompt_attention_ragged": OpRow({"cpu": ("cpu",)}),
-    "add_layer_norm": OpRow({"cpu": ("cpu",)}),
-    # torch's own product takes half precision to oneDNN already
-    "frozen_linear": OpRow({"cpu": ("cpu",)}, dtypes=(torch.float32,), bundled={"cpu": onednn}),
-    "feedback_round": OpRow({"cpu": ("cpu",)}),
-}
+OPS: dict[str, OpRow] = {}  # by name, filled by register_op as pgn_fast.ops is imported
 
 # Devices on which prompt_attention without any prompts beats torch's own attention.
 BEATS_PLAIN_ATTENTION = ("cpu",)
@@ -102,7 +103,7 @@ def resolve(
         op: the op's name; a backward is decided like its forward.
         device: of the tensors.
         dtypes: of the tensors, the first of them the one that counts for a kernel's memory.
-        sizes: those of ``devices.limit`` that are known; none of the others is checked.
+        sizes: those of ``limit`` that are known; none of the others is checked.
         requested: a backend's name; None: the fastest.
 
     Returns:
@@ -157,7 +158,7 @@ def _refusal(
     bundled = row(op).bundled.get(backend)
     if reason := bundled.missing() if bundled else _missing(backend):
         return f"{prefix}{reason}. Leave backend=None to use the fastest one that can."
-    if not _has_kernel(backend, op):
+    if not has_kernel(backend, op):
         return f"{prefix}it has no kernel of this op. Leave backend=None to use one that has."
     wanted = "cpu" if backend == "cpu" else "cuda"
     if device.type == "cuda" and wanted == "cuda" and (reason := devices.missing(backend, device)):
@@ -174,15 +175,35 @@ def _refusal(
                 f"{prefix}its kernels take {', '.join(map(str, taken))}, got {dtype}. "
                 "Leave backend=None to run it in plain torch."
             )
-    if reason := devices.limit(backend, op, device, dtypes[0], dict(sizes)):
+    if reason := limit(backend, op, device, dtypes[0], dict(sizes)):
         return f"{prefix}{reason}. Leave backend=None to run it in plain torch."
     if reason := measured.barred(backend, op, device, dtypes[0]):
         return f"{prefix}{reason}. Leave backend=None to use the fastest one that can."
     return None
 
 
+def limit(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int]
+) -> str | None:
+    """Which of a problem's sizes the kernels of ``backend`` do not take; None where they take all.
+
+    Args:
+        backend: "cpu", "triton" or "cuda".
+        op: the op's name, with or without "_backward".
+        device: the tensors' device.
+        dtype: of the op's operands.
+        sizes: what is known of the sizes in the row's ``largest`` and in ``devices.limit``.
+    """
+    for name, largest in row(op).largest.get(backend, {}).items():
+        if sizes.get(name, 0) > largest:
+            said = name.replace("_", " ").removesuffix("s") + "s"
+            return f"its kernels take {said} up to {largest}, got {sizes[name]}"
+    return devices.limit(backend, op, device, dtype, sizes)
+
+
 @functools.cache
-def _has_kernel(backend: str, op: str) -> bool:
+def has_kernel(backend: str, op: str) -> bool:
+    """Whether a backend has a kernel of the op, on whatever device."""
     if backend in row(op).bundled:
         return True
     if backend == "triton":

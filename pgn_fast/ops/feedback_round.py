@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from ._register import register_op
-from .dispatch import select_kernel
+from .dispatch import OpRow, select_kernel
+from .examples import Draw, Sizes
 
 
 def feedback_round(
@@ -79,9 +83,17 @@ def _fake(levels: Tensor, feedback: Tensor, order: Tensor, backend: str) -> Tens
     return torch.empty_like(levels, dtype=torch.uint8, memory_format=torch.contiguous_format)
 
 
+def _examples(s: Sizes, draw: Draw) -> Iterator[dict[str, Any]]:
+    n = 3 * s.patch**2
+    levels, feedback = draw.pixels(s.B * s.P, n).float(), draw(n, n, grad=False).float() / n
+    yield {"levels": levels, "feedback": feedback, "order": draw.permutation(n)}
+
+
 _op = register_op(
     "feedback_round(Tensor levels, Tensor feedback, Tensor order, str backend) -> Tensor",
     _kernel,
     fake=_fake,
     plain=reference.feedback_round,
+    # at ties correct backends differ by whole pixels
+    row=OpRow(_examples, {"cpu": ("cpu",)}, timed=False),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
+from . import onednn
 from ._register import follow_autocast, register_op
-from .dispatch import select_kernel
+from .dispatch import OpRow, select_kernel
+from .examples import Draw, Sizes
 
 # What every kernel of this op gets and may rely on:
 #
@@ -98,11 +101,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None  # weight and bias are frozen; backend has no gradient
 
 
+def _examples(s: Sizes, draw: Draw) -> Iterator[dict[str, Any]]:
+    weight, bias = draw(4 * s.D, s.D, grad=False), draw(4 * s.D, grad=False)
+    yield {"x": draw(s.B, s.tokens, s.D), "weight": weight, "bias": bias}
+
+
 _op = register_op(
     "frozen_linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     _kernel,
     fake=_fake,
     plain=reference.frozen_linear,
+    # torch's own product takes half precision to oneDNN already
+    row=OpRow(
+        _examples,
+        {"cpu": ("cpu",)},
+        dtypes=(torch.float32,),
+        bundled={"cpu": onednn},
+        timed=False,
+    ),
     check=_check,
     setup_context=_setup_context,
     backward=_backward,

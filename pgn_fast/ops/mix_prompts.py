@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from .. import reference
 from ._register import follow_autocast, register_op
-from .dispatch import select_kernel
+from .dispatch import OpRow, select_kernel
+from .examples import Draw, Sizes
 
 ACTIVATIONS = ("softmax", "sigmoid")
 
@@ -125,6 +127,12 @@ def _backward(ctx: Any, grad_prompts: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None  # activation and backend have no gradient
 
 
+def _examples(s: Sizes, draw: Draw) -> Iterator[dict[str, Any]]:
+    logits, library = draw(s.B, s.P, s.K), draw(s.K, s.D)
+    for activation in ACTIVATIONS:
+        yield {"logits": logits, "token_library": library, "activation": activation}
+
+
 backward = register_op(
     "mix_prompts_backward(Tensor grad_prompts, Tensor logits, Tensor token_library, "
     "str activation, str backend) -> (Tensor, Tensor)",
@@ -137,6 +145,7 @@ _op = register_op(
     _kernel,
     fake=_fake,
     plain=reference.mix_prompts,
+    row=OpRow(_examples, {"cpu": ("cpu",)}, trains_in_torch=("cpu",)),
     check=check,
     setup_context=_setup_context,
     backward=_backward,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from .. import reference
 from ._register import follow_autocast, register_op, transformed
-from .dispatch import select_kernel
+from .dispatch import OpRow, select_kernel
+from .examples import Draw, Sizes
 
 # What every kernel of this op gets and may rely on:
 #
@@ -174,35 +176,19 @@ def _unit_columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    tensors = q, k, v, prompt_k, prompt_v
-    kernel = select_kernel("prompt_attention", backend, *tensors, **_sizes(q))
-    out, lse = kernel(*map(_unit_columns, (q, k, v, prompt_k, prompt_v)), scale)
-    return _heads_last(out), lse
+def _forward(op: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel of the op or of its ragged form, which has ranges before its scale."""
 
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        *ranges, scale, backend = rest
+        tensors = q, k, v, prompt_k, prompt_v
+        run = select_kernel(op, backend, *tensors, **_sizes(q))
+        out, lse = run(*map(_unit_columns, tensors), *(r.contiguous() for r in ranges), scale)
+        return _heads_last(out), lse
 
-def _ragged_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    ranges: Tensor,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    tensors = q, k, v, prompt_k, prompt_v
-    kernel = select_kernel("prompt_attention_ragged", backend, *tensors, **_sizes(q))
-    out, lse = kernel(*map(_unit_columns, tensors), ranges.contiguous(), scale)
-    return _heads_last(out), lse
+    return kernel
 
 
 def _sizes(q: Tensor) -> dict[str, int]:
@@ -220,30 +206,9 @@ def _empty_heads_last(x: Tensor) -> Tensor:
     return x.new_empty(B, Q, h, d).transpose(1, 2)
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return _empty_heads_last(q), q.new_empty(q.shape[:3], dtype=dtype)
-
-
-def _ragged_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    ranges: Tensor,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _fake(q, k, v, prompt_k, prompt_v, scale, backend)
 
 
 def _backward_kernel(
@@ -263,7 +228,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = q, k, v, prompt_k, prompt_v
     kernel = select_kernel("prompt_attention_backward", backend, *tensors, **_sizes(q))
-    inputs = map(_unit_columns, (grad_out, q, k, v, prompt_k, prompt_v))
+    inputs = map(_unit_columns, (grad_out, *tensors))
     grads = kernel(*inputs, out, lse, scale, grad_q, grad_kv, grad_prompts)
     return *(_heads_last(g) if g.ndim == 4 else g for g in grads[:3]), *grads[3:]
 
@@ -329,6 +294,36 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
     return *wanted, None, None  # scale and backend have no gradient
 
 
+def _examples(s: Sizes, draw: Draw) -> Iterator[dict[str, Any]]:
+    q, k, v = (draw(s.B, s.h, s.tokens, s.D // s.h) for _ in range(3))
+    prompt_k, prompt_v = (draw(s.h, s.P, s.D // s.h) for _ in range(2))
+    own = {"k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+    yield {"q": q, **own}
+    yield {"q": q.detach()[:, :, :1].requires_grad_(), **own}  # the class token's alone
+
+
+def _ragged_examples(s: Sizes, draw: Draw) -> Iterator[dict[str, Any]]:
+    q, k, v = (draw(s.B, s.h, s.tokens, s.D // s.h, grad=False) for _ in range(3))
+    prompt_k, prompt_v = (draw(s.h, s.P, s.D // s.h, grad=False) for _ in range(2))
+    # image b sees the first b rows, at most all of them
+    ends = draw.permutation(s.B).sort().values.clamp(max=s.P)
+    ranges = torch.stack([torch.zeros_like(ends), ends], dim=1)
+    own = {"k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+    yield {"q": q, **own, "ranges": ranges}
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
+    """Keys and values of the prompts copied beside those of every image."""
+    k = torch.cat([prompt_k.expand(len(k), -1, -1, -1), k], dim=2)
+    v = torch.cat([prompt_v.expand(len(v), -1, -1, -1), v], dim=2)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+_LARGEST = {
+    "cpu": {"head_width": 256},
+    "triton": {"head_width": 256},
+    "cuda": {"head_width": 128},
+}
 _backward_op = register_op(
     "prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor prompt_k, "
     "Tensor prompt_v, Tensor out, Tensor lse, float scale, bool grad_q, bool grad_kv, "
@@ -340,16 +335,19 @@ _backward_op = register_op(
 _op = register_op(
     "prompt_attention(Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, "
     "float scale, str backend) -> (Tensor, Tensor)",
-    _kernel,
+    _forward("prompt_attention"),
     fake=_fake,
     plain=reference.prompt_attention,
+    row=OpRow(_examples, {"cpu": ("cpu",)}, largest=_LARGEST, eager=_eager),
     setup_context=_setup_context,
     backward=_backward,
 )
 _ragged_op = register_op(
     "prompt_attention_ragged(Tensor q, Tensor k, Tensor v, Tensor prompt_k, Tensor prompt_v, "
     "Tensor ranges, float scale, str backend) -> (Tensor, Tensor)",
-    _ragged_kernel,
-    fake=_ragged_fake,
+    _forward("prompt_attention_ragged"),
+    fake=_fake,
     plain=reference.prompt_attention_ragged,
+    # tasks of unequal P in one call; where nothing is preferred they run one P after the other
+    row=OpRow(_ragged_examples, {"cpu": ("cpu",)}, largest=_LARGEST, timed=False),
 )

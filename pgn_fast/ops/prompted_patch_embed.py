@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import reference
 from ._register import follow_autocast, register_op
-from .dispatch import select_kernel
+from .dispatch import OpRow, select_kernel
+from .examples import Draw, Sizes
 from .mix_prompts import backward as mix_prompts_backward
 from .mix_prompts import check as check_mixture
 
@@ -297,6 +298,24 @@ def _backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def _examples(s: Sizes, draw: Draw) -> Iterator[dict[str, Any]]:
+    images = draw.pixels(s.B, 3, s.image, s.image)
+    # as large as an embedding's that keeps the pixels' variance
+    scale = (3 * s.patch**2) ** -0.5
+    rest = {
+        "weight": draw(s.D, 3, s.patch, s.patch, grad=False) * scale,
+        "bias": draw(s.D, grad=False),
+        "pos_embed": draw(s.tokens - 1, s.D, grad=False),
+        "prefix": draw(1, s.D, grad=False),
+        "logits": draw(s.B, s.P, s.K),
+        "token_library": draw(s.K, s.D),
+        "mean": [0.48] * 3,
+        "std": [0.27] * 3,
+    }
+    yield {"images": images, **rest}
+    yield {"images": images.to(rest["weight"].dtype) / 255, **rest, "position": "prepend"}
+
+
 _op = register_op(
     "prompted_patch_embed(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, "
     "Tensor prefix, Tensor? logits, Tensor? token_library, Tensor? prompts, float[] scale, "
@@ -304,6 +323,7 @@ _op = register_op(
     _kernel,
     fake=_fake,
     plain=reference.prompted_patch_embed,
+    row=OpRow(_examples, {"cpu": ("cpu",)}, largest={"cuda": {"channels": 64}}),
     setup_context=_setup_context,
     backward=_backward,
 )

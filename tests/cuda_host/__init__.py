@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -72,35 +73,53 @@ class Kernels:
         assert error == 0, f"{op} returned CUDA error {error}"
 
 
-def build(source: Path = CUDA, mix_prompts_only: bool = False) -> Kernels:
+def build(source: Path = CUDA, only: str = "*") -> Kernels:
     """The library of host-compiled kernels; cached by the content of all its sources.
 
-    ``mix_prompts_only`` leaves the other ops' files out, which is sooner compiled.
+    ``only`` names the .cu file to compile, without the others sooner done.
     """
-    files = sorted([*source.iterdir(), *HERE.glob("*.h"), *HERE.glob("*.cpp")])
+    files = sorted([*source.iterdir(), *HERE.iterdir()])
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file()))
-    digest.update(bytes([mix_prompts_only]))
+    digest.update(only.encode())
     cache = Path(tempfile.gettempdir()) / f"pgn_fast_cuda_host_{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)
     library = cache / f"{digest.hexdigest()[:16]}.so"
     if not library.is_file():
-        partial = library.with_suffix(f".{os.getpid()}")
+        partial, entry = library.with_suffix(f".{os.getpid()}"), library.with_suffix(".cpp")
+        kernels = sorted(source.glob(f"{only}.cu"))
+        entry.write_text(entry_points("".join(p.read_text() for p in kernels)))
         command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-DPGN_FAST_CUDA_HOST"]
         command += [f"-I{HERE}", f"-I{source}", f"-isystem{cuda_include()}"]
-        kernels = [str(p) for p in sorted(source.glob("*.cu"))]
-        if mix_prompts_only:
-            kernels = [str(source / "mix_prompts.cu"), "-DPGN_FAST_MIX_PROMPTS_ONLY"]
-        command += ["-x", "c++", str(HERE / "entry.cpp"), *kernels, "-o", str(partial)]
+        command += ["-x", "c++", str(entry), *map(str, kernels), "-o", str(partial)]
         subprocess.run(command, check=True)
         partial.replace(library)
     return Kernels(ctypes.CDLL(str(library)))
 
 
+def entry_points(kernels: str) -> str:
+    """C++ that puts every launcher of launch.h that is in this source behind a plain C function."""
+    found = re.findall(
+        r"(\w+) (\w+)\(const (\w+)& args, Number number((?:, void\* scratch)?)"
+        r"((?:,\s+cudaStream_t stream)?)\);",
+        HEADER,
+    )
+    lines = ['#include "controls.h"', 'extern "C" {']
+    for returned, name, struct, scratch, stream in found:
+        if re.search(rf"^\w+ {name}\(const {struct}&", kernels, flags=re.M):
+            given = ", scratch" * bool(scratch) + ", nullptr" * bool(stream)
+            lines += [
+                f"{returned} {name}(const pgn_fast::cuda::{struct}* args, int number{scratch}) {{",
+                "  const auto type = static_cast<pgn_fast::cuda::Number>(number);",
+                f"  return pgn_fast::cuda::{name}(*args, type{given});",
+                "}",
+            ]
+    return "\n".join([*lines, "}", ""])
+
+
 def layout_assertions() -> str:
     """A C++ file that compiles only where the structs below lie in memory as launch.h's do."""
-    structs = [Heads, *Arguments.__subclasses__()]
     lines = ["#include <cstddef>", '#include "launch.h"', "using namespace pgn_fast::cuda;"]
-    for struct in structs:
+    for struct in STRUCTS.values():
         name = struct.__name__
         lines.append(f"static_assert(sizeof({name}) == {ctypes.sizeof(struct)});")
         for field, *_ in struct._fields_:
@@ -108,6 +127,21 @@ def layout_assertions() -> str:
             lines.append(f"static_assert(offsetof({name}, {field}) == {at.offset});")
             lines.append(f"static_assert(sizeof({name}::{field}) == {at.size});")
     return "\n".join(lines) + "\n"
+
+
+GUARD = 256  # elements of poison before and after an output
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An output that stands in a larger buffer of NaN; `intact` checks what is around it."""
+    size = torch.Size(shape).numel()
+    buffer = torch.full((size + 2 * GUARD,), torch.nan, dtype=dtype)
+    return buffer[GUARD : GUARD + size].view(shape)
+
+
+def intact(out: Tensor) -> bool:
+    buffer = out.as_strided((out.numel() + 2 * GUARD,), (1,), out.storage_offset() - GUARD)
+    return bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all())
 
 
 class Arguments(ctypes.Structure):
@@ -119,57 +153,8 @@ class Arguments(ctypes.Structure):
         self.tensors = values
 
 
-pointer, long, integer, boolean, single = (
-    ctypes.c_void_p,
-    ctypes.c_int64,
-    ctypes.c_int,
-    ctypes.c_bool,
-    ctypes.c_float,
-)
-
-
-class MixPrompts(Arguments):
-    _fields_ = (
-        *((name, pointer) for name in ("logits", "library", "prompts")),
-        ("R", long),
-        *((name, integer) for name in ("K", "D", "P")),
-        ("tokens", long),
-        ("softmax", boolean),
-    )
-
-
-class MixPromptsBackward(Arguments):
-    _fields_ = (
-        *((name, pointer) for name in ("grad_prompts", "logits", "library", "grad_logits")),
-        *((name, pointer) for name in ("grad_library", "statistics", "partial")),
-        *((name, long) for name in ("R", "rows_per_split")),
-        *((name, integer) for name in ("K", "D", "splits")),
-        ("softmax", boolean),
-    )
-
-
-class PatchEmbed(Arguments):
-    _fields_ = (
-        *((name, pointer) for name in ("images", "weight", "bias", "pos", "out")),
-        *((name, long) for name in ("stride_b", "stride_c", "stride_y", "stride_x")),
-        *((name, integer) for name in ("B", "C", "H", "W", "p_h", "p_w", "D", "tokens", "first")),
-        *((name, boolean) for name in ("uint8", "normalize")),
-        *((name, single * 64) for name in ("scale", "shift")),
-    )
-
-
-class PlaceRows(Arguments):
-    _fields_ = (
-        *((name, pointer) for name in ("rows", "out")),
-        ("batch_stride", long),
-        *((name, integer) for name in ("B", "count", "D", "tokens", "first")),
-    )
-
-
-class Heads(ctypes.Structure):
-    """A (B, h, T, d) tensor, or (h, P, d) shared by the batch, by its element strides."""
-
-    _fields_ = (("data", pointer), ("batch", long), ("head", long), ("token", long))
+class Tensor4D(ctypes.Structure):
+    """Heads of launch.h: (B, h, T, d), or (h, P, d) shared by the batch, by element strides."""
 
     def __init__(self, x: Tensor | None = None):
         if x is None:
@@ -181,22 +166,29 @@ class Heads(ctypes.Structure):
         self.tensor = x
 
 
-class PromptAttention(Arguments):
-    _fields_ = (
-        *((name, Heads) for name in ("q", "k", "v", "prompt_k", "prompt_v", "out")),
-        ("lse", pointer),
-        *((name, integer) for name in ("B", "h", "Q", "T", "P", "d")),
-        ("scale", single),
-        ("ranges", pointer),
-    )
+def structs() -> dict[str, type[ctypes.Structure]]:
+    """The structs of launch.h as ctypes, by name; what the header says is all that is known."""
+    scalars: dict[str, Any] = {
+        "int64_t": ctypes.c_int64,
+        "int": ctypes.c_int,
+        "bool": ctypes.c_bool,
+        "float": ctypes.c_float,
+    }
+    constants = dict(re.findall(r"constexpr int (\w+) = (\d+);", HEADER))
+    found: dict[str, type[ctypes.Structure]] = {}
+    for struct, body in re.findall(r"^struct (\w+) \{(.*?)^\};", HEADER, flags=re.M | re.S):
+        fields: list[tuple[str, Any]] = []
+        for declaration in filter(None, map(str.strip, body.split(";"))):
+            kind, names = re.fullmatch(r"(?:const )?(\w+\*?) (.*)", declaration, re.S).groups()
+            for name, length in re.findall(r"(\w+)(?:\[(\w+)\])?", names):
+                field = ctypes.c_void_p if kind.endswith("*") else (scalars | found)[kind]
+                fields.append((name, field * int(constants[length]) if length else field))
+        base = Tensor4D if struct == "Heads" else Arguments
+        found[struct] = type(struct, (base,), {"_fields_": fields})
+    return found
 
 
-class PromptAttentionBackward(Arguments):
-    _fields_ = (
-        ("forward", PromptAttention),
-        *((name, Heads) for name in ("grad_out", "grad_q", "grad_k", "grad_v")),
-        *((name, Heads) for name in ("grad_prompt_k", "grad_prompt_v")),
-        *((name, pointer) for name in ("delta", "partial")),
-        ("splits", integer),
-        ("shared", boolean),
-    )
+HEADER = re.sub(r"//.*", "", (CUDA / "launch.h").read_text())
+STRUCTS = structs()
+globals().update(STRUCTS)  # cuda_host.MixPrompts(logits=..., K=...)
+single = ctypes.c_float
