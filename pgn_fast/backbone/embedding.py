@@ -19,7 +19,7 @@ from .entering import mixed_rows
 from .inputs import mean_and_std
 from .options import FastOptions
 from .schedule import FrozenTokens, Mixture, PromptSchedule
-from .steps import block_steps
+from .steps import BlockStep
 
 
 class Embedded(NamedTuple):
@@ -51,17 +51,17 @@ class Embedding:
         self.cache, self.options, self.backend = cache, options, backend
 
     def __call__(
-        self, images: Tensor | FrozenTokens, schedule: PromptSchedule, reads: bool
+        self, images: Tensor | FrozenTokens, schedule: PromptSchedule, first: BlockStep
     ) -> Embedded:
         """Images, and the prompts of block 0; or the tokens that enter a block above.
 
         Args:
-            reads: prompts that are left after the last block are read.
+            first: the step of block 0.
         """
         if isinstance(images, FrozenTokens):
             x, rope, block = eager.half_way(self.cache.backbone, images, schedule)
             return Embedded(x, x.shape[1], rope, None, inside=False, block=block)
-        if self.prompts_apart(schedule, reads, images.device.type) is None:
+        if self.prompts_apart(schedule, first, images.device.type) is None:
             return self._with_prompts(images, schedule)
         below = images.requires_grad or schedule.patch_weight is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and below):
@@ -79,17 +79,19 @@ class Embedding:
             return eager.embed(self.cache.backbone, images, schedule.patch_weight)
         return self.by_op(images), None
 
-    def prompts_apart(self, schedule: PromptSchedule, reads: bool, device_type: str) -> str | None:
-        """Why the prompts of block 0 are not written by the op; None where they are."""
-        tokens = schedule.parts(0).tokens
+    def prompts_apart(
+        self, schedule: PromptSchedule, first: BlockStep, device_type: str
+    ) -> str | None:
+        """Why the prompts of block 0, whose step is ``first``, are not written by the op; None
+        where they are."""
+        tokens = first.tokens
         if schedule.position == "add":
             return "nothing is inserted, the prompts are added to tokens or pixels"
         if tokens is None:
             return "no prompt tokens enter block 0"
         if not isinstance(tokens, Tensor | Mixture):
             return "the prompts of block 0 are computed from the embedded tokens"
-        depth = len(self.cache.backbone.blocks)
-        if self.options.kv_only and block_steps(schedule, depth, reads)[0].kv_only:
+        if self.options.kv_only and first.kv_only:
             return "the prompts of block 0 are keys and values only"
         return self.apart(schedule, device_type)
 

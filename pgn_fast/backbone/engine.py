@@ -23,7 +23,7 @@ from .options import FastOptions
 from .readout import EVERYTHING, Readout
 from .schedule import NO_PROMPTS, FrozenTokens, PromptSchedule
 from .splitting import all_keys_values, is_host_bound, one_product_refusal
-from .steps import BlockStep, block_steps
+from .steps import BlockInput, BlockStep, block_steps
 from .weights import BlockWeights
 
 # rows up to which an absorbed last block is cheaper than its key and value projections: M h D
@@ -99,8 +99,10 @@ class FastBackbone:
             )
         check_schedule(backbone, schedule, images.shape[0])
         reads = readout.reads_prompts(schedule, num_prefix)
-        embedded = self.embedding(images, schedule, reads)
-        x = self._run_blocks(embedded, schedule, readout, reads, taken)
+        rows = readout.rows if self.options.last_rows else None
+        steps = block_steps(schedule, len(backbone.blocks), reads, rows)
+        embedded = self.embedding(images, schedule, steps[0])
+        x = self._run_blocks(embedded, schedule, readout, steps, taken)
         num_tokens = embedded.num_tokens
         if x.shape[1] > num_tokens and schedule.position == "prepend":
             prefix, patches = x[:, :num_prefix], x[:, num_prefix:num_tokens]
@@ -123,14 +125,10 @@ class FastBackbone:
         embedded: Embedded,
         schedule: PromptSchedule,
         readout: Readout,
-        reads: bool,
+        steps: list[BlockStep],
         taken: dict[int, Tensor] | None,
     ) -> Tensor:
-        """Tokens before ``norm_pre`` to the rows that are read, prompts last of them.
-
-        Args:
-            reads: prompts that are left after the last block are read.
-        """
+        """Tokens before ``norm_pre`` to the rows that are read, prompts last of them."""
         backbone, family, folds = self.backbone, self.cache.family, self.cache.folds
         x, num_tokens, rope, prompts, inside, begin = embedded
         if begin == 0:
@@ -141,72 +139,54 @@ class FastBackbone:
         if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
         weights = self.cache.weights(dtype)
-        rows = readout.rows if self.options.last_rows else None
-
         # folded weights are in autocast's dtype already; live ones are cast by autocast
-        steps = block_steps(schedule, len(weights), reads, rows)
         with torch.autocast(device_type, dtype, enabled=autocast and not folds):
-            ready = self._keys_values_at_once(x, weights, steps, schedule)
+            ready = self._keys_values_at_once(x, weights, steps)
             for i, step in enumerate(steps[begin:], begin):
                 if i > 0:
                     x = x[:, :num_tokens] if step.enters else x
                     prompts, inside = None, False
-                    tokens = schedule.parts(i).tokens
                     if i in ready:
-                        assert isinstance(tokens, Tensor)
-                        prompts = tokens
-                    elif tokens is not None:
-                        prompts = prompt_tokens(i, tokens, x, self.backend)
+                        prompts = step.tokens
+                    elif step.tokens is not None:
+                        prompts = prompt_tokens(i, step.tokens, x, self.backend)
                         if schedule.position == "add":
                             x, prompts = x + prompts, None
                 here = family.block_rope(backbone, rope, i)
-                given = ready.get(i)
-                x = self._block(i, weights[i], x, here, step, prompts, given, inside, num_tokens)
+                x = self._block(
+                    BlockInput(
+                        i, weights[i], step, num_tokens, here, prompts, inside, ready.get(i)
+                    ),
+                    x,
+                )
                 if taken is not None and i in readout.after:
                     taken[i] = x[:, :num_tokens]
                 if i == readout.stop:
                     return x[:, :num_tokens]
         return x
 
-    def _block(
-        self,
-        i: int,
-        w: BlockWeights,
-        x: Tensor,
-        rope: Tensor | None,
-        step: BlockStep,
-        prompts: Tensor | None,
-        ready: tuple[Tensor, Tensor] | None,
-        inside: bool,
-        num_tokens: int,
-    ) -> Tensor:
-        """Block ``i`` on tokens (B, T, D), prompts last of them: (B, M, D), likewise.
-
-        Args:
-            prompts: those that enter here, (P, D) or (B, P, D).
-            ready: their keys and values, where they were made before.
-            inside: they are the last rows of x already (block 0).
-        """
+    def _block(self, block: BlockInput, x: Tensor) -> Tensor:
+        """A block on tokens (B, T, D), prompts last of them: (B, M, D), likewise."""
+        w, rows, num_tokens = block.weights, block.step.rows, block.num_tokens
         trade = "min" if self.backbone.grad_checkpointing else self.options.memory
 
         def run(x: Tensor) -> Tensor:
-            if ready is None and step.rows is not None and self.absorbs(i, step.rows):
-                own = x if prompts is None else x[:, :num_tokens]
-                o = blocks.attend_absorbed(w, own, step.rows, prompts, step.keys)
-                return recompute.finish_block(w, x[:, : step.rows], o, trade)
-            x, o = self._attend(i, w, x, rope, step, prompts, ready, inside, num_tokens)
+            if block.ready is None and rows is not None and self.absorbs(block.index, rows):
+                own = x if block.prompts is None else x[:, :num_tokens]
+                o = blocks.attend_absorbed(w, own, rows, block.prompts, block.step.keys)
+                return recompute.finish_block(w, x[:, :rows], o, trade)
+            x, o = self._attend(block, x)
             return recompute.finish_block(w, x, o, trade)
 
         again = trade == "min" and torch.is_grad_enabled()
         x = recompute.run_again(run, x) if again else run(x)
-        return x[:, :num_tokens] if step.kv_only else x
+        return x[:, :num_tokens] if block.step.kv_only else x
 
     def _keys_values_at_once(
         self,
         x: Tensor,
         weights: list[BlockWeights],
         steps: list[BlockStep],
-        schedule: PromptSchedule,
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values of the prompts of all blocks that use nothing else of them, in one
         product, by block; none where this saves no launch."""
@@ -220,8 +200,8 @@ class FastBackbone:
         normed = not isinstance(self.cache.family.norm_pre(self.backbone), nn.Identity)
         for i, step in enumerate(steps):
             absorbed = not few and step.rows is not None and self.absorbs(i, step.rows)
-            if step.tokens and step.kv_only and not absorbed and not (i == 0 and normed):
-                found[i] = schedule.parts(i).tokens
+            if step.inserts and step.kv_only and not absorbed and not (i == 0 and normed):
+                found[i] = step.tokens
         if one_product_refusal([weights[i] for i in found], list(found.values())):
             return {}
         tokens = torch.stack(list(found.values())).to(x.dtype)
@@ -229,35 +209,26 @@ class FastBackbone:
         made = all_keys_values([weights[i] for i in found], tokens, images)
         return dict(zip(found, made, strict=True))
 
-    def _attend(
-        self,
-        i: int,
-        w: BlockWeights,
-        x: Tensor,
-        rope: Tensor | None,
-        step: BlockStep,
-        prompts: Tensor | None,
-        ready: tuple[Tensor, Tensor] | None,
-        inside: bool,
-        num_tokens: int,
-    ) -> tuple[Tensor, Tensor]:
+    def _attend(self, block: BlockInput, x: Tensor) -> tuple[Tensor, Tensor]:
         """The M rows of x, or of x and the prompts that join it, whose outputs are wanted, and
         their attention output (B, M, A)."""
+        w, step, prompts = block.weights, block.step, block.prompts
+        num_tokens = block.num_tokens
         keys = None if step.keys is None else blocks.free_keys_values(w, step.keys)
         kv_only = step.kv_only and self.options.kv_only
         # outputs of prompts are computed, and thrown away, where kv_only is switched off
         M = x.shape[1] if step.rows is None else min(step.rows, num_tokens)
-        if inside and prompts is not None:
+        if block.inside and prompts is not None:
             # every row: the gradient of the prompts' rows goes through the whole buffer
             M = x.shape[1]
             x, q, k, v = project_whole(w, x, prompts, num_tokens)
-        elif inside:
+        elif block.inside:
             M = x.shape[1]
             q, k, v = blocks.project(w, x, M)
         elif prompts is None or kv_only:
             M = num_tokens if step.rows is None and kv_only else M
             if prompts is not None:
-                own = ready or self.cache.prompt_keys_values(i, w, prompts)
+                own = block.ready or self.cache.prompt_keys_values(block.index, w, prompts)
                 keys = blocks.join(own, keys)
             # few tokens: one product is worth more than the memory of the queries beside the keys
             copied = keys is not None and not self.fuses(keys[0], True) and not is_host_bound(x)
@@ -271,7 +242,7 @@ class FastBackbone:
                 q, k, v = blocks.project(w, together, M)
             x = together
         num_prefix = self.backbone.num_prefix_tokens
-        q, k = (blocks.rotate(t, rope, num_prefix, w.rotate_half) for t in (q, k))
+        q, k = (blocks.rotate(t, block.rope, num_prefix, w.rotate_half) for t in (q, k))
         alone = keys is not None
         backend = self.backend if alone else self.cache.backend_for("prompt_attention", q.dtype)
         return x[:, :M], blocks.attend(w, q, k, v, keys, self.fuses(q, alone), backend)

@@ -71,7 +71,8 @@ def explain(engine: FastBackbone | None, schedule: PromptSchedule, readout: Read
 
 def _prompts_of_block_0(engine: FastBackbone, schedule: PromptSchedule, reads: bool) -> str:
     embedding = engine.embedding
-    if apart := embedding.prompts_apart(schedule, reads, engine.cache.device.type):
+    first = block_steps(schedule, len(engine.backbone.blocks), reads)[0]
+    if apart := embedding.prompts_apart(schedule, first, engine.cache.device.type):
         return f"not written by the embedding's op: {apart}"
     written = "written by the embedding's op into its buffer"
     mixed = embedding.mixed_apart(schedule)
@@ -148,7 +149,7 @@ def _savings(
 def _kv_only_blocks(engine: FastBackbone, schedule: PromptSchedule, reads: bool) -> list[int]:
     """Blocks whose prompt outputs are discarded."""
     steps = block_steps(schedule, len(engine.backbone.blocks), reads)
-    return [i for i, step in enumerate(steps) if step.kv_only and step.tokens]
+    return [i for i, step in enumerate(steps) if step.kv_only and step.inserts]
 
 
 def backend_of(
