@@ -1,4 +1,4 @@
-"""Training steps with prompts in the last k blocks: tokens from the files against all blocks anew.
+"""Training steps with prompts in the last k blocks: tokens from the files against all blocks again.
 
     pytest bench/bench_cache.py --benchmark-only
 

@@ -18,7 +18,7 @@ import torch
 from pgn_fast.inversion import GamutLibrary, PatchMap, RgbPrompter, invert_library
 from pgn_fast.inversion.rounding import FeedbackRounding
 from pgn_fast.ops import feedback_round
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 from pgn_fast.prompts import PromptGenerator
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +49,7 @@ def bench_feedback_round(measure, quick, one_thread, shape, images):
             feedback_round, levels, feedback, order, backend=backend
         )
         for backend in ("reference", "cpu", "triton")
-        if refusal(backend, "feedback_round", levels, feedback) is None
+        if unsupported_reason(backend, "feedback_round", levels, feedback) is None
     }
     seconds = measure(
         runs,

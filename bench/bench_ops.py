@@ -1,4 +1,4 @@
-"""Every fused op, backend and direction at the sizes of PGN, always beside plain torch.
+"""Every fused op, backend and direction at the sizes of PGN, always beside eager PyTorch.
 
 "eager" and "compile" are what somebody without this package would write; the ratios of
 ``bench/report.py`` are against the faster of the two. The contenders of a case alternate.
@@ -24,7 +24,7 @@ from pgn_fast.ops import (
     prompt_attention,
     prompted_patch_embed,
 )
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 
 ON_GPU = DEVICE.type == "cuda"
 OURS = ["triton", "cuda"] if ON_GPU else ["cpu"]
@@ -44,7 +44,7 @@ def draw(dtype):
 def compare(measure, quick, dtype, request):
     """``compare(plain, op, leaves, direction, ...)``: eager, compiled and every backend that runs.
 
-    ``plain(*leaves)`` is the task in plain torch and ``op(*leaves, backend=name)`` ours;
+    ``plain(*leaves)`` is the task in eager PyTorch and ``op(*leaves, backend=name)`` ours;
     "training" is the forward and the gradients of all ``leaves``. ``refused_for`` are the tensors
     that decide which backends run.
     """
@@ -59,7 +59,7 @@ def compare(measure, quick, dtype, request):
         refused_for: list[Tensor],
         **facts: Any,
     ) -> None:
-        refused = {backend: refusal(backend, name, *refused_for) for backend in OURS}
+        refused = {backend: unsupported_reason(backend, name, *refused_for) for backend in OURS}
         contenders: dict[str, Callable[..., Tensor]] = {
             backend: functools.partial(op, backend=backend)
             for backend, reason in refused.items()

@@ -4,10 +4,11 @@
 
 Builds, runs every kernel once, measures what this machine can do at all (copy, GEMM), holds the
 kernels to float64 at full size, then measures: whole models eager and as CUDA graphs, every op
-beside plain torch, each figure with its error against float64, whether two runs give the same bits,
-and the share of the ceiling that binds it. Then the tests that touch a GPU, the memory and race
-checks of compute-sanitizer, and last the peers that have to be compiled. Each step is a process of
-its own with a time limit, each compiled peer too: one that hangs or dies costs its own results.
+beside eager PyTorch, each figure with its error against float64, whether two runs give the same
+bits, and the share of the ceiling that binds it. Then the tests that touch a GPU, the memory and
+race checks of compute-sanitizer, and last the peers that have to be compiled. Each step is a
+process of its own with a time limit, each compiled peer too: one that hangs or dies costs its own
+results.
 The JSON is written after every step; "assumptions" in it stands beside the figures that the design
 had to guess.
 

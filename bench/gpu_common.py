@@ -203,9 +203,11 @@ def in_float64(inputs: list[Tensor]) -> list[Tensor]:
 
 def backends(bench: Bench, op: str, *tensors: Tensor, **sizes: int) -> list[str]:
     """The kernels of ``op`` that this machine runs; in a rehearsal all but the interpreted."""
-    from pgn_fast.ops.dispatch import BACKENDS, refusal
+    from pgn_fast.ops.dispatch import BACKENDS, unsupported_reason
 
     skipped = ("reference", "triton") if bench.tiny else ("reference",)
     return [
-        b for b in BACKENDS if b not in skipped and refusal(b, op, *tensors, sizes=sizes) is None
+        b
+        for b in BACKENDS
+        if b not in skipped and unsupported_reason(b, op, *tensors, sizes=sizes) is None
     ]

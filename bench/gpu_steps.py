@@ -230,7 +230,7 @@ def sdpa(bench: Bench, compiled: bool = False) -> None:
 
 
 def beside_then(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Plain torch's way: keys and values of the prompts copied beside those of every image."""
+    """Eager PyTorch's way: keys and values of the prompts copied beside those of every image."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
         k, v = (
@@ -303,7 +303,7 @@ def _last(call: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 # every compiled peer has a process of its own: Dynamo's and Inductor's state, and a compiler that
-# hangs or dies, cost nobody else
+# hangs or dies, cost no other measurement
 _COMPILED: list[Callable[[Bench], None]] = [
     *(partial(compiled_models, index=i) for i in range(2 * len(CASES))),
     partial(prompt_attention, compiled=True),

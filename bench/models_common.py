@@ -155,7 +155,7 @@ def count_flops(step: Step) -> float:
 
 
 def gemm_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """Measured flop/s of one large square matrix product: the best of several, by whichever of
+    """Measured flop/s of one large square GEMM: the best of several, by whichever of
     torch's libraries is the faster."""
     a, b = (torch.randn(size, size).to(device, dtype) for _ in range(2))
     products = {"torch": lambda: a @ b, "frozen_linear": lambda: pgn_fast.ops.frozen_linear(a, b)}

@@ -191,7 +191,7 @@ def row(name: str, done: list[dict[str, Any]]) -> rows.Row:
 
 
 def forget_peak() -> None:
-    """Let the kernel count the highest resident memory anew (Linux)."""
+    """Let the kernel count the highest resident memory again (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -335,7 +335,7 @@ BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
 
 
 def fill_blocks(text: str, kept: list[Row]) -> str:
-    """The text with every ``figures`` block written anew."""
+    """The text with every ``figures`` block rewritten."""
 
     def block(match: re.Match[str]) -> str:
         table = "\n".join(BLOCKS[match["name"]](kept))

@@ -46,14 +46,14 @@ Tensor empty(const Tensor& like, ScalarType dtype, const std::array<int64_t, N>&
   return empty(like, dtype, sizes, strides);
 }
 
-inline Number number_of(const Tensor& x) {
+inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      return Number::float32;
+      return DType::float32;
     case ScalarType::Half:
-      return Number::float16;
+      return DType::float16;
     case ScalarType::BFloat16:
-      return Number::bfloat16;
+      return DType::bfloat16;
     default:
       STD_TORCH_CHECK(false, "pgn_fast: expected float32, float16 or bfloat16");
   }

@@ -40,10 +40,10 @@ def _load_cuda(library: Path) -> str | None:
         _cuda_facts["cuda_arch"] = facts.pgn_fast_cuda_archs().decode()
     except (OSError, AttributeError) as error:
         return f"{library.name} did not load ({error}); rebuild with: pip install -e ."
-    return driver_refusal(built, driver)
+    return driver_unsupported_reason(built, driver)
 
 
-def driver_refusal(built: int, driver: int) -> str | None:
+def driver_unsupported_reason(built: int, driver: int) -> str | None:
     """Why a driver does not run a library; None where it does, or where there is no driver.
 
     Args:

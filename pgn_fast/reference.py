@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch, in data-flow order: what the kernels compute, in its shortest form.
+"""Every op in eager PyTorch, in data-flow order: what the kernels compute, in its shortest form.
 
 These functions are a backend like any other, and the yardstick of the tests. They take any
 floating-point dtype, float64 included. Notation: B images, P prompt tokens, K tokens in the token

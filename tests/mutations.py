@@ -2,7 +2,7 @@
 
     python tests/mutations.py [--sanitize]
 
-The sources are copied aside, patched, built (only the patched file anew) and tested; nothing here
+The sources are copied aside, patched, built (only the patched file) and tested; nothing here
 touches the working tree. ``--sanitize`` plants nothing: it builds with AddressSanitizer and
 UndefinedBehaviorSanitizer and runs the same tests, which then have to pass. Not collected by
 pytest: one build takes longer than all tests of the ops.

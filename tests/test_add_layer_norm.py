@@ -9,7 +9,7 @@ from numerics import assert_matches, leaves64
 from pgn_fast import _C
 from pgn_fast.ops import add_layer_norm
 from pgn_fast.ops.add_layer_norm import with_rstd
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 
 BACKENDS = ["reference", "cpu", "triton", None]
 
@@ -37,7 +37,7 @@ def test_matches_float64(shape, dtype, backend, device):
     # a mean far from zero: the variance must be taken about it
     x = (torch.randn(shape, device=device) + 3).to(dtype).requires_grad_()
     y = torch.randn(shape, device=device).to(dtype).requires_grad_()
-    if backend and (reason := refusal(backend, "add_layer_norm", x, y)):
+    if backend and (reason := unsupported_reason(backend, "add_layer_norm", x, y)):
         pytest.skip(reason)
     eps = 1e-6
     total, normed = add_layer_norm(x, y, eps, backend=backend)

@@ -69,14 +69,14 @@ def tiny(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", TIER_1.split() + TIER_2.split())
 def test_backbone_runs_on_the_engine(name: str) -> None:
     backbone = tiny(name)
-    assert FastBackbone(backbone).cache.refusal is None
+    assert FastBackbone(backbone).cache.unsupported_reason is None
     check_numbers(backbone)
 
 
 @pytest.mark.parametrize("name", BY_REFERENCE)
 def test_unknown_blocks_run_by_the_reference(name: str) -> None:
     backbone = tiny(name)
-    assert BY_REFERENCE[name] in (FastBackbone(backbone).cache.refusal or "")
+    assert BY_REFERENCE[name] in (FastBackbone(backbone).cache.unsupported_reason or "")
     check_numbers(backbone)
 
 

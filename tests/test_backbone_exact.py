@@ -70,7 +70,7 @@ def compare(
     leaves = list(schedule.entries.values())
     expected = encode_eager(backbone, images, schedule, Readout(rows=rows))
     engine = FastBackbone(backbone, options)
-    assert engine.cache.refusal is None
+    assert engine.cache.unsupported_reason is None
     actual = engine.encode(images, schedule, Readout(rows=rows))
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()

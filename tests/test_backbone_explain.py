@@ -31,9 +31,9 @@ def test_deep_prompts() -> None:
 def test_ops_are_named_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attention: backend cpu" in vpt().explain()
     named = pgn_fast.VPT(backbone(), 5, num_prompts=3, backend="reference").explain()
-    assert "attention: plain torch" in named
+    assert "attention: eager PyTorch" in named
     assert "linear layers: backend cpu" in vpt().explain()
-    monkeypatch.setattr(dispatch, "BEATS_PLAIN_ATTENTION", ())
+    monkeypatch.setattr(dispatch, "PREFER_OVER_SDPA", ())
     assert "attention with prompts: backend cpu" in vpt().explain()
     shallow = pgn_fast.VPT(backbone(depth=3), 5, num_prompts=2, deep=False).explain()
     assert "attention" not in shallow.partition("memory=")[2]
@@ -63,7 +63,7 @@ def test_reasons() -> None:
     assert "rotated" in line(pgn_fast.VPT(rope, 5).explain(), "absorb")
     small = {"depth": 2, "embed_dim": 48, "num_heads": 3}
     beit = pgn_fast.VPT(timm.create_model("beit_base_patch16_224", **small), 5)
-    assert "attention: plain torch, because a relative position bias is added" in beit.explain()
+    assert "attention: eager PyTorch, because a relative position bias is added" in beit.explain()
     parallel = pgn_fast.VPT(timm.create_model("vit_base_patch16_xp_224", **small), 5).explain()
     assert "block 0: unsupported block class ParallelScalingBlock (supported: Block)" in parallel
     assert "fast=False" in vpt(False).explain()
@@ -79,7 +79,7 @@ def test_fold_says_its_memory() -> None:
 
 
 @pytest.mark.skipif(
-    packed.refusal(torch.device("cpu"), torch.float32) is not None,
+    packed.unsupported_reason(torch.device("cpu"), torch.float32) is not None,
     reason="no library packs weights here",
 )
 def test_packed_weights_change_nothing() -> None:

@@ -68,7 +68,7 @@ OPS = {"prompted_patch_embed", "frozen_linear", "add_layer_norm", "prompt_attent
 @pytest.mark.parametrize("build", [pgn_fast.VPT, pgn_fast.PGN])
 def test_every_op_runs_in_the_engine_unless_plain_torch_is_named(build) -> None:
     backbone, images = wide("vit_base_patch16_224"), torch.randn(4, 3, 96, 96)
-    for backend, runs in ((None, "backend cpu"), ("reference", "plain torch")):
+    for backend, runs in ((None, "backend cpu"), ("reference", "eager PyTorch")):
         model = build(backbone, 5, num_prompts=3, backend=backend)
         assert f"linear layers: {runs}" in model.explain()
         assert f"residual and norm: {runs}" in model.explain()

@@ -1,4 +1,4 @@
-"""The savings, counted: the matrix products of a step are those of the formulas and no others."""
+"""The savings, counted: the GEMMs of a step are those of the formulas and no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def products(model: pgn_fast.PromptedViT, images: torch.Tensor) -> tuple[float, float]:
-    """Flops of the matrix products forward and in the whole step; attention's own left out."""
+    """Flops of the GEMMs forward and in the whole step; attention's own left out."""
 
     def counted(counter: FlopCounterMode) -> int:
         counts = counter.get_flop_counts()["Global"]

@@ -38,8 +38,8 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """No copies of the weights, no kernel of ours: plain torch, as CUDA's default is."""
-    monkeypatch.setattr(cache, "copies_refusal", lambda backbone: "as on a GPU")
+    """No copies of the weights, no kernel of ours: eager PyTorch, as CUDA's default is."""
+    monkeypatch.setattr(cache, "copies_unsupported_reason", lambda backbone: "as on a GPU")
 
 
 def backbone(depth: int = 12, **changes) -> nn.Module:

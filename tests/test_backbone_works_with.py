@@ -159,7 +159,7 @@ def test_trains_under_ddp_without_unused_parameters(tmp_path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # one new process that forks: autograd's threads, once started here, do not survive a fork, and
-    # two processes that import torch and timm anew take half a minute
+    # two processes that import torch and timm take half a minute
     code = f"import {Path(__file__).stem} as tests; tests.fork_two({port}, {str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
     grads = torch.load(tmp_path / "grads.pt", weights_only=True)
@@ -253,22 +253,25 @@ def test_another_size_or_depth_after_the_first_forward(make, change, size) -> No
 
 def test_changed_blocks_go_the_reference_path() -> None:
     model, images = vpt(), torch.randn(2, 3, 32, 32)
-    assert model.engine.cache.refusal is None
+    assert model.engine.cache.unsupported_reason is None
     seen = []
     handle = model.backbone.blocks[0].attn.register_forward_hook(lambda *args: seen.append(1))
-    assert "hook" in model.engine.cache.refusal
+    assert "hook" in model.engine.cache.unsupported_reason
     model(images)
     assert seen
     handle.remove()
-    assert model.engine.cache.refusal is None
+    assert model.engine.cache.unsupported_reason is None
     model.backbone.blocks[1].attn.qkv = nn.Sequential(model.backbone.blocks[1].attn.qkv)
-    assert "attn.qkv is a torch.nn.modules.container.Sequential" in model.engine.cache.refusal
+    assert (
+        "attn.qkv is a torch.nn.modules.container.Sequential"
+        in model.engine.cache.unsupported_reason
+    )
     assert torch.equal(model(images), model.forward_reference(images))
     vit = backbone()
     vit.blocks[0].attn.forward = lambda x, **_: x
-    assert "forward of attn was replaced" in FastBackbone(vit).cache.refusal
+    assert "forward of attn was replaced" in FastBackbone(vit).cache.unsupported_reason
     model.backbone.requires_grad_(True)
-    assert "require a gradient" in model.engine.cache.refusal
+    assert "require a gradient" in model.engine.cache.unsupported_reason
 
 
 def test_large_activations_are_no_mistake_of_the_engine() -> None:
@@ -368,9 +371,9 @@ def _overlapping_patches(vit: nn.Module) -> None:
 def test_a_changed_embedding_runs_by_its_own_code(change) -> None:
     model, images = vpt(), torch.randn(2, 3, 32, 32)
     before = model(images)
-    assert model.engine.cache.embed_refusal is None
+    assert model.engine.cache.embed_unsupported_reason is None
     change(model.backbone)
-    assert model.engine.cache.embed_refusal is not None
+    assert model.engine.cache.embed_unsupported_reason is not None
     after = model(images)
     assert relative(after, model.forward_reference(images)) <= 2e-6
     assert relative(after, before) > 1e-3
@@ -391,4 +394,4 @@ def test_a_named_backend_that_cannot_run_says_why() -> None:
 def test_packing_leaves_a_named_plain_torch_alone() -> None:
     packed = FastOptions(packed=True)
     model = pgn_fast.VPT(backbone(), 5, num_prompts=3, backend="reference", fast=packed)
-    assert "packed     backend='reference' names plain torch" in model.explain()
+    assert "packed     backend='reference' names eager PyTorch" in model.explain()

@@ -122,7 +122,7 @@ def test_no_gpu_tool_is_no_gpu(monkeypatch):
     [(13000, 13000, False), (12080, 12040, False), (13000, 12080, True), (13020, 0, False)],
 )
 def test_a_driver_older_than_the_library_is_refused(library, driver, refused):
-    reason = _native.driver_refusal(library, driver)
+    reason = _native.driver_unsupported_reason(library, driver)
     assert (reason is not None) == refused
     if reason:
         assert "CUDA 13.0" in reason and "up to 12.8" in reason and "update the driver" in reason

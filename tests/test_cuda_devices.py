@@ -51,24 +51,24 @@ def machine(monkeypatch):
     forget()
 
 
-def refusal(backend: str, device: str, dtype: torch.dtype = torch.float32, **sizes: int):
+def unsupported_reason(backend: str, device: str, dtype: torch.dtype = torch.float32, **sizes: int):
     tensor = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    return dispatch.refusal(backend, "prompt_attention", tensor, sizes=sizes)
+    return dispatch.unsupported_reason(backend, "prompt_attention", tensor, sizes=sizes)
 
 
 def test_each_gpu_of_a_mixed_machine_is_asked_for_itself(machine):
     machine("H100", "T4", "L4")
-    assert refusal("cuda", "cuda:0") is None
-    assert "compute capability 7.5" in refusal("cuda", "cuda:1")
-    assert refusal("cuda", "cuda:2") is None
-    assert refusal("triton", "cuda:0") is None
-    assert "T4 has 7.5" in refusal("triton", "cuda:1")
+    assert unsupported_reason("cuda", "cuda:0") is None
+    assert "compute capability 7.5" in unsupported_reason("cuda", "cuda:1")
+    assert unsupported_reason("cuda", "cuda:2") is None
+    assert unsupported_reason("triton", "cuda:0") is None
+    assert "T4 has 7.5" in unsupported_reason("triton", "cuda:1")
 
 
 def test_a_device_without_code_in_the_library_says_how_to_build_it(machine, monkeypatch):
     machine("H100")
     monkeypatch.setattr(devices, "built_archs", lambda: devices._cuda_archs.parse("80-real")[0])
-    assert "TORCH_CUDA_ARCH_LIST=9.0a" in refusal("cuda", "cuda:0")
+    assert "TORCH_CUDA_ARCH_LIST=9.0a" in unsupported_reason("cuda", "cuda:0")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_device_without_code_in_the_library_says_how_to_build_it(machine, monk
 )
 def test_cards_with_less_shared_memory_fall_back(machine, gpu, dtype, head_width, taken):
     machine(gpu)
-    reason = refusal("cuda", "cuda:0", dtype, head_width=head_width)
+    reason = unsupported_reason("cuda", "cuda:0", dtype, head_width=head_width)
     assert (reason is None) == taken, reason
     if not taken and head_width <= 128:
         assert "KiB of shared memory" in reason and gpu in reason

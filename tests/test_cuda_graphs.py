@@ -35,7 +35,7 @@ def recorders(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(record, "recorder_for", recorder_for)
-    monkeypatch.setattr(cache, "copies_refusal", lambda backbone: "as on a GPU")
+    monkeypatch.setattr(cache, "copies_unsupported_reason", lambda backbone: "as on a GPU")
     return made
 
 

@@ -153,7 +153,7 @@ def test_seeded_bugs_are_seen(right, wrong, tmp_path):
         if file.suffix in (".cu", ".cuh", ".h"):
             (tmp_path / file.name).write_text(file.read_text())
     source = (tmp_path / "mix_prompts.cu").read_text()
-    assert right in source, "the seeded bug's line has changed: write the bug anew"
+    assert right in source, "the seeded bug's line has changed: write the bug again"
     (tmp_path / "mix_prompts.cu").write_text(source.replace(right, wrong, 1))
     broken = cuda_host.build(tmp_path, only="mix_prompts")
     logits, library = torch.randn(1, 33, 65).half(), torch.randn(65, 40).half()

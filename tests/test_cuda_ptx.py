@@ -69,7 +69,7 @@ def only(source: str, folder: Path, *changes: tuple[str, str]) -> dict[str, Any]
     path = folder / source
     text = path.read_text()
     for right, wrong in changes:
-        assert text.count(right), f"{right!r} is not in {source} any more: write this change anew"
+        assert text.count(right), f"{right!r} is not in {source} any more: write this change again"
         text = text.replace(right, wrong)
     path.write_text(text)
     return ptx_model.compile_ptx(path, "sm_90a" if "sm90" in source else "sm_80")
@@ -92,7 +92,7 @@ def embed_on_hopper(
     uint8: bool = True,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches by the kernels, in float64, and by plain torch in ``dtype``."""
+    """Patches by the kernels, in float64, and by eager PyTorch in ``dtype``."""
     (H, W), device, first, spare = size, Device(), 1, 2
     N, K = (H // patch) * (W // patch), C * patch * patch
     images = torch.randint(0, 256, (B, C, H, W), dtype=torch.uint8)
@@ -173,7 +173,7 @@ def error_of(actual: Tensor, expected: Tensor) -> float:
 def test_patch_embed_on_hopper(hopper_kernels, shape, uint8, dtype):
     got, expected, plain = embed_on_hopper(hopper_kernels, dtype, uint8=uint8, **shape)
     assert torch.isfinite(got).all()
-    # as exact as plain torch, which rounds the normalized pixels and not the folded weight
+    # as exact as eager PyTorch, which rounds the normalized pixels and not the folded weight
     assert error_of(got, expected) <= 1.15 * error_of(plain, expected)
 
 

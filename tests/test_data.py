@@ -1,4 +1,4 @@
-"""Where images come from: splits, refusals, and randomness that no worker or restart disturbs."""
+"""Where images come from: splits, errors, and randomness that no worker or restart disturbs."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from pgn_fast import _native, reference
 from pgn_fast.inversion.rounding import FeedbackRounding
 from pgn_fast.ops import feedback_round
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 
 
 def problem(D: int, n: int, R: int) -> tuple[Tensor, FeedbackRounding, Tensor]:
@@ -35,7 +35,7 @@ def token_error(A: Tensor, rounded: Tensor, levels: Tensor) -> Tensor:
 def test_token_error_matches_float64(R, D, n, backend, device):
     A, rounding, levels = problem(D, n, R)
     inputs = levels.to(device), rounding.feedback.to(device), rounding.order.to(device)
-    if reason := refusal(backend, "feedback_round", *inputs[:2]):
+    if reason := unsupported_reason(backend, "feedback_round", *inputs[:2]):
         pytest.skip(reason)
     rounded = feedback_round(*inputs, backend=backend)
     assert rounded.dtype == torch.uint8 and rounded.shape == (R, n)
@@ -127,7 +127,7 @@ def test_refuses_what_does_not_fit(levels, feedback, order, message):
 def test_compiled_kernel_refuses_a_wrong_order(order):
     """A bad index must not write outside the output."""
     levels, feedback = torch.zeros(2, 3), torch.zeros(3, 3)
-    if reason := refusal("cpu", "feedback_round", levels, feedback):
+    if reason := unsupported_reason("cpu", "feedback_round", levels, feedback):
         pytest.skip(reason)
     with pytest.raises(RuntimeError, match="not a permutation"):
         feedback_round(levels, feedback, torch.tensor(order), backend="cpu")

@@ -12,7 +12,7 @@ from pgn_fast.backbone import packed
 from pgn_fast.backbone.packed import PackedLinear
 from pgn_fast.backbone.weights import FrozenLinear
 from pgn_fast.ops import frozen_linear
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 
 BACKENDS = ["reference", "cpu", None]
 
@@ -49,7 +49,7 @@ def test_matches_float64(shape, out, has_bias, dtype, backend, device):
     x = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
     weight = torch.randn(out, shape[-1], dtype=dtype, device=device)
     bias = torch.randn(out, dtype=dtype, device=device) if has_bias else None
-    if backend and (reason := refusal(backend, "frozen_linear", x, weight, bias)):
+    if backend and (reason := unsupported_reason(backend, "frozen_linear", x, weight, bias)):
         pytest.skip(reason)
     check_against_float64(
         x, weight, bias, lambda x: frozen_linear(x, weight, bias, backend=backend)

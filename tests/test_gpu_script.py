@@ -1,4 +1,4 @@
-"""bench/gpu.py without a GPU: its refusal, its rehearsal, and what it does with steps that fail."""
+"""bench/gpu.py without a GPU: its error, its rehearsal, and what it does with steps that fail."""
 
 from __future__ import annotations
 

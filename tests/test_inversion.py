@@ -1,4 +1,4 @@
-"""What inversion promises beside its figures: exact training layout, files, refusals, warnings."""
+"""What inversion promises beside its figures: exact training layout, files, errors, warnings."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_mixtures_of_patches_are_mixtures_of_tokens():
     assert levels.min() >= inverted.margin - 1e-3 and levels.max() <= 255 - inverted.margin + 1e-3
 
 
-# --- refusals -----------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 def test_a_constant_is_not_free_behind_rms_norms():

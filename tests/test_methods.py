@@ -73,7 +73,7 @@ def test_outside_methods_run_on_the_engine_and_match_the_reference(method: str) 
     torch.manual_seed(0)
     model = pgn_fast.create_model(method, small_backbone().double(), 5)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    assert model.engine is not None and model.engine.cache.refusal is None
+    assert model.engine is not None and model.engine.cache.unsupported_reason is None
     assert "  on   kv_only" in model.explain()
     logits, expected = model(images), model.forward_reference(images)
     assert (logits - expected).abs().max() <= 1e-10 * expected.abs().max()

@@ -10,14 +10,14 @@ from numerics import assert_matches, leaves64
 
 from pgn_fast import reference
 from pgn_fast.ops import mix_prompts
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
 
 
 def check_against_float64(logits, library, activation, backend):
     """Forward and both gradients; skips with the dispatcher's own sentence."""
-    if reason := refusal(backend, "mix_prompts", logits, library):
+    if reason := unsupported_reason(backend, "mix_prompts", logits, library):
         pytest.skip(reason)
     prompts = mix_prompts(logits, library, activation, backend=backend)
     grad_prompts = torch.randn_like(prompts)
@@ -26,7 +26,7 @@ def check_against_float64(logits, library, activation, backend):
     prompts64 = reference.mix_prompts(logits64, library64, activation)
     grads64 = torch.autograd.grad(prompts64, (logits64, library64), grad_prompts.double().cpu())
     assert_matches("prompts", prompts.detach(), prompts64.detach())
-    if reason := refusal(backend, "mix_prompts_backward", logits, library):
+    if reason := unsupported_reason(backend, "mix_prompts_backward", logits, library):
         pytest.skip(reason)
     grads = torch.autograd.grad(prompts, (logits, library), grad_prompts)
     for name, grad, grad64 in zip(("grad_logits", "grad_library"), grads, grads64, strict=True):
@@ -71,7 +71,7 @@ def test_strided_inputs(backend, device):
 def test_extreme_logits(backend, device):
     logits = torch.tensor([[[3e4, -3e4, 3e4], [-1e30, 0.0, -torch.inf]]], device=device)
     library = torch.randn(3, 5, device=device)
-    if reason := refusal(backend, "mix_prompts", logits, library):
+    if reason := unsupported_reason(backend, "mix_prompts", logits, library):
         pytest.skip(reason)
     expected = reference.mix_prompts(logits.double().cpu(), library.double().cpu())
     assert_matches("prompts", mix_prompts(logits, library, backend=backend), expected)
@@ -95,7 +95,9 @@ def test_random_shapes_on_cpu(B, P, K, D, activation, dtype):
 def test_gradients_of_the_reference():
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     library = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    op = torch.ops.pgn_fast.mix_prompts  # with the backward of its own, in plain torch for float64
+    op = (
+        torch.ops.pgn_fast.mix_prompts
+    )  # with the backward of its own, in eager PyTorch for float64
     for activation in ("softmax", "sigmoid"):
         torch.autograd.gradcheck(op, (logits, library, activation, "auto"))
 

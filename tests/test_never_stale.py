@@ -315,7 +315,7 @@ def test_peft_merges_and_unmerges() -> None:
     assert error(model) <= 1e-5
     tuned.merge_and_unload()
     model.backbone.requires_grad_(False)
-    assert model.engine.cache.refusal is None
+    assert model.engine.cache.unsupported_reason is None
     assert error(model) <= 1e-5
     assert float((model(IMAGES) - before).detach().abs().max()) > 1e-3
     # PEFT's own way of merging, on a model that runs the merged weights already
@@ -334,12 +334,12 @@ def test_hooks_on_all_modules(register: str, mode: str) -> None:
         model(IMAGES)
         handle = getattr(nn.modules.module, register)(lambda module, *args: seen.append(module))
         try:
-            assert "a hook is registered on all modules" in model.engine.cache.refusal
+            assert "a hook is registered on all modules" in model.engine.cache.unsupported_reason
             assert error(model) == 0
             assert model.backbone.blocks[0].attn.qkv in seen
         finally:
             handle.remove()
-        assert model.engine.cache.refusal is None and error(model) <= 1e-5
+        assert model.engine.cache.unsupported_reason is None and error(model) <= 1e-5
 
 
 @pytest.mark.parametrize("pre", [True, False])
@@ -364,10 +364,13 @@ def test_a_class_whose_forward_is_replaced(
     with MODES[mode]():
         model(IMAGES)
         monkeypatch.setattr(found, "forward", lambda self, *a, **k: 1.1 * own(self, *a, **k))
-        assert f"forward of the class {found.__name__} was replaced" in model.engine.cache.refusal
+        assert (
+            f"forward of the class {found.__name__} was replaced"
+            in model.engine.cache.unsupported_reason
+        )
         assert error(model) == 0
         monkeypatch.undo()
-        assert model.engine.cache.refusal is None and error(model) <= 1e-5
+        assert model.engine.cache.unsupported_reason is None and error(model) <= 1e-5
 
 
 def test_flops_can_be_counted_on_the_fast_path() -> None:
@@ -375,7 +378,7 @@ def test_flops_can_be_counted_on_the_fast_path() -> None:
     model = vpt(vit())
     with torch.utils.flop_counter.FlopCounterMode(display=False) as fast:
         model(IMAGES)
-        assert model.engine.cache.refusal is None
+        assert model.engine.cache.unsupported_reason is None
     with torch.utils.flop_counter.FlopCounterMode(display=False) as eager:
         model.forward_reference(IMAGES)
     assert fast.get_total_flops() < eager.get_total_flops()

@@ -17,7 +17,7 @@ KINDS = ["clip", "dino", "vit"]
 
 
 class Case:
-    """One official backbone with its PGN, built anew whenever asked for: runs change the PGN."""
+    """One official backbone with its PGN, built again whenever asked for: runs change the PGN."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

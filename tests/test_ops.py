@@ -14,7 +14,7 @@ from torch import nn
 from pgn_fast import _C, _native
 from pgn_fast.ops import dispatch, mix_prompts, prompt_attention, prompted_patch_embed
 from pgn_fast.ops._register import Op
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 from pgn_fast.ops.examples import Sizes, examples
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +110,7 @@ def test_the_table_of_ops_is_whole():
 def test_three_ways_through_an_op_give_the_same_bits(name, backend):
     """The kernel directly, the autograd function, and torch.ops through the dispatcher."""
     op, arguments = REGISTERED[name]
-    if backend == "cpu" and (reason := refusal("cpu", name, arguments[0])):
+    if backend == "cpu" and (reason := unsupported_reason("cpu", name, arguments[0])):
         pytest.skip(reason)
     as_tuple = lambda x: x if isinstance(x, tuple) else (x,)
     kernel = as_tuple(op.kernel(*arguments, backend))
@@ -170,7 +170,7 @@ def test_resolve_names_backend_and_reason():
     name, reason = dispatch.resolve("mix_prompts", cpu, (torch.float32,), None, "cudnn")
     assert name == "cpu" and "no backend named 'cudnn'" in reason
     name, reason = dispatch.resolve("mix_prompts", torch.device("meta"), (torch.float32,))
-    assert name == "reference" and "no backend is faster than plain torch on meta" in reason
+    assert name == "reference" and "no backend is faster than eager PyTorch on meta" in reason
 
 
 @every_op
@@ -326,7 +326,7 @@ def test_named_backend_that_cannot_run_says_why(case):
     _, doubles = case(torch.float64)
     with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run.*float64.*backend=None"):
         op(*doubles, backend="cpu")
-    if reason := refusal("cuda", op.__name__, *tensors):
+    if reason := unsupported_reason("cuda", op.__name__, *tensors):
         with pytest.raises(RuntimeError) as raised:
             op(*tensors, backend="cuda")
         assert str(raised.value) == reason

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pgn_fast import reference
 from pgn_fast.ops import prompt_attention
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
 NAMES = ("q", "k", "v", "prompt_k", "prompt_v")
@@ -32,7 +32,7 @@ def inputs(B, h, Q, T, P, d, shared=True, dtype=torch.float32, device="cpu"):
 
 def check_against_float64(tensors, backend, scale=None):
     """Forward and all gradients; skips with the dispatcher's own sentence."""
-    if reason := refusal(backend, "prompt_attention", *tensors):
+    if reason := unsupported_reason(backend, "prompt_attention", *tensors):
         pytest.skip(reason)
     out = prompt_attention(*tensors, scale, backend=backend)
     grad_out = torch.randn_like(out)
@@ -42,7 +42,7 @@ def check_against_float64(tensors, backend, scale=None):
     out64 = reference.prompt_attention(*tensors64, scale64)[0]
     grads64 = torch.autograd.grad(out64, tensors64, grad_out.double().cpu())
     assert_matches("out", out.detach(), out64.detach())
-    if reason := refusal(backend, "prompt_attention_backward", *tensors):
+    if reason := unsupported_reason(backend, "prompt_attention_backward", *tensors):
         pytest.skip(reason)
     grads = torch.autograd.grad(out, tensors, grad_out)
     for name, grad, grad64, x in zip(NAMES, grads, grads64, tensors64, strict=True):
@@ -65,7 +65,7 @@ def check_against_float64(tensors, backend, scale=None):
 def test_scores_far_below_zero(backend, device):
     """The key bias may shift every score: a padded key's score of 0 must not outweigh them.
 
-    exp(14) times a gradient is beyond float16. Plain torch is left out: it rounds the scores.
+    exp(14) times a gradient is beyond float16. Eager PyTorch is left out: it rounds the scores.
     """
     tensors = inputs(2, 2, 5, 5, 2, 32, True, torch.float16, device)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_scale_and_odd_strides(backend, device):
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_only_wanted_gradients(backend):
     tensors = inputs(2, 2, 7, 9, 4, 32)
-    if reason := refusal(backend, "prompt_attention_backward", *tensors):
+    if reason := unsupported_reason(backend, "prompt_attention_backward", *tensors):
         pytest.skip(reason)
     grad_out = torch.randn(2, 2, 7, 32)
     every = torch.autograd.grad(prompt_attention(*tensors, backend=backend), tensors, grad_out)
@@ -213,7 +213,7 @@ def image_by_image(tensors, ranges):
 )
 def test_ragged_matches_float64(sizes, dtype, backend, device):
     tensors, ranges = ragged_inputs(**sizes, dtype=dtype, device=device)
-    if reason := refusal(backend, "prompt_attention_ragged", *tensors):
+    if reason := unsupported_reason(backend, "prompt_attention_ragged", *tensors):
         pytest.skip(reason)
     out = prompt_attention(*tensors, ranges=ranges, backend=backend)
     assert_matches("out", out, image_by_image(tensors, ranges))

@@ -86,7 +86,7 @@ def compare(backbone: nn.Module, name: str, options: FastOptions, rows: int | No
     size = backbone.patch_embed.img_size
     images = torch.randn(B, 3, *size, dtype=torch.float64)
     engine = FastBackbone(backbone, options)
-    assert engine.cache.refusal is None
+    assert engine.cache.unsupported_reason is None
     expected = encode_eager(backbone, images, schedule, Readout(rows=rows))
     actual = engine.encode(images, schedule, Readout(rows=rows))
     assert_close(actual, expected)

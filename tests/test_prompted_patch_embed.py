@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numerics import assert_matches, leaves64
 
 from pgn_fast.ops import mix_prompts, prompted_patch_embed
-from pgn_fast.ops.dispatch import refusal
+from pgn_fast.ops.dispatch import unsupported_reason
 
 BACKENDS = ["reference", "cpu", "triton", "cuda"]
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -53,7 +53,7 @@ def _pixels64(images):
 def check_against_float64(arguments, backend):
     """Forward and all gradients; skips with the dispatcher's own sentence."""
     tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
-    if reason := refusal(backend, "prompted_patch_embed", *tensors):
+    if reason := unsupported_reason(backend, "prompted_patch_embed", *tensors):
         pytest.skip(reason)
     tokens = prompted_patch_embed(**arguments, backend=backend)
     assert tokens.is_contiguous()
@@ -61,7 +61,7 @@ def check_against_float64(arguments, backend):
     tokens64 = prompted_patch_embed(**arguments64, backend="reference")
     assert_matches("tokens", tokens.detach(), tokens64.detach())
     leaves = {n: x for n, x in arguments.items() if getattr(x, "requires_grad", False)}
-    if not leaves or refusal(backend, "mix_prompts_backward", arguments["weight"]):
+    if not leaves or unsupported_reason(backend, "mix_prompts_backward", arguments["weight"]):
         return
     grad = torch.randn_like(tokens)
     grads = torch.autograd.grad(tokens, list(leaves.values()), grad, allow_unused=True)

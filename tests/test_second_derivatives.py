@@ -87,7 +87,7 @@ def test_ops_on_their_kernels(name: str, backend: str | None) -> None:
     run, tensors = CASES[name]
     op = name.partition(",")[0]
     single = [t.float() for t in tensors]
-    if reason := dispatch.refusal("cpu", op, *single):
+    if reason := dispatch.unsupported_reason("cpu", op, *single):
         pytest.skip(reason)
     vectors = [torch.randn_like(t) for t in tensors]
     expected = products(lambda *t: run("reference", *t), tensors, vectors)
@@ -100,7 +100,7 @@ def test_a_gradient_of_some_inputs_alone_has_all_terms(name: str, backend: str |
     """torch.autograd.grad(inputs=...) prunes the graph: a node that would raise is never run."""
     run, tensors = CASES[name]
     op = name.partition(",")[0]
-    if backend and (reason := dispatch.refusal("cpu", op, tensors[0].float())):
+    if backend and (reason := dispatch.unsupported_reason("cpu", op, tensors[0].float())):
         pytest.skip(reason)
     vectors = [torch.randn_like(t) for t in tensors]
     for i in range(len(tensors)):
@@ -170,7 +170,7 @@ def test_models_in_float64(method: str, options: str) -> None:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layer_scale", [False, True])
 def test_models_in_float32(options: str, layer_scale: bool) -> None:
-    if options == "packed" and packed.refusal(torch.device("cpu"), torch.float32):
+    if options == "packed" and packed.unsupported_reason(torch.device("cpu"), torch.float32):
         pytest.skip("no library packs weights here")
     expected = model_products("deep", True, layer_scale, fast=False)
     found = model_products("deep", False, layer_scale, **OPTIONS[options])

@@ -192,10 +192,10 @@ def test_registered_methods_mix_with_the_others():
 
 
 def test_without_a_kernel_equal_lengths_run_together():
-    """Where no backend is preferred for ragged rows: one call for each P, by plain torch."""
+    """Where no backend is preferred for ragged rows: one call for each P, by eager PyTorch."""
     vit = backbone()
     bank, tasks = filled(vit, backend="reference")
-    assert "a call for each P, plain torch" in bank.explain()
+    assert "a call for each P, eager PyTorch" in bank.explain()
     names = list(tasks) * 2
     batch = images(len(names))
     for image, name, answer in zip(batch, names, bank(batch, names), strict=True):

@@ -242,7 +242,7 @@ def test_a_tile_that_the_kernel_no_longer_has_is_ignored(tuner):
 
 def test_a_refused_tile_is_left_out_and_the_next_one_runs(tuner):
     assert tuner(refuse={1}) == [2]
-    assert tuner() == [2]  # the refusal is remembered
+    assert tuner() == [2]  # which is remembered
     with _common.measuring():
         assert tuner(key=("op", 2), refuse={2}) == [1, 3, 3]
 

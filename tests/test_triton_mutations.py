@@ -105,7 +105,7 @@ def test_the_unchanged_text_passes(op, device, tmp_path):
 def test_seeded_bug_is_caught(bug, device, tmp_path):
     op, right, wrong = MUTANTS[bug]
     text = source(op)
-    assert text.count(right) == 1, "the kernel changed: write this mutant anew"
+    assert text.count(right) == 1, "the kernel changed: write this mutant again"
     mutant = load(op, text.replace(right, wrong), tmp_path)
     with pytest.raises(AssertionError):
         cases.check(op, mutant, device)

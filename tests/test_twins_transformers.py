@@ -110,7 +110,7 @@ def test_tokens_equal_the_originals(family, seed, dtype):
     original = tower(family, seed).to(dtype)
     model = pgn_fast.VPT(original, 3, num_prompts=2)
     backbone, images = model.backbone, images_for(model.backbone)
-    assert support.refusal(backbone) is None
+    assert support.unsupported_reason(backbone) is None
     with torch.no_grad():
         expected = reader.tokens_of(original, images)
         assert error(backbone.forward_features(images), expected) <= BOUND[dtype]
@@ -253,7 +253,7 @@ def test_weights_are_shared(family):
         assert alone == (name.replace("pos_embed_cached", "").rstrip(".") in copied), name
     for name, parameter in original.named_parameters():
         assert torch.equal(parameter, before[name]), name
-    # a second twin does not make the original's weights anew
+    # a second twin does not make the original's weights again
     again = load_backbone(original)
     assert (
         again.blocks[0].attn.qkv.weight.data_ptr() == backbone.blocks[0].attn.qkv.weight.data_ptr()
@@ -358,7 +358,7 @@ def test_every_setting_is_followed_or_refused(family, name, value):
     with torch.no_grad():
         expected = reader.tokens_of(original, images)
         assert error(backbone.forward_features(images), expected) <= 1e-6
-    assert support.refusal(backbone) is None
+    assert support.unsupported_reason(backbone) is None
 
 
 # ---- what is refused ---------------------------------------------

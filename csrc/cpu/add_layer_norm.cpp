@@ -15,8 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x,  // [R, D
                                                       const Tensor& y,  // [R, D]
                                                       double eps) {
   const int64_t R = x.size(0), D = x.size(1);
-  const ScalarType dtype = x.scalar_type();
-  Tensor total = empty<2>(x, dtype, {R, D}), normed = empty<2>(x, dtype, {R, D});
+  const ScalarType type = x.scalar_type();
+  Tensor total = empty<2>(x, type, {R, D}), normed = empty<2>(x, type, {R, D});
   Tensor rstd = empty<1>(x, ScalarType::Float, {R});
   const AddLayerNorm task = {x.const_data_ptr(),
                              y.const_data_ptr(),
@@ -25,9 +25,9 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_cpu(const Tensor& x,  // [R, D
                              rstd.mutable_data_ptr<float>(),
                              D,
                              static_cast<float>(eps)};
-  const Number number = number_of(x);
+  const DType dtype = dtype_of(x);
   torch::stable::parallel_for(0, R, ceil_div(kGrain, D), [=](int64_t begin, int64_t end) {
-    PGN_ISA_CALL(add_layer_norm_rows)(task, number, begin, end);
+    PGN_ISA_CALL(add_layer_norm_rows)(task, dtype, begin, end);
   });
   return {total, normed, rstd};
 }
@@ -41,9 +41,9 @@ Tensor add_layer_norm_backward_cpu(const Tensor& grad_total,   // [R, D]
   const AddLayerNormBackward task = {grad_total.const_data_ptr(), grad_normed.const_data_ptr(),
                                      normed.const_data_ptr(),     rstd.const_data_ptr<float>(),
                                      grad.mutable_data_ptr(),     D};
-  const Number number = number_of(normed);
+  const DType dtype = dtype_of(normed);
   torch::stable::parallel_for(0, R, ceil_div(kGrain, D), [=](int64_t begin, int64_t end) {
-    PGN_ISA_CALL(add_layer_norm_backward_rows)(task, number, begin, end);
+    PGN_ISA_CALL(add_layer_norm_backward_rows)(task, dtype, begin, end);
   });
   return grad;
 }

@@ -1,4 +1,4 @@
-// Instruction-set dispatch for the CPU kernels, and the number types that they read.
+// Instruction-set dispatch for the CPU kernels, and the element types that they read.
 //
 // Every csrc/cpu/isa/<op>.inc is compiled once per instruction set inside namespace
 // pgn_fast::PGN_ISA (see CMakeLists.txt). Those objects must hold no weak symbols: the linker could
@@ -50,8 +50,8 @@ using float16 = _Float16;
 #define PGN_ISA_CALL(function) (scalar::function)
 #endif
 
-enum class Number : int { float32, float16, bfloat16 };  // element type behind a void pointer
+enum class DType : int { float32, float16, bfloat16 };  // element type behind a void pointer
 
-constexpr int64_t size_of(Number number) { return number == Number::float32 ? 4 : 2; }
+constexpr int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 }  // namespace pgn_fast

@@ -6,30 +6,30 @@
 namespace pgn_fast {
 
 // coefficients[r, k] = softmax or sigmoid over k of logits[r, k], in float32
-PGN_DECLARE_ISA(void mixture_rows(const void* logits, Number number, bool softmax, int64_t K,
+PGN_DECLARE_ISA(void mixture_rows(const void* logits, DType dtype, bool softmax, int64_t K,
                                   int64_t rows, float* coefficients))
 
 // prompts[r, d] = sum_k coefficients[r, k] * library[k, d] for columns [column, column + width);
 // `sums` is scratch for rows * width floats
-PGN_DECLARE_ISA(void mix_columns(const float* coefficients, const void* library, Number number,
+PGN_DECLARE_ISA(void mix_columns(const float* coefficients, const void* library, DType dtype,
                                  int64_t K, int64_t D, int64_t rows, int64_t column, int64_t width,
                                  float* sums, void* prompts))
 
 // From logits and the gradient `grads` of their coefficients: the gradient of the logits, in place,
-// and the coefficients themselves in `weights`; all [rows, K] of one number type. `scratch` is for
+// and the coefficients themselves in `weights`; all [rows, K] of one element type. `scratch` is for
 // K + 16 floats, zero after the first K.
-PGN_DECLARE_ISA(void mix_logit_rows(const void* logits, void* grads, Number number, bool softmax,
+PGN_DECLARE_ISA(void mix_logit_rows(const void* logits, void* grads, DType dtype, bool softmax,
                                     int64_t K, int64_t rows, float* scratch, void* weights))
 
 struct Patches {
   const void* images;  // [B, C, H, W] by the four strides, in elements
-  bool bytes;          // uint8, else the number type of the patches
+  bool bytes;          // uint8, else the element type of the patches
   int64_t C, H, W, p_h, p_w;
   int64_t stride_b, stride_c, stride_y, stride_x;
   const float *scale, *shift;  // [C], or null: pixels as they are
 };
 // patches[n, (c, dy, dx)] for rows of patches [begin, end), counted over all images
-PGN_DECLARE_ISA(void cut_patches(const Patches& patches, Number number, int64_t begin, int64_t end,
+PGN_DECLARE_ISA(void cut_patches(const Patches& patches, DType dtype, int64_t begin, int64_t end,
                                  void* out))
 
 struct Sequence {
@@ -43,7 +43,7 @@ struct Sequence {
   bool prompts_first;
 };
 // writes the whole sequences of images [begin, end)
-PGN_DECLARE_ISA(void finish_tokens(const Sequence& sequence, Number number, int64_t begin,
+PGN_DECLARE_ISA(void finish_tokens(const Sequence& sequence, DType dtype, int64_t begin,
                                    int64_t end))
 
 constexpr int64_t kQueryBlock = 64;  // queries that see all keys at once
@@ -68,15 +68,15 @@ struct Attention {
   int64_t partial_stride;          // from image to image, where prompts are not shared
 };
 // one head of images [begin, end)
-PGN_DECLARE_ISA(void attention_forward(const Attention& attention, Number number, int64_t h,
+PGN_DECLARE_ISA(void attention_forward(const Attention& attention, DType dtype, int64_t h,
                                        int64_t begin, int64_t end, float* scratch))
 // `partial` gets the gradients of prompt_k and prompt_v, [2, P, d], summed over the images where
 // prompts are shared
-PGN_DECLARE_ISA(void attention_backward(const Attention& attention, Number number, int64_t h,
+PGN_DECLARE_ISA(void attention_backward(const Attention& attention, DType dtype, int64_t h,
                                         int64_t begin, int64_t end, float* scratch, float* partial))
 // out[i] = sum over splits, in their order, of partial[split * stride + i]
 PGN_DECLARE_ISA(void sum_splits(const float* partial, int64_t splits, int64_t stride, int64_t count,
-                                Number number, void* out))
+                                DType dtype, void* out))
 
 struct AddLayerNorm {
   const void *x, *y;     // [R, D]
@@ -86,7 +86,7 @@ struct AddLayerNorm {
   float eps;
 };
 // rows [begin, end) of total = x + y and of its normalization
-PGN_DECLARE_ISA(void add_layer_norm_rows(const AddLayerNorm& task, Number number, int64_t begin,
+PGN_DECLARE_ISA(void add_layer_norm_rows(const AddLayerNorm& task, DType dtype, int64_t begin,
                                          int64_t end))
 
 struct AddLayerNormBackward {
@@ -95,7 +95,7 @@ struct AddLayerNormBackward {
   void* grad;                                     // [R, D]
   int64_t D;
 };
-PGN_DECLARE_ISA(void add_layer_norm_backward_rows(const AddLayerNormBackward& task, Number number,
+PGN_DECLARE_ISA(void add_layer_norm_backward_rows(const AddLayerNormBackward& task, DType dtype,
                                                   int64_t begin, int64_t end))
 
 // rounds `rows` <= 32 prompts of n pixels with error feedback; `errors` is scratch for n * 32

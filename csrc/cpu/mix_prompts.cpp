@@ -24,18 +24,17 @@ Tensor mix_prompts_cpu(const Tensor& logits,         // [B, P, K]
   const int64_t B = logits.size(0), P = logits.size(1), K = logits.size(2);
   const int64_t D = token_library.size(1), R = B * P;
   const bool softmax = activation == "softmax";
-  const Number number = number_of(logits);
+  const DType dtype = dtype_of(logits);
   const void* z = logits.const_data_ptr();
   if (R > kOwnProductRows) {
     const Tensor weights = empty<2>(logits, ScalarType::Float, {R, K});
     float* coefficients = weights.mutable_data_ptr<float>();
     torch::stable::parallel_for(0, R, ceil_div(kGrain, K), [=](int64_t begin, int64_t end) {
-      const char* rows = static_cast<const char*>(z) + begin * K * size_of(number);
-      PGN_ISA_CALL(mixture_rows)(rows, number, softmax, K, end - begin, coefficients + begin * K);
+      const char* rows = static_cast<const char*>(z) + begin * K * size_of(dtype);
+      PGN_ISA_CALL(mixture_rows)(rows, dtype, softmax, K, end - begin, coefficients + begin * K);
     });
-    const Tensor rounded = number == Number::float32
-                               ? weights
-                               : torch::stable::to(weights, token_library.scalar_type());
+    const Tensor rounded =
+        dtype == DType::float32 ? weights : torch::stable::to(weights, token_library.scalar_type());
     return torch::stable::view(torch::stable::matmul(rounded, token_library), {B, P, D});
   }
   Tensor prompts = empty<3>(token_library, token_library.scalar_type(), {B, P, D});
@@ -43,11 +42,11 @@ Tensor mix_prompts_cpu(const Tensor& logits,         // [B, P, K]
   void* out = prompts.mutable_data_ptr();
   torch::stable::parallel_for(0, ceil_div(D, kColumns), 1, [=](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[R * (K + kColumns)]);
-    PGN_ISA_CALL(mixture_rows)(z, number, softmax, K, R, scratch.get());
+    PGN_ISA_CALL(mixture_rows)(z, dtype, softmax, K, R, scratch.get());
     for (int64_t column = begin * kColumns; column < end * kColumns && column < D;
          column += kColumns) {
       const int64_t width = D - column < kColumns ? D - column : kColumns;
-      PGN_ISA_CALL(mix_columns)(scratch.get(), library, number, K, D, R, column, width,
+      PGN_ISA_CALL(mix_columns)(scratch.get(), library, dtype, K, D, R, column, width,
                                 scratch.get() + R * K, out);
     }
   });
@@ -62,7 +61,7 @@ std::tuple<Tensor, Tensor> mix_prompts_backward_cpu(const Tensor& grad_prompts, 
   const int64_t B = logits.size(0), P = logits.size(1), K = logits.size(2);
   const int64_t D = token_library.size(1), R = B * P;
   const bool softmax = activation == "softmax";
-  const Number number = number_of(logits);
+  const DType dtype = dtype_of(logits);
   const Tensor grad_rows = view(grad_prompts, {R, D});
   // the gradient of the coefficients, which becomes that of the logits in place
   const Tensor grad_logits = matmul(grad_rows, transpose(token_library, 0, 1));  // [R, K]
@@ -72,8 +71,8 @@ std::tuple<Tensor, Tensor> mix_prompts_backward_cpu(const Tensor& grad_prompts, 
        *coefficients = static_cast<char*>(weights.mutable_data_ptr());
   torch::stable::parallel_for(0, R, ceil_div(kGrain, K), [=](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[K + 16]());
-    const int64_t at = begin * K * size_of(number);
-    PGN_ISA_CALL(mix_logit_rows)(z + at, grads + at, number, softmax, K, end - begin, scratch.get(),
+    const int64_t at = begin * K * size_of(dtype);
+    PGN_ISA_CALL(mix_logit_rows)(z + at, grads + at, dtype, softmax, K, end - begin, scratch.get(),
                                  coefficients + at);
   });
   return {view(grad_logits, {B, P, K}), matmul(transpose(weights, 0, 1), grad_rows)};

@@ -1,4 +1,4 @@
-// float32 matrix products by the oneDNN that torch brings along.
+// float32 GEMMs by the oneDNN that is bundled with torch.
 //
 // torch's own go to MKL, whose AVX-512 kernels run on Intel's processors alone;
 // pgn_fast/ops/onednn.py does the same from Python.

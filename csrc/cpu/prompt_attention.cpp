@@ -68,9 +68,9 @@ std::tuple<Tensor, Tensor> forward(Attention a, const Tensor& q) {
   Tensor out = heads_last(q), lse = empty<3>(q, ScalarType::Float, {B, a.h, a.Q});
   a.out = out.mutable_data_ptr();
   a.lse = lse.mutable_data_ptr<float>();
-  const Number number = number_of(q);
+  const DType dtype = dtype_of(q);
   for_tasks(B, a, [&](int64_t h, int64_t begin, int64_t end, int64_t, float* scratch) {
-    PGN_ISA_CALL(attention_forward)(a, number, h, begin, end, scratch);
+    PGN_ISA_CALL(attention_forward)(a, dtype, h, begin, end, scratch);
   });
   return {out, lse};
 }
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cpu
     double scale, bool want_q, bool want_kv, bool want_prompts) {
   Attention a = attention_of(q, k, v, prompt_k, prompt_v, scale);
   const int64_t B = q.size(0);
-  const Number number = number_of(q);
+  const DType dtype = dtype_of(q);
   const auto none = [&] { return empty<1>(q, q.scalar_type(), {0}); };
   Tensor grad_q = want_q ? heads_last(q) : none();
   Tensor grad_k = want_kv ? heads_last(k) : none(), grad_v = want_kv ? heads_last(v) : none();
@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cpu
   a.partial_stride = a.h * 2 * size;
   for_tasks(B, a, [&](int64_t h, int64_t begin, int64_t end, int64_t split, float* scratch) {
     const int64_t at = ((a.shared ? split : begin) * a.h + h) * 2 * size;
-    PGN_ISA_CALL(attention_backward)(a, number, h, begin, end, scratch,
+    PGN_ISA_CALL(attention_backward)(a, dtype, h, begin, end, scratch,
                                      want_prompts ? partial.get() + at : nullptr);
   });
   if (!want_prompts) return {grad_q, grad_k, grad_v, none(), none()};
@@ -147,9 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cpu
   torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* from = partial.get() + i * 2 * size;
-      const int64_t at = i * size * size_of(number);
-      PGN_ISA_CALL(sum_splits)(from, summands, a.partial_stride, size, number, to_k + at);
-      PGN_ISA_CALL(sum_splits)(from + size, summands, a.partial_stride, size, number, to_v + at);
+      const int64_t at = i * size * size_of(dtype);
+      PGN_ISA_CALL(sum_splits)(from, summands, a.partial_stride, size, dtype, to_k + at);
+      PGN_ISA_CALL(sum_splits)(from + size, summands, a.partial_stride, size, dtype, to_v + at);
     }
   });
   return {grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v};

@@ -50,10 +50,10 @@ Tensor prompted_patch_embed_cpu(const Tensor& images,                        // 
   const std::optional<Tensor> prompts =
       logits ? mix_prompts_cpu(*logits, *token_library, activation) : ready_prompts;
   const int64_t P = prompts ? prompts->size(-2) : 0;
-  const Number number = number_of(weight);
-  const ScalarType dtype = weight.scalar_type();
+  const DType dtype = dtype_of(weight);
+  const ScalarType type = weight.scalar_type();
 
-  Tensor tokens = empty<3>(weight, dtype, {B, S + N + P, D});
+  Tensor tokens = empty<3>(weight, type, {B, S + N + P, D});
   const std::vector<float> scales(scale.begin(), scale.end()), shifts(shift.begin(), shift.end());
   const Patches patches = {images.const_data_ptr(),
                            images.scalar_type() == ScalarType::Byte,
@@ -84,13 +84,13 @@ Tensor prompted_patch_embed_cpu(const Tensor& images,                        // 
   const Tensor rows_of_weight = torch::stable::view(weight, {D, K});
   const int64_t chunk = N > 0 && N < kChunkRows ? kChunkRows / N : 1;
   // one buffer for all chunks: fresh memory would cost a page fault every 4 kB
-  Tensor cuts = empty<2>(weight, dtype, {(B < chunk ? B : chunk) * N, K});
+  Tensor cuts = empty<2>(weight, type, {(B < chunk ? B : chunk) * N, K});
   char* out = static_cast<char*>(cuts.mutable_data_ptr());
-  const int64_t row_bytes = N / (rows > 0 ? rows : 1) * K * size_of(number);
+  const int64_t row_bytes = N / (rows > 0 ? rows : 1) * K * size_of(dtype);
   for (int64_t first = 0; first < B; first += chunk) {
     const int64_t count = B - first < chunk ? B - first : chunk;
     torch::stable::parallel_for(0, count * rows, 1, [=, &patches](int64_t begin, int64_t end) {
-      PGN_ISA_CALL(cut_patches)(patches, number, first * rows + begin, first * rows + end,
+      PGN_ISA_CALL(cut_patches)(patches, dtype, first * rows + begin, first * rows + end,
                                 out + begin * row_bytes);
     });
     const Tensor embedded = multiply(torch::stable::narrow(cuts, 0, 0, count * N), rows_of_weight);
@@ -98,7 +98,7 @@ Tensor prompted_patch_embed_cpu(const Tensor& images,                        // 
     sequence.first = first;
     torch::stable::parallel_for(first, first + count, 1,
                                 [=, &sequence](int64_t begin, int64_t end) {
-                                  PGN_ISA_CALL(finish_tokens)(sequence, number, begin, end);
+                                  PGN_ISA_CALL(finish_tokens)(sequence, dtype, begin, end);
                                 });
   }
   return tokens;

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: number types, tiles in shared memory, and the product of two tiles.
+// What the CUDA kernels share: element types, tiles in shared memory, and the product of two tiles.
 //
 // Everything that is not plain C++ stands behind a function of this file. tests/cuda_host offers
 // the same functions for the host, where every thread of a block is a fiber: the kernels' own
@@ -43,15 +43,15 @@ __device__ inline bfloat16 from_float<bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// Calls `function` with a zero of the C++ type that `number` names.
+// Calls `function` with a zero of the C++ type that `dtype` names.
 template <typename Function>
-cudaError_t with_number(Number number, Function function) {
-  switch (number) {
-    case Number::float32:
+cudaError_t with_dtype(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::float32:
       return function(float{});
-    case Number::float16:
+    case DType::float16:
       return function(float16{});
-    case Number::bfloat16:
+    case DType::bfloat16:
       return function(bfloat16{});
   }
   return cudaErrorInvalidValue;

@@ -15,7 +15,7 @@ void check_launch(cudaError_t error, const char* op, const Tensor& x) {
   if (!known) cudaGetLastError();
   STD_TORCH_CHECK(false, op, ": the CUDA kernels failed on cuda:", x.get_device_index(), " (",
                   known ? properties.name : "unknown device", ") for (", shape,
-                  "): ", cudaGetErrorString(error), ". backend=\"reference\" runs plain torch.");
+                  "): ", cudaGetErrorString(error), ". backend=\"reference\" runs eager PyTorch.");
 }
 
 }  // namespace pgn_fast::cuda

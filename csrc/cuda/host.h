@@ -16,7 +16,7 @@ inline cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline Number number_of(const Tensor& x) { return static_cast<Number>(pgn_fast::number_of(x)); }
+inline DType dtype_of(const Tensor& x) { return static_cast<DType>(pgn_fast::dtype_of(x)); }
 
 // Raises where a launch failed, naming the op, the tensor that sizes it and its device, and leaves
 // no error in the runtime for the next launch to find.

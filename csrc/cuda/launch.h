@@ -7,7 +7,7 @@
 
 namespace pgn_fast::cuda {
 
-enum class Number : int { float32, float16, bfloat16 };  // element type behind a void pointer
+enum class DType : int { float32, float16, bfloat16 };  // element type behind a void pointer
 
 struct MixPrompts {
   const void* logits;   // [R, K]
@@ -18,7 +18,7 @@ struct MixPrompts {
   int64_t tokens;  // rows of an image in the result: P where it holds the prompts alone
   bool softmax;
 };
-cudaError_t mix_prompts(const MixPrompts& args, Number number, cudaStream_t stream);
+cudaError_t mix_prompts(const MixPrompts& args, DType dtype, cudaStream_t stream);
 
 struct MixPromptsBackward {
   const void* grad_prompts;  // [R, D]
@@ -32,13 +32,12 @@ struct MixPromptsBackward {
   int K, D, splits;
   bool softmax;
 };
-cudaError_t mix_prompts_backward(const MixPromptsBackward& args, Number number,
-                                 cudaStream_t stream);
+cudaError_t mix_prompts_backward(const MixPromptsBackward& args, DType dtype, cudaStream_t stream);
 
 constexpr int kMaxChannels = 64;
 
 struct PatchEmbed {
-  const void* images;  // (B, C, H, W) by the strides below, uint8 or `number`
+  const void* images;  // (B, C, H, W) by the strides below, uint8 or `dtype`
   const void* weight;  // [D, C * p_h * p_w]
   const void* bias;    // [D] or null
   const void* pos;     // [N, D] or null
@@ -48,12 +47,12 @@ struct PatchEmbed {
   bool uint8, normalize;
   float scale[kMaxChannels], shift[kMaxChannels];  // of each channel
 };
-cudaError_t patch_embed(const PatchEmbed& args, Number number, cudaStream_t stream);
+cudaError_t patch_embed(const PatchEmbed& args, DType dtype, cudaStream_t stream);
 
 // The same on Hopper (sm_90a). Bytes of scratch that it needs, 256-byte aligned; 0: it does not
 // take these arguments (float32, a patch width that is no multiple of 16, strided pixels).
-int64_t patch_embed_sm90_scratch(const PatchEmbed& args, Number number);
-cudaError_t patch_embed_sm90(const PatchEmbed& args, Number number, void* scratch,
+int64_t patch_embed_sm90_scratch(const PatchEmbed& args, DType dtype);
+cudaError_t patch_embed_sm90(const PatchEmbed& args, DType dtype, void* scratch,
                              cudaStream_t stream);
 
 // Copies rows [count, D] (of each image where batch_stride is not 0) to rows `first` of each image.
@@ -63,7 +62,7 @@ struct PlaceRows {
   int64_t batch_stride;
   int B, count, D, tokens, first;
 };
-cudaError_t place_rows(const PlaceRows& args, Number number, cudaStream_t stream);
+cudaError_t place_rows(const PlaceRows& args, DType dtype, cudaStream_t stream);
 
 // A (B, h, T, d) tensor by element strides; the last dimension is contiguous.
 struct Heads {
@@ -81,7 +80,7 @@ struct PromptAttention {
   // [B, 2]: first and last + 1 of the prompts' rows that an image sees; null: all. Forward only.
   const int64_t* ranges;
 };
-cudaError_t prompt_attention(const PromptAttention& args, Number number, cudaStream_t stream);
+cudaError_t prompt_attention(const PromptAttention& args, DType dtype, cudaStream_t stream);
 
 struct PromptAttentionBackward {
   PromptAttention forward;
@@ -93,7 +92,7 @@ struct PromptAttentionBackward {
   int splits;                          // of the B * Q rows that a shared prompt key sees
   bool shared;                         // the batch shares the prompts: their gradients are summed
 };
-cudaError_t prompt_attention_backward(const PromptAttentionBackward& args, Number number,
+cudaError_t prompt_attention_backward(const PromptAttentionBackward& args, DType dtype,
                                       cudaStream_t stream);
 
 }  // namespace pgn_fast::cuda

@@ -13,7 +13,7 @@ void cuda::mix_prompts_into(const Tensor& logits, const Tensor& token_library,
   const cudaError_t error = cuda::mix_prompts(
       {logits.const_data_ptr(), token_library.const_data_ptr(), rows, B * P, static_cast<int>(K),
        static_cast<int>(D), static_cast<int>(P), out.size(1), activation == "softmax"},
-      cuda::number_of(logits), cuda::current_stream(logits));
+      cuda::dtype_of(logits), cuda::current_stream(logits));
   cuda::check_launch(error, "mix_prompts", logits);
 }
 
@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> mix_prompts_backward_cuda(const Tensor& grad_prompts_
        grad_logits.mutable_data_ptr(), grad_library.mutable_data_ptr(),
        statistics.mutable_data_ptr(), partial.mutable_data_ptr(), R, ceil_div(R, splits),
        static_cast<int>(K), static_cast<int>(D), static_cast<int>(splits), activation == "softmax"},
-      cuda::number_of(logits), cuda::current_stream(logits));
+      cuda::dtype_of(logits), cuda::current_stream(logits));
   cuda::check_launch(error, "mix_prompts_backward", logits);
   return {grad_logits, grad_library};
 }

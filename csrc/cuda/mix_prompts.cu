@@ -274,10 +274,10 @@ cudaError_t launch_backward(const MixPromptsBackward& a, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t mix_prompts(const MixPrompts& a, Number number, cudaStream_t stream) {
+cudaError_t mix_prompts(const MixPrompts& a, DType dtype, cudaStream_t stream) {
   if (a.R == 0 || a.D == 0) return cudaSuccess;
   if (a.R > INT32_MAX) return cudaErrorInvalidValue;
-  return with_number(number, [&](auto zero) {
+  return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     // more rows a block read the library less often, where there are rows enough to fill the GPU
     if (a.R >= 4096) {
@@ -289,9 +289,9 @@ cudaError_t mix_prompts(const MixPrompts& a, Number number, cudaStream_t stream)
   });
 }
 
-cudaError_t mix_prompts_backward(const MixPromptsBackward& a, Number number, cudaStream_t stream) {
+cudaError_t mix_prompts_backward(const MixPromptsBackward& a, DType dtype, cudaStream_t stream) {
   if (a.R == 0 || a.D == 0) return cudaSuccess;
-  return with_number(number, [&](auto zero) {
+  return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     return a.softmax ? launch_backward<T, true>(a, stream) : launch_backward<T, false>(a, stream);
   });

@@ -218,7 +218,7 @@ cudaError_t launch_embed(const PatchEmbed& a, void* scratch, cudaStream_t stream
 
 }  // namespace
 
-int64_t patch_embed_sm90_scratch(const PatchEmbed& a, Number number) {
+int64_t patch_embed_sm90_scratch(const PatchEmbed& a, DType dtype) {
   const int pixel = a.uint8 ? 1 : 2, K = a.C * a.p_h * a.p_w;
   const bool whole = a.p_w % kPixels == 0 && K % kPanel == 0 && a.D % 8 == 0;
   const bool rows =
@@ -227,14 +227,13 @@ int64_t patch_embed_sm90_scratch(const PatchEmbed& a, Number number) {
       reinterpret_cast<uintptr_t>(a.out) % 16 == 0 && reinterpret_cast<uintptr_t>(a.pos) % 4 == 0;
   // patches and blocks are counted in 32 bits
   const bool few = int64_t{a.B} * (a.H / a.p_h) * (a.W / a.p_w) <= INT32_MAX - kRows;
-  if (number == Number::float32 || !whole || !rows || !few) return 0;
+  if (dtype == DType::float32 || !whole || !rows || !few) return 0;
   return int64_t{a.D} * K * 2 + int64_t{a.D} * 4;
 }
 
-cudaError_t patch_embed_sm90(const PatchEmbed& a, Number number, void* scratch,
-                             cudaStream_t stream) {
+cudaError_t patch_embed_sm90(const PatchEmbed& a, DType dtype, void* scratch, cudaStream_t stream) {
   if (int64_t{a.B} * a.H * a.W == 0) return cudaSuccess;
-  if (number == Number::bfloat16) {
+  if (dtype == DType::bfloat16) {
     return a.uint8 ? launch_embed<bfloat16, uint8_t>(a, scratch, stream)
                    : launch_embed<bfloat16, bfloat16>(a, scratch, stream);
   }

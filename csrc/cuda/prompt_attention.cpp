@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   cuda::PromptAttention args = attention_of(q, k, v, prompt_k, prompt_v, out, lse, scale);
   args.ranges = ranges;
-  cuda::check_launch(cuda::prompt_attention(args, cuda::number_of(q), cuda::current_stream(q)),
+  cuda::check_launch(cuda::prompt_attention(args, cuda::dtype_of(q), cuda::current_stream(q)),
                      "prompt_attention", q);
   return {out, lse};
 }
@@ -111,9 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prompt_attention_backward_cud
       q, {2, g.shared && want_prompts ? g.splits : 0, a.h, a.P, a.d}, ScalarType::Float);
   g.delta = static_cast<float*>(delta.mutable_data_ptr());
   g.partial = static_cast<float*>(partial.mutable_data_ptr());
-  cuda::check_launch(
-      cuda::prompt_attention_backward(g, cuda::number_of(q), cuda::current_stream(q)),
-      "prompt_attention_backward", q);
+  cuda::check_launch(cuda::prompt_attention_backward(g, cuda::dtype_of(q), cuda::current_stream(q)),
+                     "prompt_attention_backward", q);
   return {grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v};
 }
 

@@ -455,9 +455,9 @@ cudaError_t with_width(int d, Function function) {
 
 }  // namespace
 
-cudaError_t prompt_attention(const PromptAttention& a, Number number, cudaStream_t stream) {
+cudaError_t prompt_attention(const PromptAttention& a, DType dtype, cudaStream_t stream) {
   if (a.B == 0 || a.Q == 0) return cudaSuccess;
-  return with_number(number, [&](auto zero) {
+  return with_dtype(dtype, [&](auto zero) {
     return with_width(a.d, [&](auto width) {
       using T = decltype(zero);
       return a.Q <= kRowsPerWarp ? launch_forward<T, width(), 1>(a, stream)
@@ -466,11 +466,11 @@ cudaError_t prompt_attention(const PromptAttention& a, Number number, cudaStream
   });
 }
 
-cudaError_t prompt_attention_backward(const PromptAttentionBackward& g, Number number,
+cudaError_t prompt_attention_backward(const PromptAttentionBackward& g, DType dtype,
                                       cudaStream_t stream) {
   if (g.forward.B == 0 || g.forward.Q == 0) return cudaSuccess;
   if (int64_t{g.forward.B} * g.forward.Q > INT32_MAX) return cudaErrorInvalidValue;
-  return with_number(number, [&](auto zero) {
+  return with_dtype(dtype, [&](auto zero) {
     return with_width(g.forward.d, [&](auto width) {
       return launch_backward<decltype(zero), width()>(g, stream);
     });

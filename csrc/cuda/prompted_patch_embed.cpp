@@ -10,7 +10,7 @@ namespace {
 
 // Bytes of scratch for Hopper's own kernel; 0 where its code is not in this library, the device is
 // no Hopper, or it does not take the arguments.
-int64_t hopper_scratch(const Tensor& images, const cuda::PatchEmbed& embed, cuda::Number number) {
+int64_t hopper_scratch(const Tensor& images, const cuda::PatchEmbed& embed, cuda::DType dtype) {
 #ifdef PGN_FAST_HOPPER
   int major = 0, minor = 0;
   const int device = images.get_device_index();
@@ -19,15 +19,15 @@ int64_t hopper_scratch(const Tensor& images, const cuda::PatchEmbed& embed, cuda
   error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cuda::check_launch(error, "prompted_patch_embed", images);
   // sm_90a code runs on compute capability 9.0 and on no later one
-  if (major == 9 && minor == 0) return cuda::patch_embed_sm90_scratch(embed, number);
+  if (major == 9 && minor == 0) return cuda::patch_embed_sm90_scratch(embed, dtype);
 #endif
   return 0;
 }
 
-cudaError_t launch_hopper(const cuda::PatchEmbed& embed, cuda::Number number, void* scratch,
+cudaError_t launch_hopper(const cuda::PatchEmbed& embed, cuda::DType dtype, void* scratch,
                           cudaStream_t stream) {
 #ifdef PGN_FAST_HOPPER
-  return cuda::patch_embed_sm90(embed, number, scratch, stream);
+  return cuda::patch_embed_sm90(embed, dtype, scratch, stream);
 #else
   return cudaErrorNotSupported;
 #endif
@@ -47,7 +47,7 @@ Tensor prompted_patch_embed_cuda(const Tensor& images,                        //
                                  const std::string& activation, const std::string& position) {
   const torch::stable::accelerator::DeviceGuard guard(images.get_device_index());
   const cudaStream_t stream = cuda::current_stream(images);
-  const cuda::Number number = cuda::number_of(weight);
+  const cuda::DType dtype = cuda::dtype_of(weight);
   const int B = images.size(0), C = images.size(1), H = images.size(2), W = images.size(3);
   const int D = weight.size(0), p_h = weight.size(2), p_w = weight.size(3);
   const int N = H / p_h * (W / p_w), S = prefix.size(0);
@@ -83,20 +83,20 @@ Tensor prompted_patch_embed_cuda(const Tensor& images,                        //
                          {}};
   std::copy(scale.begin(), scale.end(), embed.scale);
   std::copy(shift.begin(), shift.end(), embed.shift);
-  const int64_t scratch_bytes = hopper_scratch(images, embed, number);
+  const int64_t scratch_bytes = hopper_scratch(images, embed, dtype);
   cudaError_t error = cudaSuccess;
   if (scratch_bytes > 0) {
     Tensor scratch = torch::stable::new_empty(weight, {scratch_bytes}, ScalarType::Byte);
-    error = launch_hopper(embed, number, scratch.mutable_data_ptr(), stream);
+    error = launch_hopper(embed, dtype, scratch.mutable_data_ptr(), stream);
   } else {
-    error = cuda::patch_embed(embed, number, stream);
+    error = cuda::patch_embed(embed, dtype, stream);
   }
   cuda::check_launch(error, "prompted_patch_embed", images);
   auto place = [&](const Tensor& rows, int count, int first) {
     const cudaError_t error =
         cuda::place_rows({rows.const_data_ptr(), out.mutable_data_ptr(),
                           rows.dim() == 3 ? rows.stride(0) : 0, B, count, D, tokens, first},
-                         number, stream);
+                         dtype, stream);
     cuda::check_launch(error, "prompted_patch_embed", rows);
   };
   place(prefix, S, 0);

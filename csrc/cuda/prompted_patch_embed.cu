@@ -159,17 +159,17 @@ cudaError_t launch_embed(const PatchEmbed& a, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t patch_embed(const PatchEmbed& a, Number number, cudaStream_t stream) {
+cudaError_t patch_embed(const PatchEmbed& a, DType dtype, cudaStream_t stream) {
   if (int64_t{a.B} * a.H * a.W == 0) return cudaSuccess;
-  return with_number(number, [&](auto zero) {
+  return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     return a.uint8 ? launch_embed<T, uint8_t>(a, stream) : launch_embed<T, T>(a, stream);
   });
 }
 
-cudaError_t place_rows(const PlaceRows& a, Number number, cudaStream_t stream) {
+cudaError_t place_rows(const PlaceRows& a, DType dtype, cudaStream_t stream) {
   if (int64_t{a.B} * a.count == 0) return cudaSuccess;
-  return with_number(number, [&](auto zero) {
+  return with_dtype(dtype, [&](auto zero) {
     return launch(place_rows_kernel<decltype(zero)>, dim3(a.B * a.count), kThreads, 0, stream, a);
   });
 }

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: matrix product and rounding, fixed-order sums, tile sizes."""
+"""What the Triton kernels share: GEMM and rounding, fixed-order sums, tile sizes."""
 
 from __future__ import annotations
 
@@ -161,18 +161,18 @@ def launch_tuned(
         _measure(configs, name, launch)
     chosen = _measured.get(name)
     order = [chosen, *configs] if chosen in configs else list(configs)
-    refusal: Exception | None = None
+    last: Exception | None = None
     for config in dict.fromkeys(map(configs.index, order)):
         if (f"{device} {name}", config) in _refused:
             continue
         try:
             return launch(configs[config])
         except TILE_ERRORS as error:
-            refusal = error
+            last = error
             _refused.add((f"{device} {name}", config))
     raise RuntimeError(
-        f"{key[0]}: this device takes none of the kernel's {len(configs)} tiles ({refusal}); "
-        'backend="reference" runs plain torch'
+        f"{key[0]}: this device takes none of the kernel's {len(configs)} tiles ({last}); "
+        'backend="reference" runs eager PyTorch'
     )
 
 

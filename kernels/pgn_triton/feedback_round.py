@@ -3,8 +3,8 @@
     w[r, j] = levels[r, order[j]] - sum_{i<j} feedback[j, i] * (w[r, i] - q[r, i]),  q = round(w)
 
 n pixels, R prompts. Pixels depend on each other one by one, prompts do not: a program owns BLOCK_R
-prompts and walks along the pixels, BLOCK_J at a time. What all earlier pixels pass on is a matrix
-product with their errors, kept in global memory (they stay in the L2 cache); only the BLOCK_J
+prompts and loops over the pixels, BLOCK_J at a time. What all earlier pixels pass on is a GEMM
+with their errors, kept in global memory (they stay in the L2 cache); only the BLOCK_J
 pixels of a panel among themselves go one after the other. n dependent steps make it latency bound.
 """
 

@@ -1,14 +1,14 @@
 """Triton kernels of pgn_fast.ops.mix_prompts:  prompts = mixture(logits) @ token_library.
 
 R = B * P rows, one a prompt token. Forward: a program owns BLOCK_R rows and BLOCK_D columns and
-walks along the token library once, with an online softmax, so that K coefficients never exist
+loops over the token library once, with an online softmax, so that K coefficients never exist
 together. Backward, with w the coefficients and g the gradient of the prompts:
 
     grad_library = w^T g                       sums over rows: fixed row ranges, fixed order
     grad_logits  = w * (g T^T - <g, prompt>)   softmax;  w * (1 - w) * g T^T for the sigmoid
 
 The coefficients are recomputed from each row's log-sum-exp. <g, prompt> and the log-sum-exp come
-from a second walk along the library: it costs one more GEMM, and saves K columns of memory.
+from a second loop over the library: it costs one more GEMM, and saves K columns of memory.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ LIBRARY_CONFIGS = {
 @triton.jit
 def _mix_rows(
     logits_row,  # [BLOCK_R] offsets of the rows' logits
-    logits_ptr,  # (B, P, K), columns dense
+    logits_ptr,  # (B, P, K), last dimension contiguous
     library_ptr,  # (K, D)
     d,  # [BLOCK_D] columns
     K,
@@ -109,9 +109,9 @@ def _mix_rows(
 
 @triton.jit
 def _forward_kernel(
-    logits_ptr,  # (B, P, K), columns dense
+    logits_ptr,  # (B, P, K), last dimension contiguous
     library_ptr,  # (K, D)
-    prompts_ptr,  # (B, P, D), columns dense
+    prompts_ptr,  # (B, P, D), last dimension contiguous
     R,
     P,
     K,
@@ -152,9 +152,9 @@ def _forward_kernel(
 
 @triton.jit
 def _row_terms_kernel(
-    logits_ptr,  # (B, P, K), columns dense
+    logits_ptr,  # (B, P, K), last dimension contiguous
     library_ptr,  # (K, D)
-    grad_ptr,  # (B, P, D), columns dense
+    grad_ptr,  # (B, P, D), last dimension contiguous
     lse_ptr,  # (R,) float32
     inner_ptr,  # (D blocks, R) float32: shares of <g, prompt>
     R,
@@ -201,9 +201,9 @@ def _row_terms_kernel(
 
 @triton.jit
 def _grad_logits_kernel(
-    logits_ptr,  # (B, P, K), columns dense
+    logits_ptr,  # (B, P, K), last dimension contiguous
     library_ptr,  # (K, D)
-    grad_ptr,  # (B, P, D), columns dense
+    grad_ptr,  # (B, P, D), last dimension contiguous
     lse_ptr,  # (R,) float32
     inner_ptr,  # (INNERS, R) float32
     grad_logits_ptr,  # (R, K)
@@ -260,8 +260,8 @@ def _grad_logits_kernel(
 
 @triton.jit
 def _grad_library_kernel(
-    logits_ptr,  # (B, P, K), columns dense
-    grad_ptr,  # (B, P, D), columns dense
+    logits_ptr,  # (B, P, K), last dimension contiguous
+    grad_ptr,  # (B, P, D), last dimension contiguous
     lse_ptr,  # (R,) float32
     partial_ptr,  # (splits, K, D) float32
     R,

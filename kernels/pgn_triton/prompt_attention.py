@@ -12,7 +12,7 @@ Backward (Dao, arXiv:2307.08691, section 3.1.2), with w the weights and delta = 
     grad_s = w * (grad_out v^T - delta)
     grad_q = scale * grad_s k;   grad_k = scale * grad_s^T q;   grad_v = w^T grad_out
 
-One kernel walks along the keys for the gradient of the queries, one along the queries for those
+One kernel loops over the keys for the gradient of the queries, one over the queries for those
 of keys and values. To a shared prompt it makes no difference whose query it meets: the batch is
 one sequence of B * Q queries, cut into fixed ranges, and the shares are added in a fixed order.
 """
@@ -347,7 +347,7 @@ def _grad_key_kernel(
 def prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Launch. The inputs are checked, their columns dense: see pgn_fast.ops.prompt_attention."""
+    """Launch. The inputs are checked, see pgn_fast.ops.prompt_attention; their last stride is 1."""
     return _forward(q, k, v, prompt_k, prompt_v, None, scale)
 
 
@@ -415,7 +415,7 @@ def prompt_attention_backward(
     grad_kv: bool,
     grad_prompts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch. The inputs are checked, their columns dense: see pgn_fast.ops.prompt_attention.
+    """Launch. The inputs are checked, see pgn_fast.ops.prompt_attention; their last stride is 1.
 
     What is not wanted comes back as an empty tensor. Gradients of shared prompts are summed in a
     fixed order: the same inputs give the same bits.

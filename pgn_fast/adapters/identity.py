@@ -88,7 +88,7 @@ def _own_weights(backbone: Any) -> str | None:
     created_with = getattr(backbone, "created_with", None) or {}
     about = getattr(backbone, "pretrained_cfg", None) or {}
     file = created_with.get("checkpoint_path") or about.get("file")
-    # its name tells its owner which one it was; the path is nobody else's affair
+    # its name tells its owner which one it was; the path stays private
     return Path(file).name if file else None
 
 

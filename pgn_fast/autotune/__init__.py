@@ -85,7 +85,7 @@ def _try(
     seconds: float,
 ) -> dict[str, Any]:
     like = torch.empty(0, dtype=dtype, device=device)
-    if reason := dispatch.refusal(backend, op, like):
+    if reason := dispatch.unsupported_reason(backend, op, like):
         return {"verdict": "refused", "reason": reason}
     if seconds < 1:
         return {"verdict": "not reached", "reason": "the time was up"}
@@ -105,7 +105,7 @@ def _try(
         return {"verdict": "barred", "reason": found["wrong"]}
     speedup = found["plain_ms"] / found["ms"]
     verdict = "preferred" if speedup >= FASTER else "slower"
-    reason = f"{found['ms']:.3f} ms, plain torch {found['plain_ms']:.3f} ms, {speedup:.2f}x"
+    reason = f"{found['ms']:.3f} ms, eager PyTorch {found['plain_ms']:.3f} ms, {speedup:.2f}x"
     return {"verdict": verdict, "reason": reason, "speedup": speedup, **found}
 
 

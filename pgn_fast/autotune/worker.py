@@ -24,11 +24,11 @@ ROUNDS = 12
 
 
 def verify(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """The largest errors of the backend and of plain torch against float64, relative.
+    """The largest errors of the backend and of eager PyTorch against float64, relative.
 
     Raises:
-        ArithmeticError: an error above twice plain torch's, a run that differs from the one before,
-            or a replayed graph that does.
+        ArithmeticError: an error above twice eager PyTorch's, a run that differs from the one
+            before, or a replayed graph that does.
     """
     worst, worst_plain = 0.0, 0.0
     for sizes in (cases.Sizes(B=2), cases.ODD):
@@ -43,7 +43,7 @@ def verify(op: str, backend: str, dtype: torch.dtype, device: torch.device) -> t
             # below a rounding of the largest value nothing can be told apart
             if not error <= max(2 * allowed, torch.finfo(dtype).eps):
                 raise ArithmeticError(
-                    f"wrong numbers: error {error:.1e}, plain torch {allowed:.1e}"
+                    f"wrong numbers: error {error:.1e}, eager PyTorch {allowed:.1e}"
                 )
             again = cases.results(own, layout)
             if not all(torch.equal(a, b) for a, b in zip(got, again, strict=True)):
@@ -91,7 +91,7 @@ def _replays(function: cases.Call, tensors: list[Tensor], expected: list[Tensor]
 def measure(
     op: str, backend: str, dtype: torch.dtype, device: torch.device, sizes: cases.Sizes
 ) -> tuple[float, float]:
-    """Median milliseconds of forward and backward: by the backend and in plain torch, in turns."""
+    """Median milliseconds of forward and backward: by the backend and by eager PyTorch."""
     case = cases.case(op, sizes, dtype, device)
     times: tuple[list[float], list[float]] = ([], [])
     calls = case.call(backend), case.eager()

@@ -23,7 +23,7 @@ from .families.base import heads
 from .fold import fold_block
 from .options import FastOptions
 from .packed import PackedLinear
-from .watch import Watch, copies_refusal, foreign_code
+from .watch import Watch, copies_unsupported_reason, foreign_code
 from .weights import BlockWeights, from_timm
 
 
@@ -39,10 +39,14 @@ class _Shared:
         """Forget everything that was made from the weights."""
         with self.lock:
             self.family = families.of(self.backbone)
-            self.refusal = support.refusal(self.backbone) or foreign_code(self.backbone)
-            self.copies_refusal = copies_refusal(self.backbone)
+            self.unsupported_reason = support.unsupported_reason(self.backbone) or foreign_code(
+                self.backbone
+            )
+            self.copies_unsupported_reason = copies_unsupported_reason(self.backbone)
             # not asked of blocks that the engine knows nothing of
-            self.biased = self.refusal is None and self.family.biases_scores(self.backbone)
+            self.biased = self.unsupported_reason is None and self.family.biases_scores(
+                self.backbone
+            )
             self.folded: dict[tuple[Any, ...], list[BlockWeights]] = {}
             self.backends: dict[tuple[str, torch.dtype, str | None], str] = {}
             self.watch = Watch(self.backbone)
@@ -127,15 +131,15 @@ class BackboneCache:
         return self._shared.family
 
     @property
-    def refusal(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why the eager path runs instead of the engine, by the backbone as it is now; or None."""
         self.follow()
         return self.refused
 
     @property
     def refused(self) -> str | None:
-        """``refusal`` as ``follow`` saw it last."""
-        return self._shared.refusal
+        """``unsupported_reason`` as ``follow`` saw it last."""
+        return self._shared.unsupported_reason
 
     def follow(self, images: int = 1) -> None:
         """Notice what has changed in the backbone, before a forward of so many images."""
@@ -144,10 +148,12 @@ class BackboneCache:
             self._shared.follow(images)
 
     @property
-    def embed_refusal(self) -> str | None:
+    def embed_unsupported_reason(self) -> str | None:
         """Why timm's own code embeds the images; None where one op can."""
         # at every call: a replaced method or another size leaves no trace in the modules
-        return self._shared.refusal or self._shared.family.embed_refusal(self.backbone)
+        return self._shared.unsupported_reason or self._shared.family.embed_unsupported_reason(
+            self.backbone
+        )
 
     def look_at_all(self) -> None:
         """Let the next forward look at all bytes of the weights, not at a part of them."""
@@ -167,12 +173,12 @@ class BackboneCache:
         """Whether copies of the weights are made: not where a compiler or torch.jit.trace records
         what runs, nor where it could not be seen that the weights were written."""
         recorded = torch.compiler.is_compiling() or leaves_this_package()
-        return not recorded and self._shared.copies_refusal is None
+        return not recorded and self._shared.copies_unsupported_reason is None
 
     @property
-    def copies_refusal(self) -> str | None:
+    def copies_unsupported_reason(self) -> str | None:
         """Why no copies of the weights are made, outside of a compiler; None where they are."""
-        return self._shared.copies_refusal
+        return self._shared.copies_unsupported_reason
 
     def weights(self, dtype: torch.dtype) -> list[BlockWeights]:
         """One entry a block: folded in ``dtype``, or timm's own tensors where not ``folds``."""
@@ -181,7 +187,7 @@ class BackboneCache:
             blocks_ = range(len(self.backbone.blocks))
             return [from_timm(self.family, self.backbone, i, backend_for) for i in blocks_]
         backends = {op: self.backend_for(op, dtype) for op in ("frozen_linear", "add_layer_norm")}
-        pack = self.options.packed and self.packed_refusal(dtype) is None
+        pack = self.options.packed and self.packed_unsupported_reason(dtype) is None
         return self._shared.fold(self.options, dtype, backends, pack)
 
     def prompt_keys_values(self, i: int, w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,7 +206,7 @@ class BackboneCache:
 
     def backend_for(self, op: str, dtype: torch.dtype) -> str:
         """Which backend runs an op: the named one if it can, else the fastest with a kernel, else
-        "reference": plain torch, which compilers see through."""
+        "reference": eager PyTorch, which compilers see through."""
         known, key = self._shared.backends, (op, dtype, self.backend)
         if key not in known:
             sizes = self.sizes(op)
@@ -217,25 +223,25 @@ class BackboneCache:
         return {"columns": backbone.embed_dim} if op == "add_layer_norm" else {}
 
     @property
-    def attention_refusal(self) -> str | None:
+    def attention_unsupported_reason(self) -> str | None:
         """Why ``prompt_attention`` cannot be the attention of this backbone; None where it can."""
         return "a relative position bias is added to its scores" if self._shared.biased else None
 
     def fuses_attention(self, dtype: torch.dtype) -> bool:
         """Whether attention with prompts runs by a kernel; a named backend that cannot run is
         left to say why itself."""
-        if self.attention_refusal is not None:
+        if self.attention_unsupported_reason is not None:
             return False
         named = self.backend not in (None, "reference")
         return named or self.backend_for("prompt_attention", dtype) != "reference"
 
-    def packed_refusal(self, dtype: torch.dtype) -> str | None:
+    def packed_unsupported_reason(self, dtype: torch.dtype) -> str | None:
         """Why weights are not packed in this dtype, wanted or not; None where they can be."""
         if self.backend == "reference":
-            return "backend='reference' names plain torch"
-        if self.copies_refusal is not None:
-            return self.copies_refusal
-        return packed.refusal(self.device, dtype)
+            return "backend='reference' names eager PyTorch"
+        if self.copies_unsupported_reason is not None:
+            return self.copies_unsupported_reason
+        return packed.unsupported_reason(self.device, dtype)
 
     def matrix_bytes(self) -> int:
         """Bytes of the frozen matrices: what a packed copy of them takes."""

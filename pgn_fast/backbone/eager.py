@@ -103,7 +103,7 @@ def check_schedule(backbone: Any, schedule: PromptSchedule, batch_size: int) -> 
     for i in schedule.entries:
         if i >= len(blocks) or schedule.parts(i).keys is None:
             continue
-        if reason := support.keys_refusal(families.of(backbone), blocks[i]):
+        if reason := support.keys_unsupported_reason(families.of(backbone), blocks[i]):
             raise ValueError(f"PromptSchedule: block {i} takes no KeyValues: {reason}")
     schedule.check(
         depth=len(blocks),

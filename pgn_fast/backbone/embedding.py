@@ -110,17 +110,17 @@ class Embedding:
         """Why timm's own code embeds the images; None where one op does."""
         if not self.options.embed:
             return "embed is switched off"
-        if reason := self.cache.embed_refusal:
+        if reason := self.cache.embed_unsupported_reason:
             return reason
         if schedule.patch_weight is not None:
             return "another patch projection stands in"
         if leaves_this_package() or transformed():
-            return "an exported or transformed program runs in plain torch"
+            return "an exported or transformed program runs in PyTorch's own ops"
         if torch.is_autocast_enabled(device_type):
             return "under autocast timm adds its position embedding in float32"
         eager_op = self.cache.backend_for("prompted_patch_embed", self.cache.dtype) == "reference"
         if eager_op and torch.compiler.is_compiling():
-            return "a compiler fuses plain torch itself"
+            return "a compiler fuses eager PyTorch itself"
         return None
 
     def by_op(

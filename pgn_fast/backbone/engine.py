@@ -22,7 +22,7 @@ from .entering import project_whole
 from .options import FastOptions
 from .readout import EVERYTHING, Readout
 from .schedule import NO_PROMPTS, FrozenTokens, PromptSchedule
-from .splitting import all_keys_values, is_host_bound, one_product_refusal
+from .splitting import all_keys_values, is_host_bound, one_product_unsupported_reason
 from .steps import BlockInput, BlockStep, block_steps
 from .weights import BlockWeights
 
@@ -51,7 +51,7 @@ class FastBackbone:
         backend: str | None = None,
     ) -> None:
         self._set(backbone, options or FastOptions(), backend)
-        if self.cache.refusal is None and selfcheck.is_cheap(backbone):
+        if self.cache.unsupported_reason is None and selfcheck.is_cheap(backbone):
             self.check()
 
     def _set(self, backbone: nn.Module, options: FastOptions, backend: str | None) -> None:
@@ -191,7 +191,7 @@ class FastBackbone:
         """Keys and values of the prompts of all blocks that use nothing else of them, in one
         product, by block; none where this saves no launch."""
         # where copies of the weights are made they are the host's own, and nothing is launched
-        if self.cache.copies_refusal is None or not self.options.kv_only:
+        if self.cache.copies_unsupported_reason is None or not self.options.kv_only:
             return {}
         if torch.compiler.is_compiling() or leaves_this_package() or transformed():
             return {}
@@ -202,7 +202,7 @@ class FastBackbone:
             absorbed = not few and step.rows is not None and self.absorbs(i, step.rows)
             if step.inserts and step.kv_only and not absorbed and not (i == 0 and normed):
                 found[i] = step.tokens
-        if one_product_refusal([weights[i] for i in found], list(found.values())):
+        if one_product_unsupported_reason([weights[i] for i in found], list(found.values())):
             return {}
         tokens = torch.stack(list(found.values())).to(x.dtype)
         images = x.shape[0] if few and not self.fuses(x, True) else None
@@ -255,8 +255,8 @@ class FastBackbone:
         if prompts_alone:
             return self.cache.fuses_attention(like.dtype)
         return (
-            self.cache.attention_refusal is None
-            and like.device.type in dispatch.BEATS_PLAIN_ATTENTION
+            self.cache.attention_unsupported_reason is None
+            and like.device.type in dispatch.PREFER_OVER_SDPA
             and self.cache.backend_for("prompt_attention", like.dtype) != "reference"
         )
 
@@ -265,5 +265,5 @@ class FastBackbone:
         return (
             self.options.absorb
             and rows <= ABSORB_ROWS
-            and support.absorb_refusal(self.cache.family, self.backbone, i) is None
+            and support.absorb_unsupported_reason(self.cache.family, self.backbone, i) is None
         )

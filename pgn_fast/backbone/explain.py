@@ -39,9 +39,9 @@ def explain(engine: FastBackbone | None, schedule: PromptSchedule, readout: Read
     if engine is None:
         return "Frozen backbone: timm's own blocks and torch.cat, no savings (fast=False)."
     backbone, cache = engine.backbone, engine.cache
-    if (refusal := cache.refusal) is not None:
+    if (reason := cache.unsupported_reason) is not None:
         return (
-            f"Frozen backbone: timm's own blocks and torch.cat, no savings: {refusal}; "
+            f"Frozen backbone: timm's own blocks and torch.cat, no savings: {reason}; "
             "the fast path only runs block types that it recognizes."
         )
     reads = readout.reads_prompts(schedule, backbone.num_prefix_tokens)
@@ -53,18 +53,18 @@ def explain(engine: FastBackbone | None, schedule: PromptSchedule, readout: Read
     lines.append(f"  memory={engine.options.memory!r}: {_MEMORY[engine.options.memory]}")
     for op, what in _OPS.items():
         lines.append(f"  {what}: {_in_words(cache.backend_for(op, cache.dtype))}")
-    if cache.attention_refusal is not None:
-        lines.append(f"  attention: plain torch, because {cache.attention_refusal}")
+    if cache.attention_unsupported_reason is not None:
+        lines.append(f"  attention: eager PyTorch, because {cache.attention_unsupported_reason}")
     else:
         sizes = cache.sizes("prompt_attention")
         runs = backend_of("prompt_attention", cache.device, cache.dtype, engine.backend, sizes)
-        if cache.device.type in dispatch.BEATS_PLAIN_ATTENTION:
+        if cache.device.type in dispatch.PREFER_OVER_SDPA:
             lines.append(f"  attention: {runs}")
         elif _kv_only_blocks(engine, schedule, reads):
             lines.append(f"  attention with prompts: {runs}")
     lines += [
         "  torch.compile: the same without fold, biases and packed",
-        "  torch.export: without these, and in plain torch",
+        "  torch.export: without these, and in PyTorch's own ops",
     ]
     return "\n".join(lines)
 
@@ -102,10 +102,14 @@ def _savings(
     yield "last_rows", f"block {depth - 1} computes {rows} row(s)", off(options.last_rows, reason)
 
     family = engine.cache.family
-    reason = reason or support.absorb_refusal(family, engine.backbone, depth - 1)
+    reason = reason or support.absorb_unsupported_reason(family, engine.backbone, depth - 1)
     if reason is None and rows is not None and rows > ABSORB_ROWS:
         reason = f"{rows} rows are read, it pays up to {ABSORB_ROWS}"
-    above = "" if engine.cache.copies_refusal is None else f" above {HOST_BOUND_TOKENS} tokens"
+    above = (
+        ""
+        if engine.cache.copies_unsupported_reason is None
+        else f" above {HOST_BOUND_TOKENS} tokens"
+    )
     yield (
         "absorb",
         f"block {depth - 1} forms no keys and values{above}",
@@ -120,21 +124,21 @@ def _savings(
     yield (
         "fold",
         f"norms, LayerScale and attention scale are in the weights (+{extra:.1f} MB)",
-        off(options.fold, engine.cache.copies_refusal),
+        off(options.fold, engine.cache.copies_unsupported_reason),
     )
     yield (
         "biases",
         "value biases are moved, dead key biases dropped",
-        off(options.biases, engine.cache.copies_refusal),
+        off(options.biases, engine.cache.copies_unsupported_reason),
     )
     copy = engine.cache.matrix_bytes() / 1e6
     yield (
         "packed",
         f"frozen weights are packed for {packed.library()}'s products (+{copy:.1f} MB for each "
         "direction)",
-        off(options.packed, engine.cache.packed_refusal(engine.cache.dtype)),
+        off(options.packed, engine.cache.packed_unsupported_reason(engine.cache.dtype)),
     )
-    reason = engine.cache.embed_refusal
+    reason = engine.cache.embed_unsupported_reason
     if engine.cache.backend_for("prompted_patch_embed", engine.cache.dtype) == "reference":
         reason = (
             reason or f"no kernel runs it in {engine.cache.dtype} on {engine.cache.device.type}"
@@ -167,4 +171,4 @@ def backend_of(
 
 
 def _in_words(backend: str) -> str:
-    return "plain torch" if backend == "reference" else f"backend {backend}"
+    return "eager PyTorch" if backend == "reference" else f"backend {backend}"

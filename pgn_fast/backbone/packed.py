@@ -38,7 +38,7 @@ def _has_mkl() -> bool:
     return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why weights cannot be packed; None where they can."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"float32 weights are packed on cpu, these are {dtype} on {device.type}"

@@ -55,7 +55,9 @@ class _Split(torch.autograd.Function):
         return torch.cat(rows, dim=-3).flatten(-3), None, None
 
 
-def one_product_refusal(weights: Sequence[BlockWeights], prompts: Sequence[Any]) -> str | None:
+def one_product_unsupported_reason(
+    weights: Sequence[BlockWeights], prompts: Sequence[Any]
+) -> str | None:
     """Why ``all_keys_values`` cannot be the keys and values of these; None where it can."""
     if not all(isinstance(p, Tensor) and p.ndim == 2 for p in prompts):
         return "prompts are computed, or each image has its own"

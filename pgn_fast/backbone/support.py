@@ -1,5 +1,6 @@
 """Which frozen ViTs the engine runs: it computes timm's blocks by its own code, so only block types
-whose every module it recognizes. Others run by ``eager.encode_eager``, and ``refusal`` says why."""
+whose every module it recognizes. Others run by ``eager.encode_eager``, and ``unsupported_reason``
+says why."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ _ACTIVATIONS: tuple[type, ...] = (
 )
 
 
-def refusal(backbone: Any) -> str | None:
+def unsupported_reason(backbone: Any) -> str | None:
     """Why the engine cannot run this backbone as it is now; None where it can."""
     family = families.find(backbone)
     if family is None or type(backbone) is not family.kind:
@@ -41,7 +42,7 @@ def refusal(backbone: Any) -> str | None:
         return "some of the backbone's weights require a gradient"
     blocks: Any = backbone.blocks
     for i, block in enumerate(blocks):
-        if reason := _block_refusal(family, block):
+        if reason := _block_unsupported_reason(family, block):
             return f"block {i}: {reason}"
     for name in family.position_modules:
         module = getattr(backbone, name)
@@ -50,9 +51,9 @@ def refusal(backbone: Any) -> str | None:
     return None
 
 
-def keys_refusal(family: Family, block: Any) -> str | None:
+def keys_unsupported_reason(family: Family, block: Any) -> str | None:
     """Why keys and values cannot enter a block on the eager path; None where they can."""
-    if reason := _attention_refusal(family, block):
+    if reason := _attention_unsupported_reason(family, block):
         return reason
     for name, module in (("it", block), ("its attention", block.attn)):
         if changed(module):
@@ -60,7 +61,7 @@ def keys_refusal(family: Family, block: Any) -> str | None:
     return None
 
 
-def absorb_refusal(family: Family, backbone: Any, i: int) -> str | None:
+def absorb_unsupported_reason(family: Family, backbone: Any, i: int) -> str | None:
     """Why the key projection of block ``i`` cannot move over to its queries; None where it can.
 
     Scores are q . (W_k x + b_k) = (W_k^T q) . x up to a constant: nothing may stand between the
@@ -73,7 +74,7 @@ def absorb_refusal(family: Family, backbone: Any, i: int) -> str | None:
     return None
 
 
-def _attention_refusal(family: Family, block: Any) -> str | None:
+def _attention_unsupported_reason(family: Family, block: Any) -> str | None:
     if type(block) not in family.blocks:
         return _unsupported("block", block, family.blocks)
     attention = block.attn
@@ -86,8 +87,8 @@ def _attention_refusal(family: Family, block: Any) -> str | None:
     return None
 
 
-def _block_refusal(family: Family, block: Any) -> str | None:
-    if reason := _attention_refusal(family, block):
+def _block_unsupported_reason(family: Family, block: Any) -> str | None:
+    if reason := _attention_unsupported_reason(family, block):
         return reason
     mlp = block.mlp
     if type(mlp) not in _MLPS:

@@ -108,7 +108,7 @@ class Watch:
         return op(self._bytes, lines, begin, end) % 2**64
 
 
-def copies_refusal(backbone: nn.Module) -> str | None:
+def copies_unsupported_reason(backbone: nn.Module) -> str | None:
     """Why no copies of a backbone's weights are kept: it could not be seen that they are written.
     None where it can."""
     if _native.cpu_missing is not None:

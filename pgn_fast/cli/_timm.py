@@ -24,7 +24,7 @@ REFUSED: dict[str, str] = {
     "--val-num-samples": "timm counts streamed data; write the count into the data set's info",
     "--class-map": "classes are the names of the class folders: rename the folders",
     "--dataset-trust-remote-code": "code that comes with a data set is never run: save it as files",
-    "--no-resume-opt": "to start anew from trained weights give --init-from ADAPTER",
+    "--no-resume-opt": "to start over from trained weights give --init-from ADAPTER",
     "--start-epoch": "--resume knows its epoch; from weights alone: --init-from ADAPTER",
     "--input-img-mode": "every image becomes RGB, as docs/training.md says",
     "--in-chans": "images are read as RGB: convert others to three channels",

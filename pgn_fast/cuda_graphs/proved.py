@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from . import record
-from .record import Recorded, Recorder, made_of, refusal, signature
+from .record import Recorded, Recorder, made_of, signature, unsupported_reason
 
 State = Mapping[str, Tensor]
 
@@ -213,7 +213,7 @@ def graphed(
         step: function of tensors on the model's device, batch first, that returns tensors (or
             tuples, lists, dicts of them) and changes nothing but ``state``.
         model: what the step runs. Where its tensors move, or a module changes its mode, the step is
-            recorded anew.
+            recorded again.
         what: the step's name in what is told.
         tell: called with a line when graphs are used, and when they are not and why.
         state: tensors, by name, that the step changes in place.
@@ -227,7 +227,7 @@ def graphed(
     recorder = record.recorder_for(next(model.parameters()).device)
     if recorder is None:
         return step
-    if reason := refused or refusal(model):
+    if reason := refused or unsupported_reason(model):
         tell(f"{what}: no CUDA graph, {reason}; it runs eagerly")
         return step
     return GraphedStep(

@@ -113,7 +113,7 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
         yield from (t for t in tensors.values() if t is not None)
 
 
-def refusal(model: nn.Module) -> str | None:
+def unsupported_reason(model: nn.Module) -> str | None:
     """Why a model's steps must not be replayed: Python that runs inside of each of them would not
     run. None where nothing is known against it; what CUDA cannot record, it says itself."""
     if torch.is_anomaly_enabled():

@@ -82,7 +82,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Turned:
-    """Shuffled batches of the training images of ``Digits``, augmented anew in every epoch.
+    """Shuffled batches of the training images of ``Digits``, augmented again in every epoch.
 
     A batch is augmented at once: image by image takes longer than the small backbone.
     """

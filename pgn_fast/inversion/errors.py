@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class InversionError(ValueError):
-    """Base of all refusals of :mod:`pgn_fast.inversion`; by itself: backbone, prompts, mixing or
+    """Base of all errors of :mod:`pgn_fast.inversion`; by itself: backbone, prompts, mixing or
     preprocessing do not allow it, or the backbone changed since."""
 
 

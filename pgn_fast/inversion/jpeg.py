@@ -74,7 +74,7 @@ def coefficient_basis(patch_size: int, quality: int, *, gray: bool = False) -> T
 class JpegRounding(FeedbackRounding):
     """Feedback rounding of JPEG coefficients; patches on the 8-pixel grid.
 
-    ``feedback`` and ``order`` are those of the coefficients. float64 in plain torch: about a
+    ``feedback`` and ``order`` are those of the coefficients. float64 in eager PyTorch: about a
     second for n = 3072, whatever the number of prompts.
 
     Attributes:

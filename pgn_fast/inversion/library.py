@@ -375,7 +375,7 @@ def _unreachable(
     margin: float,
     tol: float,
 ) -> UnreachablePromptError:
-    """The refusal with the figures that decide it."""
+    """The error with the figures that decide it."""
     outside = patch_map.solver.unreachable(patch_map.center(tokens)).norm() / tokens.norm()
     if patch_map.embed_dim > patch_map.patch_values and outside > tol:
         p = patch_map.patch_size

@@ -1,4 +1,4 @@
-"""Reports: can a library be said in pixels at all, and how well does a deployment say it."""
+"""Reports: reachability of a token library in pixel space, and the error of a deployment."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class BoxSolver:
         """Patches in the box whose tokens are as near as possible to the wanted ones.
 
         ADMM on  1/2 |A u - y|^2 + indicator(low <= u <= high), beginning at the min-norm patches:
-        two matrix products an iteration, no line search; where y is out of reach it ends at least
+        two GEMMs an iteration, no line search; where y is out of reach it ends at least
         squares. Patches whose min-norm solution is already in the box are returned as they are.
 
         Args:

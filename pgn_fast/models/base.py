@@ -157,7 +157,7 @@ class PromptedViT(TimmInterface, FrozenBelow, AdapterInterface):
         )
 
     def forward_reference(self, images: Tensor) -> Tensor:
-        """The same logits by timm's own blocks, ``torch.cat`` and plain torch ops."""
+        """The same logits by timm's own blocks, ``torch.cat`` and PyTorch's own ops."""
         self._follow_backbone()
         images, schedule = self._prompted(images, "reference")
         readout = self.readout

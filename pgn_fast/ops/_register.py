@@ -20,9 +20,9 @@ class Op:
 
     Call it with the schema's arguments and ``backend``: the arguments are checked, and what runs is
 
-    - plain PyTorch, ``plain``: for backend "reference"; in an exported or traced program, which has
-      to run where this package is not; under torch.func's transforms and forward-mode derivatives,
-      which no kernel has; for a gradient that the op's row leaves to torch's autograd;
+    - PyTorch's own ops, ``plain``: for backend "reference"; in an exported or traced program, which
+      has to run where this package is not; under torch.func's transforms and forward-mode
+      derivatives, which no kernel has; for a gradient that the op's row leaves to torch's autograd;
     - the op of ``torch.ops.pgn_fast``, where a compiler or a dispatch mode has to see it;
     - else its kernel, inside of an autograd function where a gradient is wanted. The dispatcher's
       way through an op in Python costs 20 to 40 us, as much as a small kernel.
@@ -103,8 +103,8 @@ def register_op(
         check: of the arguments without the backend; raises ValueError.
         setup_context, backward: as in torch.autograd.Function; none for an op that is a backward.
             ``backward`` is run with gradients enabled for second derivatives (create_graph=True)
-            and must then be differentiable in all that it depends on: made of plain PyTorch and of
-            ``Op.run``, from saved inputs and outputs alone.
+            and must then be differentiable in all that it depends on: made of PyTorch's own ops and
+            of ``Op.run``, from saved inputs and outputs alone.
     """
     name = schema.partition("(")[0]
     qualified = f"pgn_fast::{name}"
@@ -186,14 +186,14 @@ def _no_vmap(name: str) -> Callable[..., Any]:
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         raise NotImplementedError(
             f"torch.ops.pgn_fast.{name} takes whole batches and has no rule for torch.func.vmap. "
-            "Call the function of pgn_fast.ops, which is plain PyTorch there."
+            "Call the function of pgn_fast.ops, which is PyTorch's own ops there."
         )
 
     return vmap
 
 
 def follow_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast floating-point tensors to the autocast dtype, as torch does for a matrix product.
+    """Cast floating-point tensors to the autocast dtype, as torch does for a GEMM.
 
     Custom ops do not follow autocast by themselves. float64 stays, as in torch.
     """

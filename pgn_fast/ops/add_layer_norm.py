@@ -19,7 +19,7 @@ from .examples import Draw, Sizes
 #   add_layer_norm_backward(grad_total, grad_normed, normed, rstd) -> grad (R, D), of x and of y
 #
 #   All (R, D) tensors are contiguous and of one dtype and device. D >= 1; R may be 0. Statistics
-#   are those of the sum as it is rounded, taken in float32 (float64 in plain torch for float64).
+#   are those of the sum as it is rounded, taken in float32 (float64 in eager PyTorch for float64).
 
 
 def add_layer_norm(
@@ -40,7 +40,7 @@ def add_layer_norm(
 
     Returns:
         total and normed, (..., D), in the dtype of the arguments. Differentiable in both, twice in
-        plain torch; backward keeps ``normed`` and one number a row.
+        eager PyTorch; backward keeps ``normed`` and one number a row.
 
     Raises:
         ValueError: the shapes, dtypes or devices disagree.

@@ -62,7 +62,7 @@ class OpRow:
 OPS: dict[str, OpRow] = {}  # by name, filled by register_op as pgn_fast.ops is imported
 
 # Devices on which prompt_attention without any prompts beats torch's own attention.
-BEATS_PLAIN_ATTENTION = ("cpu",)
+PREFER_OVER_SDPA = ("cpu",)
 
 Sizes = tuple[tuple[str, int], ...]  # a mapping's items: hashable
 
@@ -125,21 +125,21 @@ def _resolve(
 ) -> tuple[str, str | None]:
     reason = None
     if requested is not None:
-        reason = _refusal(requested, op, device, dtypes, sizes)
+        reason = _unsupported_reason(requested, op, device, dtypes, sizes)
         if reason is None:
             return requested, None
     preferred = measured.preference(op, device, dtypes[0])
     if preferred is None:
         preferred = row(op).preference.get(device.type, ())
     for name in preferred:
-        refused = _refusal(name, op, device, dtypes, sizes)
+        refused = _unsupported_reason(name, op, device, dtypes, sizes)
         if refused is None:
             return name, reason
         reason = reason or refused
-    return "reference", reason or f"{op}: no backend is faster than plain torch on {device.type}"
+    return "reference", reason or f"{op}: no backend is faster than eager PyTorch on {device.type}"
 
 
-def refusal(
+def unsupported_reason(
     backend: str, op: str, *tensors: Tensor | None, sizes: Mapping[str, int] | None = None
 ) -> str | None:
     """Why ``backend`` cannot run ``op`` on these tensors; None where it can. See ``resolve``."""
@@ -147,7 +147,7 @@ def refusal(
     return resolve(op, present[0].device, tuple(t.dtype for t in present), sizes, backend)[1]
 
 
-def _refusal(
+def _unsupported_reason(
     backend: str, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes
 ) -> str | None:
     prefix = f"{op}: backend={backend!r} cannot run: "
@@ -173,10 +173,10 @@ def _refusal(
         if dtype.is_floating_point and dtype not in taken:
             return (
                 f"{prefix}its kernels take {', '.join(map(str, taken))}, got {dtype}. "
-                "Leave backend=None to run it in plain torch."
+                "Leave backend=None to run it in eager PyTorch."
             )
     if reason := limit(backend, op, device, dtypes[0], dict(sizes)):
-        return f"{prefix}{reason}. Leave backend=None to run it in plain torch."
+        return f"{prefix}{reason}. Leave backend=None to run it in eager PyTorch."
     if reason := measured.barred(backend, op, device, dtypes[0]):
         return f"{prefix}{reason}. Leave backend=None to use the fastest one that can."
     return None
@@ -274,7 +274,7 @@ def backends() -> dict[str, str]:
         ``{"reference": "available", "cpu": "available (avx512)", "triton": "...", "cuda": "..."}``;
         a missing backend's sentence says why it is missing.
     """
-    report = {"reference": "available (plain torch, any device and dtype)"}
+    report = {"reference": "available (eager PyTorch, any device and dtype)"}
     info = _native.build_info()
     for backend in BACKENDS[1:]:
         reason = _missing(backend)

@@ -1,4 +1,4 @@
-"""A linear layer whose weights never get a gradient: the matrix product of a frozen backbone."""
+"""A linear layer whose weights never get a gradient: the GEMM of a frozen backbone."""
 
 from __future__ import annotations
 

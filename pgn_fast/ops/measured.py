@@ -150,6 +150,6 @@ def summary(device: torch.device) -> list[str]:
         return [f"{device.type}: nothing measured here, defaults; run: pgn-fast autotune"]
     lines = [f"{device.type}: measured {found['measured_at']} with {found['model']}"]
     for r in found["results"]:
-        times = f"{r['speedup']:.2f}x plain torch" if r.get("speedup") else r["reason"]
+        times = f"{r['speedup']:.2f}x eager PyTorch" if r.get("speedup") else r["reason"]
         lines.append(f"  {r['op']} {r['dtype']} {r['backend']}: {r['verdict']} ({times})")
     return lines

@@ -38,7 +38,7 @@ def mix_prompts(
 
     Args:
         logits: unnormalized mixture coefficients, (B, P, K); float32, float16 or bfloat16
-            (float64 in plain torch).
+            (float64 in eager PyTorch).
         token_library: library tokens, (K, D); same dtype and device as ``logits``.
         activation: "softmax" (the paper's) or "sigmoid" (an option of the official code; the
             coefficients then do not sum to one).
@@ -47,7 +47,7 @@ def mix_prompts(
 
     Returns:
         Prompt tokens, (B, P, D), in the dtype of the arguments (under autocast: the autocast
-        dtype). Differentiable in both arguments, twice in plain torch. Sums run in float32; the
+        dtype). Differentiable in both arguments, twice in eager PyTorch. Sums run in float32; the
         (B, P, K) coefficients are recomputed in backward, not stored, except in training on CPU
         without a named backend, which torch's own autograd does faster.
 

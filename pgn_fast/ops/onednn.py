@@ -1,4 +1,4 @@
-"""The backend "cpu" of ``frozen_linear``: the oneDNN that torch brings along.
+"""The backend "cpu" of ``frozen_linear``: the oneDNN that is bundled with torch.
 
 torch multiplies float32 matrices by MKL, whose AVX-512 kernels run on Intel's processors alone. On
 others it stays with AVX2: half the speed of oneDNN's kernels on an AMD EPYC with AVX-512. On Intel
@@ -18,7 +18,7 @@ _SMALLEST = 2**20
 
 
 def missing() -> str | None:
-    """Why oneDNN's linear layer is not to be had here; None where it is."""
+    """Reason oneDNN's linear layer is unavailable here, or None."""
     if not torch.backends.mkldnn.is_available():
         return "this build of torch has no oneDNN"
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

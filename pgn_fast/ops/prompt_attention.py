@@ -64,7 +64,7 @@ def prompt_attention(
     a batch, and no row is padded or copied.
 
     Args:
-        q: queries, (B, h, Q, d); float32, float16 or bfloat16 (float64 in plain torch). Q is
+        q: queries, (B, h, Q, d); float32, float16 or bfloat16 (float64 in eager PyTorch). Q is
             often T; one query (the class token's) is fine. Any strides; views of one
             (B, T, 3, h, d) buffer are read in place.
         k: keys of each image's own tokens, (B, h, T, d).
@@ -81,7 +81,7 @@ def prompt_attention(
     Returns:
         (B, h, Q, d) in the dtype of the arguments (under autocast: the autocast dtype), laid out
         so that ``transpose(1, 2).flatten(2)`` is a view. Differentiable in all five tensors,
-        twice in plain torch; gradients that are not needed are not computed. No (Q, P + T) matrix
+        twice in eager PyTorch; gradients that are not needed are not computed. No (Q, P + T) matrix
         is kept.
 
     Raises:
@@ -162,7 +162,7 @@ def _check_ranges(ranges: Tensor, q: Tensor, prompt_k: Tensor) -> None:
     inside = ((begin >= 0) & (begin <= end) & (end <= P)).all()
     said = f"prompt_attention: ranges must lie in the {P} prompts, 0 <= begin <= end <= {P}"
     if ranges.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
-        torch._assert_async(inside, said)  # nobody waits for the device
+        torch._assert_async(inside, said)  # the host does not wait for the device
     elif not inside:
         wrong = next(r for r in ranges.tolist() if not 0 <= r[0] <= r[1] <= P)
         raise ValueError(f"{said}, got {wrong}.")

@@ -66,7 +66,7 @@ def prompted_patch_embed(
     Args:
         images: (B, C, H, W), contiguous or channels_last; uint8, or the dtype of ``weight``.
         weight: the patch embedding's convolution, (D, C, p_h, p_w), stride equal to the patch
-            size, which divides H and W; float32, float16 or bfloat16 (float64 in plain torch).
+            size, which divides H and W; float32, float16 or bfloat16 (float64 in eager PyTorch).
             Its dtype is also that of the arguments below.
         bias: (D,) or None.
         pos_embed: already resampled to the N patches: (N, D), or (S + N, D) with the prefix
@@ -88,7 +88,7 @@ def prompted_patch_embed(
     Returns:
         (B, S + N + P, D), contiguous, in the dtype of ``weight`` (under autocast: the autocast
         dtype). Prompts get no position embedding. Differentiable in every tensor: logits, library
-        and prompts cheaply, the rest, and second derivatives, in plain torch.
+        and prompts cheaply, the rest, and second derivatives, in eager PyTorch.
 
     Raises:
         ValueError: the shapes, dtypes or devices disagree; the message names the argument.

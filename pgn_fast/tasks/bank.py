@@ -255,7 +255,8 @@ class TaskBank:
             lines.append(f"Every task runs by its own model, one after the other: {reason}.")
         elif (engine := self._answers.engine) is not None:
             runs = engine.cache.backend_for("prompt_attention_ragged", engine.cache.dtype)
-            how = f"one call by {runs}" if runs != "reference" else "a call for each P, plain torch"
+            alone = "a call for each P, eager PyTorch"
+            how = f"one call by {runs}" if runs != "reference" else alone
             lines.append(f"Attention of a batch with unequal numbers of prompts P: {how}.")
         return "\n".join(lines)
 

@@ -43,8 +43,8 @@ _WORTH = 0.5
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-def refusal(config: TrainConfig, model: Any, train: Split, processes: int) -> str | None:
-    """Why a run computes its frozen blocks anew in every step; None where it need not."""
+def unsupported_reason(config: TrainConfig, model: Any, train: Split, processes: int) -> str | None:
+    """Why a run recomputes its frozen blocks in every step; None where it need not."""
     if getattr(model, "frozen_blocks", 0) == 0:
         return f"with `method` {config.method} every block sees prompts, or is trained"
     if train.streamed or isinstance(train.images, GivenLoader):
@@ -117,7 +117,9 @@ class FrozenCache:
         config, blocks = self.config, getattr(self.model, "frozen_blocks", 0)
         if config.cache == "off":
             return "`cache` is off"
-        reason = refusal(config, self.model, self.run.splits.train, self.run.processes.world)
+        reason = unsupported_reason(
+            config, self.model, self.run.splits.train, self.run.processes.world
+        )
         if reason is None and not self.auto:
             return None
         if not self.auto:

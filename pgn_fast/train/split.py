@@ -77,7 +77,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files; ``labels`` is None where nobody knows their classes.
+    """Image files; ``labels`` is None where their classes are unknown.
 
     Attributes:
         at_least: see ``pgn_fast.images.read_image``; None decodes in full.

@@ -39,7 +39,7 @@ class Stream(IterableDataset):
             self.dataset.set_epoch(epoch)
         reader: Any = getattr(self.dataset, "reader", None)
         if self.seed is not None and getattr(reader, "ds", None) is not None:
-            # timm's reader goes on with its random numbers from pass to pass, and begins anew
+            # timm's reader goes on with its random numbers from pass to pass, and begins again
             # without this
             reader.ds = None
         if self.seed is not None and hasattr(reader, "worker_seed"):

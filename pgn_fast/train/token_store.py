@@ -99,7 +99,7 @@ class TokenStore:
 
     @contextmanager
     def writing(self, waits: Callable[[], None]) -> Iterator[None]:
-        """Inside, nobody else adds rows, in this process or another.
+        """Inside, no one else adds rows, in this process or another.
 
         Args:
             waits: is called again and again while somebody else does; it may raise.

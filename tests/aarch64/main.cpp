@@ -9,7 +9,7 @@
 
 #include "../../csrc/cpu/kernels.h"
 
-using pgn_fast::Number;
+using pgn_fast::DType;
 namespace loops = pgn_fast::scalar;
 
 namespace {
@@ -24,18 +24,18 @@ double draw() {
 
 // numbers of one type, and what they are in double
 struct Numbers {
-  Number number;
+  DType dtype;
   std::vector<float> f32;
   std::vector<uint16_t> f16;
   std::vector<double> value;
 
-  Numbers(Number number, size_t count) : number(number), f32(count), f16(count), value(count) {}
+  Numbers(DType dtype, size_t count) : dtype(dtype), f32(count), f16(count), value(count) {}
 
   void fill(double scale) {
     for (size_t i = 0; i < value.size(); ++i) {
       const float x = static_cast<float>(scale * draw());
       f32[i] = x;
-      if (number == Number::float16) {
+      if (dtype == DType::float16) {
         const pgn_fast::float16 half = static_cast<pgn_fast::float16>(x);
         std::memcpy(&f16[i], &half, 2);
       } else {
@@ -48,9 +48,9 @@ struct Numbers {
   }
   void read() {
     for (size_t i = 0; i < value.size(); ++i) {
-      if (number == Number::float32) {
+      if (dtype == DType::float32) {
         value[i] = f32[i];
-      } else if (number == Number::float16) {
+      } else if (dtype == DType::float16) {
         pgn_fast::float16 half;
         std::memcpy(&half, &f16[i], 2);
         value[i] = static_cast<float>(half);
@@ -62,10 +62,10 @@ struct Numbers {
       }
     }
   }
-  void* data() { return number == Number::float32 ? static_cast<void*>(f32.data()) : f16.data(); }
+  void* data() { return dtype == DType::float32 ? static_cast<void*>(f32.data()) : f16.data(); }
 };
 
-void report(const char* op, Number number, const std::vector<double>& got,
+void report(const char* op, DType dtype, const std::vector<double>& got,
             const std::vector<double>& expected) {
   double worst = 0, largest = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
@@ -73,7 +73,7 @@ void report(const char* op, Number number, const std::vector<double>& got,
     largest = std::fmax(largest, std::fabs(expected[i]));
   }
   const char* names[] = {"float32", "float16", "bfloat16"};
-  std::printf("%s %s %.3g\n", op, names[static_cast<int>(number)], worst / largest);
+  std::printf("%s %s %.3g\n", op, names[static_cast<int>(dtype)], worst / largest);
 }
 
 std::vector<double> softmax(const double* z, int64_t count) {
@@ -85,14 +85,14 @@ std::vector<double> softmax(const double* z, int64_t count) {
   return weights;
 }
 
-void mix_prompts(Number number) {
+void mix_prompts(DType dtype) {
   const int64_t R = 5, K = 33, D = 70;
-  Numbers logits(number, R * K), library(number, K * D), prompts(number, R * D);
+  Numbers logits(dtype, R * K), library(dtype, K * D), prompts(dtype, R * D);
   logits.fill(4);
   library.fill(1);
   std::vector<float> weights(R * K), sums(R * D);
-  loops::mixture_rows(logits.data(), number, true, K, R, weights.data());
-  loops::mix_columns(weights.data(), library.data(), number, K, D, R, 0, D, sums.data(),
+  loops::mixture_rows(logits.data(), dtype, true, K, R, weights.data());
+  loops::mix_columns(weights.data(), library.data(), dtype, K, D, R, 0, D, sums.data(),
                      prompts.data());
   prompts.read();
   std::vector<double> expected(R * D);
@@ -101,17 +101,17 @@ void mix_prompts(Number number) {
     for (int64_t k = 0; k < K; ++k)
       for (int64_t d = 0; d < D; ++d) expected[r * D + d] += w[k] * library.value[k * D + d];
   }
-  report("mix_prompts", number, prompts.value, expected);
+  report("mix_prompts", dtype, prompts.value, expected);
 }
 
-void add_layer_norm(Number number) {
+void add_layer_norm(DType dtype) {
   const int64_t R = 3, D = 70;
-  Numbers x(number, R * D), y(number, R * D), total(number, R * D), normed(number, R * D);
+  Numbers x(dtype, R * D), y(dtype, R * D), total(dtype, R * D), normed(dtype, R * D);
   x.fill(2);
   y.fill(1);
   std::vector<float> rstd(R);
   loops::add_layer_norm_rows(
-      {x.data(), y.data(), total.data(), normed.data(), rstd.data(), D, 1e-6f}, number, 0, R);
+      {x.data(), y.data(), total.data(), normed.data(), rstd.data(), D, 1e-6f}, dtype, 0, R);
   total.read();
   normed.read();
   std::vector<double> expected(R * D);
@@ -122,13 +122,13 @@ void add_layer_norm(Number number) {
     for (int64_t d = 0; d < D; ++d)
       expected[r * D + d] = (total.value[r * D + d] - mean) / std::sqrt(variance + 1e-6);
   }
-  report("add_layer_norm", number, normed.value, expected);
+  report("add_layer_norm", dtype, normed.value, expected);
 }
 
-void prompt_attention(Number number) {
+void prompt_attention(DType dtype) {
   const int64_t Q = 70, T = 70, P = 5, d = 24, padded = 32;
-  Numbers q(number, Q * d), k(number, T * d), v(number, T * d);
-  Numbers prompt_k(number, P * d), prompt_v(number, P * d), out(number, Q * d);
+  Numbers q(dtype, Q * d), k(dtype, T * d), v(dtype, T * d);
+  Numbers prompt_k(dtype, P * d), prompt_v(dtype, P * d), out(dtype, Q * d);
   for (Numbers* numbers : {&q, &k, &v, &prompt_k, &prompt_v}) numbers->fill(1.5);
   std::vector<float> lse(Q), scratch(1 << 20);
   pgn_fast::Attention task{};
@@ -147,7 +147,7 @@ void prompt_attention(Number number) {
   task.shared = true;
   task.out = out.data();
   task.lse = lse.data();
-  loops::attention_forward(task, number, 0, 0, 1, scratch.data());
+  loops::attention_forward(task, dtype, 0, 0, 1, scratch.data());
   out.read();
   std::vector<double> expected(Q * d);
   for (int64_t i = 0; i < Q; ++i) {
@@ -162,18 +162,18 @@ void prompt_attention(Number number) {
       for (int64_t c = 0; c < d; ++c) expected[i * d + c] += w[j] * value[c];
     }
   }
-  report("prompt_attention", number, out.value, expected);
+  report("prompt_attention", dtype, out.value, expected);
 }
 
 // pixels to the numbers of patches, uint8 and normalized
-void cut_patches(Number number) {
+void cut_patches(DType dtype) {
   const int64_t C = 3, H = 8, W = 12, p = 4, N = (H / p) * (W / p);
   std::vector<uint8_t> images(C * H * W);
   for (uint8_t& level : images) level = static_cast<uint8_t>(127.5 * (draw() + 1));
   const float scale[] = {0.01f, 0.02f, 0.03f}, shift[] = {-1, 0, 1};
-  Numbers out(number, N * C * p * p);
+  Numbers out(dtype, N * C * p * p);
   loops::cut_patches({images.data(), true, C, H, W, p, p, C * H * W, H * W, W, 1, scale, shift},
-                     number, 0, H / p, out.data());
+                     dtype, 0, H / p, out.data());
   out.read();
   std::vector<double> expected;
   for (int64_t n = 0; n < N; ++n)
@@ -182,7 +182,7 @@ void cut_patches(Number number) {
         const int64_t y = n / (W / p) * p + i / p, x = n % (W / p) * p + i % p;
         expected.push_back(images[(c * H + y) * W + x] * double(scale[c]) + shift[c]);
       }
-  report("cut_patches", number, out.value, expected);
+  report("cut_patches", dtype, out.value, expected);
 }
 
 // every byte counts: the sum of all words is that of two parts, and changes with any byte
@@ -199,11 +199,11 @@ bool fingerprint() {
 }  // namespace
 
 int main() {
-  for (Number number : {Number::float32, Number::float16, Number::bfloat16}) {
-    mix_prompts(number);
-    add_layer_norm(number);
-    prompt_attention(number);
-    cut_patches(number);
+  for (DType dtype : {DType::float32, DType::float16, DType::bfloat16}) {
+    mix_prompts(dtype);
+    add_layer_norm(dtype);
+    prompt_attention(dtype);
+    cut_patches(dtype);
   }
   return fingerprint() ? 0 : 1;
 }

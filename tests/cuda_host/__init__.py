@@ -99,7 +99,7 @@ def build(source: Path = CUDA, only: str = "*") -> Kernels:
 def entry_points(kernels: str) -> str:
     """C++ that puts every launcher of launch.h that is in this source behind a plain C function."""
     found = re.findall(
-        r"(\w+) (\w+)\(const (\w+)& args, Number number((?:, void\* scratch)?)"
+        r"(\w+) (\w+)\(const (\w+)& args, DType dtype((?:, void\* scratch)?)"
         r"((?:,\s+cudaStream_t stream)?)\);",
         HEADER,
     )
@@ -108,8 +108,8 @@ def entry_points(kernels: str) -> str:
         if re.search(rf"^\w+ {name}\(const {struct}&", kernels, flags=re.M):
             given = ", scratch" * bool(scratch) + ", nullptr" * bool(stream)
             lines += [
-                f"{returned} {name}(const pgn_fast::cuda::{struct}* args, int number{scratch}) {{",
-                "  const auto type = static_cast<pgn_fast::cuda::Number>(number);",
+                f"{returned} {name}(const pgn_fast::cuda::{struct}* args, int dtype{scratch}) {{",
+                "  const auto type = static_cast<pgn_fast::cuda::DType>(dtype);",
                 f"  return pgn_fast::cuda::{name}(*args, type{given});",
                 "}",
             ]

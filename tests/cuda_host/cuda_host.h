@@ -252,7 +252,7 @@ struct BarrierState {
 };
 inline std::map<Barrier*, BarrierState> barriers;
 inline BarrierState& state(Barrier* barrier) {
-  if (!barriers.count(barrier)) fail("a barrier that nobody initialized");
+  if (!barriers.count(barrier)) fail("a barrier that was not initialized");
   return barriers[barrier];
 }
 inline void turn(BarrierState& b) {

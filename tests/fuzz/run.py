@@ -90,7 +90,7 @@ def resident_mb(field: str) -> float:
 
 
 def forget_peak() -> None:
-    """Begin VmHWM anew."""
+    """Reset VmHWM."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -52,7 +52,7 @@ class Family:
         """How many leading tokens the backbone's own pooling reads; None: also patches."""
         return 1 if backbone.global_pool == "token" else None
 
-    def embed_refusal(self, backbone: Any) -> str | None:
+    def embed_unsupported_reason(self, backbone: Any) -> str | None:
         """Why one op cannot embed patches and prefix tokens; None where ``tokens`` is: prefix
         tokens, then patches, plus ``pos_embed`` of all tokens or of the patches alone."""
         return f"the tokens of {type(backbone).__name__} are put together by its own code"
@@ -134,8 +134,8 @@ class BiasedScores(Family):
     """Classes of which every block may add a bias to its scores (BEiT), zero where a prompt takes
     part."""
 
-    def embed_refusal(self, backbone: Any) -> str | None:
-        return patches_refusal(backbone)
+    def embed_unsupported_reason(self, backbone: Any) -> str | None:
+        return patches_unsupported_reason(backbone)
 
     def run_block(self, block: Any, x: Tensor, rope: Tensor | None, bias: Tensor | None) -> Tensor:
         # timm's forwards take no bias of another size
@@ -170,7 +170,7 @@ def changed(module: nn.Module) -> bool:
     return any(map(len, hooks(module))) or "forward" in module.__dict__
 
 
-def patches_refusal(backbone: Any) -> str | None:
+def patches_unsupported_reason(backbone: Any) -> str | None:
     """Why a patch embedding is not one convolution of whole, separate patches; None where it is."""
     patch_embed = backbone.patch_embed
     if type(patch_embed) is not timm.layers.PatchEmbed or type(patch_embed.proj) is not nn.Conv2d:

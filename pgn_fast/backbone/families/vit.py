@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from .base import Family, patches_refusal
+from .base import Family, patches_unsupported_reason
 
 
 class Vit(Family):
@@ -23,8 +23,8 @@ class Vit(Family):
     def tokens(self, backbone: Any, patches: Tensor) -> tuple[Tensor, Tensor | None]:
         return backbone.patch_drop(backbone._pos_embed(patches)), None
 
-    def embed_refusal(self, backbone: Any) -> str | None:
-        return patches_refusal(backbone)
+    def embed_unsupported_reason(self, backbone: Any) -> str | None:
+        return patches_unsupported_reason(backbone)
 
 
 class Distilled(Vit):
@@ -36,7 +36,7 @@ class Distilled(Vit):
     def pooled_rows(self, backbone: Any) -> int | None:
         return 2
 
-    def embed_refusal(self, backbone: Any) -> str | None:
+    def embed_unsupported_reason(self, backbone: Any) -> str | None:
         if backbone.reg_token is not None:
             return "its register tokens are left out by timm's own code"
-        return super().embed_refusal(backbone)
+        return super().embed_unsupported_reason(backbone)

@@ -51,7 +51,7 @@ class BlockParts:
 
     Attributes:
         gate: the gate's half of a gated MLP, whose other half is ``fc1``; None for a plain one.
-        gain1, gain2: LayerScale (D,), or None.
+        ls1, ls2: LayerScale (D,), or None.
     """
 
     num_heads: int
@@ -63,8 +63,8 @@ class BlockParts:
     fc2: nn.Linear
     act: nn.Module
     gate: nn.Linear | None = None
-    gain1: Tensor | None = None
-    gain2: Tensor | None = None
+    ls1: Tensor | None = None
+    ls2: Tensor | None = None
 
 
 @dataclass
@@ -198,7 +198,7 @@ class _Builder:
         for block, own in zip(vit.blocks, parts.blocks, strict=True):
             self._block(block, own)
             block.attn = self._attention(own)
-            block.ls1, block.ls2 = _layer_scale(own.gain1), _layer_scale(own.gain2)
+            block.ls1, block.ls2 = _layer_scale(own.ls1), _layer_scale(own.ls2)
         if parts.map is not None:
             vit.attn_pool = self._map_pool(parts.map)
         return _frozen(vit)
@@ -226,8 +226,8 @@ class _Builder:
         for block, own in zip(eva.blocks, parts.blocks, strict=True):
             self._block(block, own)
             self._eva_attention(block.attn, own)
-            _put(block, "gamma_1", own.gain1)
-            _put(block, "gamma_2", own.gain2)
+            _put(block, "gamma_1", own.ls1)
+            _put(block, "gamma_2", own.ls2)
         return _frozen(eva)
 
     def _surround(self, vit: Any) -> None:

@@ -143,8 +143,8 @@ def _block(layer: Any) -> BlockParts:
         fc1=layer.mlp.c_fc,
         fc2=layer.mlp.c_proj,
         act=_activation(layer.mlp.gelu),
-        gain1=getattr(layer.ls_1, "gamma", None),
-        gain2=getattr(layer.ls_2, "gamma", None),
+        ls1=getattr(layer.ls_1, "gamma", None),
+        ls2=getattr(layer.ls_2, "gamma", None),
     )
 
 

@@ -56,7 +56,7 @@ def parts_of(model: nn.Module, size: tuple[int, int] | None) -> Parts:
             interpolated by the original's own code.
 
     Raises:
-        TwinRefused: no such class, or a setting that the twin knows nothing of.
+        TwinRefused: no such class, or a setting that the twin does not support.
     """
     kind, vision = _kind(model), vision_tower(model)
     towers.check_tower(vision)

@@ -115,7 +115,7 @@ _CLIP = replace(
 
 
 def check_tower(vision: Any) -> None:
-    """Refuse (TwinRefused) modules and an attention that the twin knows nothing of."""
+    """Refuse (TwinRefused) modules and an attention that the twin does not support."""
     implementation = getattr(vision.config, "_attn_implementation", None)
     if implementation not in _ATTENTION:
         raise TwinRefused(
@@ -262,8 +262,8 @@ def _block(layer: Any, layout: LayerLayout) -> BlockParts:
         qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
         out=getattr(attention, layout.out),
         norm2=getattr(layer, layout.norm2),
-        gain1=gains[0],
-        gain2=gains[1],
+        ls1=gains[0],
+        ls2=gains[1],
         **_mlp(layer.mlp),
     )
 
@@ -282,7 +282,7 @@ def _heads(attention: Any, num_heads: int, scale: float) -> int:
     if scale != head_dim**-0.5:
         raise TwinRefused(f"attention scale {scale} is not 1 / sqrt({head_dim})")
     if getattr(attention, "is_causal", False):
-        raise TwinRefused("is_causal=True: attention has a mask, of which the twin knows nothing")
+        raise TwinRefused("is_causal=True: attention has a mask, which the twin does not support")
     for name in ("k_proj", "v_proj"):
         if getattr(attention, name).out_features != attention.q_proj.out_features:
             raise TwinRefused(f"{name} is not as wide as q_proj: heads share keys and values")
