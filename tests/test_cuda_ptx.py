@@ -61,17 +61,22 @@ def arguments(kind: type, **values: Any) -> Any:
     return struct
 
 
+SHARED = "attention.cuh"
+
+
 def only(source: str, folder: Path, *changes: tuple[str, str]) -> dict[str, Any]:
-    """The kernels of one file with its text changed: fewer instances, or a seeded bug."""
+    """The kernels of one file, with a changed text of it or of SHARED: fewer instances, or a bug."""
     for file in cuda_host.CUDA.iterdir():
         if file.suffix in (".cu", ".cuh", ".h") and file.name != "host.h":
             shutil.copy(file, folder / file.name)
     path = folder / source
-    text = path.read_text()
+    texts = {file: file.read_text() for file in (path, folder / SHARED)}
     for right, wrong in changes:
-        assert text.count(right), f"{right!r} is not in {source} any more: write this change again"
-        text = text.replace(right, wrong)
-    path.write_text(text)
+        found = any(right in text for text in texts.values())
+        assert found, f"{right!r} is not in {source} any more: write this change again"
+        texts = {file: text.replace(right, wrong) for file, text in texts.items()}
+    for file, text in texts.items():
+        file.write_text(text)
     return ptx_model.compile_ptx(path, "sm_90a" if "sm90" in source else "sm_80")
 
 
@@ -395,7 +400,15 @@ ONE_WIDTH = [  # of the four: nvcc takes half a minute for all
 
 @pytest.fixture(scope="module")
 def attention_kernels(tmp_path_factory):
-    return only("prompt_attention.cu", tmp_path_factory.mktemp("ptx"), *ONE_WIDTH)
+    return attention_ptx(tmp_path_factory.mktemp("ptx"))
+
+
+def attention_ptx(folder: Path, file: str | None = None, *bug: tuple[str, str]) -> dict[str, Any]:
+    """The kernels of forward and backward, ``file`` of them with a seeded bug."""
+    found: dict[str, Any] = {}
+    for source in ("prompt_attention.cu", "prompt_attention_backward.cu"):
+        found |= only(source, folder, *ONE_WIDTH, *(bug if source == file else ()))
+    return found
 
 
 def attention(
@@ -550,14 +563,20 @@ def test_ragged_prompt_attention(attention_kernels, dtype):
 
 
 ATTENTION_BUGS = {
-    "a wait for a background copy is left out": ("wait_copies<1>();", ";"),
-    "the query of a row is not taken modulo": ("kShared ? row - image * Q : row", "row"),
+    "a wait for a background copy is left out": (
+        "prompt_attention.cu",
+        ("wait_copies<1>();", ";"),
+    ),
+    "the query of a row is not taken modulo": (
+        "prompt_attention_backward.cu",
+        ("kShared ? row - image * Q : row", "row"),
+    ),
 }
 
 
 @pytest.mark.parametrize("bug", ATTENTION_BUGS)
 def test_seeded_bugs_of_the_attention_kernels_are_seen(bug, tmp_path):
-    kernels = only("prompt_attention.cu", tmp_path, *ONE_WIDTH, ATTENTION_BUGS[bug])
+    kernels = attention_ptx(tmp_path, *ATTENTION_BUGS[bug])
     with pytest.raises((AssertionError, ptx_model.Fault)):
         for name, (actual, expected) in attention(
             kernels, torch.bfloat16, 2, 1, 70, 70, 37, 64

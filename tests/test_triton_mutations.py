@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import triton_cases as cases
@@ -17,7 +18,7 @@ pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
 import pgn_fast.kernels
 
-# op, what the kernel says, what the mutant says; the first is found exactly so many times
+# file, what the kernel says, what the mutant says; the first is found exactly so many times
 MUTANTS = {
     "mask lets in tokens past the library's end": (
         "mix_prompts",
@@ -55,7 +56,7 @@ MUTANTS = {
         "tl.where(j[None, :] < T + P + 1, scores * (scale * LOG2_E)",
     ),
     "prompt keys are read one row too early": (
-        "prompt_attention",
+        "_attention",
         "prompt_ptr + (row - T) * prompt_t",
         "prompt_ptr + (row - T - 1) * prompt_t",
     ),
@@ -77,9 +78,28 @@ MUTANTS = {
 }
 
 
-def load(op: str, text: str, folder: Path) -> ModuleType:
+# the op that a file is a part of, where it is not the op's own
+PART_OF = {"_attention": "prompt_attention"}
+
+
+def load(file: str, text: str, folder: Path) -> tuple[str, ModuleType]:
+    """The op of a kernel file, and its module with ``text`` in the place of the file's."""
+    module = load_beside(file, text, folder)
+    if file not in PART_OF:
+        return file, module
+    op, name = PART_OF[file], f"pgn_fast.kernels.{mutant_of(file)}"
+    with mock.patch.dict(sys.modules, {name: module}):
+        text = source(op).replace(f"from .{file} ", f"from .{mutant_of(file)} ")
+        return op, load_beside(op, text, folder)
+
+
+def mutant_of(file: str) -> str:
+    return f"mutant_of_{file}"
+
+
+def load_beside(file: str, text: str, folder: Path) -> ModuleType:
     """The kernel file ``text`` as a module beside the real one."""
-    path = folder / f"mutant_of_{op}.py"
+    path = folder / f"{mutant_of(file)}.py"
     path.write_text(text)
     name = f"pgn_fast.kernels.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -92,20 +112,20 @@ def load(op: str, text: str, folder: Path) -> ModuleType:
     return module
 
 
-def source(op: str) -> str:
-    return (Path(pgn_fast.kernels.__path__[0]) / f"{op}.py").read_text()
+def source(file: str) -> str:
+    return (Path(pgn_fast.kernels.__path__[0]) / f"{file}.py").read_text()
 
 
-@pytest.mark.parametrize("op", sorted({op for op, *_ in MUTANTS.values()}))
-def test_the_unchanged_text_passes(op, device, tmp_path):
-    cases.check(op, load(op, source(op), tmp_path), device)
+@pytest.mark.parametrize("file", sorted({file for file, *_ in MUTANTS.values()}))
+def test_the_unchanged_text_passes(file, device, tmp_path):
+    cases.check(*load(file, source(file), tmp_path), device)
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
 def test_seeded_bug_is_caught(bug, device, tmp_path):
-    op, right, wrong = MUTANTS[bug]
-    text = source(op)
+    file, right, wrong = MUTANTS[bug]
+    text = source(file)
     assert text.count(right) == 1, "the kernel changed: write this mutant again"
-    mutant = load(op, text.replace(right, wrong), tmp_path)
+    op, mutant = load(file, text.replace(right, wrong), tmp_path)
     with pytest.raises(AssertionError):
         cases.check(op, mutant, device)

@@ -184,7 +184,7 @@ def check_feedback_round(
 
 
 def inside_nan(x: Tensor) -> Tensor:
-    """``x`` as a view into a buffer that is NaN everywhere else, columns still dense."""
+    """``x`` as a view into a buffer that is NaN everywhere else, its last stride still 1."""
     buffer = x.new_full([n + 3 for n in x.shape], float("nan"))
     view = buffer[tuple(slice(1, n + 1) for n in x.shape)]
     return view.copy_(x)

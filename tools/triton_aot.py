@@ -14,6 +14,7 @@ Must run without TRITON_INTERPRET: interpreted kernels cannot be compiled.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import re
@@ -160,9 +161,11 @@ def launches(op: str, dtype: torch.dtype, ones: bool = False) -> list[Launch]:
             launch(config)
         first_tile = True
 
-    # create=True: an op may have nothing to tune
-    tuned = mock.patch.object(module, "launch_tuned", launch_all, create=True)
-    with mock.patch.object(JITFunction, "run", catch), tuned:
+    with contextlib.ExitStack() as patched:
+        patched.enter_context(mock.patch.object(JITFunction, "run", catch))
+        for name, other in sys.modules.items():  # the op's own file, and that of its backward
+            if name.startswith(module.__name__) and hasattr(other, "launch_tuned"):
+                patched.enter_context(mock.patch.object(other, "launch_tuned", launch_all))
         CASES.get(op, _by_examples)(module, dtype, ones)
     return caught
 
