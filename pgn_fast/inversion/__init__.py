@@ -14,10 +14,10 @@ from .errors import InversionError as InversionError
 from .errors import LayoutError as LayoutError
 from .errors import SaturationWarning as SaturationWarning
 from .errors import UnreachablePromptError as UnreachablePromptError
+from .find_patches import invert_library as invert_library
 from .gamut import GamutLibrary as GamutLibrary
 from .layout import CanvasLayout as CanvasLayout
 from .library import InvertedLibrary as InvertedLibrary
-from .library import invert_library as invert_library
 from .patch_map import PatchMap as PatchMap
 from .prompter import RgbPrompter as RgbPrompter
 from .prompter import verify as verify

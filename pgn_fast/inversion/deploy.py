@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ..backbone.readout import rows_read
 from .errors import InversionError, LayoutError
+from .find_patches import invert_library
 from .gamut import GamutLibrary
 from .layout import CanvasLayout
-from .library import invert_library
 from .patch_map import PatchMap
 from .prompter import RgbPrompter
 from .server_spec import ServerSpec

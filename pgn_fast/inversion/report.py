@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .find_patches import MIN_TOKEN_STD, PROMPT_POSITIONS
 from .layout import MID_LEVEL
-from .library import MIN_TOKEN_STD, PROMPT_POSITIONS, largest_scale
+from .library import largest_scale
 from .patch_map import PatchMap
 
 VERDICTS = {
