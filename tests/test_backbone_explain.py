@@ -98,5 +98,5 @@ def test_packed_weights_change_nothing() -> None:
     linear = model.engine.cache.weights(torch.float32)[0].fc1
     matrices = 2 * (4 * 64 * 64 + 2 * 64 * 256)  # two blocks of D = 64
     assert f"+{4e-6 * matrices:.1f} MB for each direction" in model.explain()
-    kept = {4 * 17, 8 * 17} if packed.library() == "mkl" else {0}  # the last two, or any
+    kept = {4 * 17, 8 * 17} if packed.gemm_library() == "mkl" else {0}  # the last two, or any
     assert {rows for _, rows in linear.packed} == kept

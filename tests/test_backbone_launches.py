@@ -3,6 +3,7 @@ few images on a GPU, seen here as operations that reach the dispatcher."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -117,3 +118,26 @@ def test_second_derivatives_are_those_of_plain_views() -> None:
         [p.square().sum().view(1) for p in splitting.split_projection(x, 3, 2)]
     )
     assert torch.autograd.gradcheck(split, x) and torch.autograd.gradgradcheck(split, x)
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+def test_a_forward_plans_its_blocks_once(deep):
+    """One list of steps for embedding and blocks, one input for each block."""
+    model = pgn_fast.VPT(backbone(depth=4), 3, num_prompts=2, deep=deep).eval()
+    images = torch.randn(2, 3, 32, 32)
+    seen: Counter[str] = Counter()
+
+    def profile(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and "pgn_fast/backbone" in code.co_filename:
+            seen[code.co_name] += 1
+
+    with torch.no_grad():
+        model(images)
+        sys.setprofile(profile)
+        try:
+            model(images)
+        finally:
+            sys.setprofile(None)
+    assert seen["block_steps"] == 1
+    assert seen["_block"] == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cuda_host
@@ -43,7 +44,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
         monkeypatch.setattr(_native, "cuda_missing", None)
         monkeypatch.setattr(devices, "built_archs", lambda: archs)
-        monkeypatch.setattr(dispatch, "_has_kernel", lambda backend, op: True)
+        monkeypatch.setattr(dispatch, "has_kernel", lambda backend, op: True)
         monkeypatch.setattr(dispatch, "_interpreted", lambda: False)
 
     archs = devices._cuda_archs.parse("80-real 90a-real")[0]
@@ -96,7 +97,7 @@ def test_cards_with_less_shared_memory_fall_back(machine, gpu, dtype, head_width
 
 def test_the_first_backend_of_a_preference_that_takes_the_sizes_runs(machine, monkeypatch):
     machine("L4")
-    row = dispatch.OpRow({"cuda": ("cuda", "triton")})
+    row = replace(dispatch.OPS["prompt_attention"], preference={"cuda": ("cuda", "triton")})
     monkeypatch.setitem(dispatch.OPS, "prompt_attention", row)
     monkeypatch.setattr(dispatch, "_kernel", lambda backend, op: backend)
     tensor = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)

@@ -286,7 +286,7 @@ def test_the_stand_in_finds_memory_that_is_gone() -> None:
         played.replay()
 
 
-# the whole roads: fit, evaluate, predict, serve
+# whole runs: fit, evaluate, predict, serve
 
 
 def test_fit_and_its_validation_run_by_graphs(recorders, tmp_path, capsys) -> None:

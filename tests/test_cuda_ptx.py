@@ -65,7 +65,7 @@ SHARED = "attention.cuh"
 
 
 def only(source: str, folder: Path, *changes: tuple[str, str]) -> dict[str, Any]:
-    """The kernels of one file, with a changed text of it or of SHARED: fewer instances, or a bug."""
+    """The kernels of one file, changed there or in SHARED: fewer instances, or a seeded bug."""
     for file in cuda_host.CUDA.iterdir():
         if file.suffix in (".cu", ".cuh", ".h") and file.name != "host.h":
             shutil.copy(file, folder / file.name)

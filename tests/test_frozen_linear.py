@@ -147,7 +147,7 @@ def test_packed_weights_match_float64(library, monkeypatch):
     """Both libraries, whichever the processor would choose."""
     if library == "mkl" and not packed._has_mkl():
         pytest.skip("this build of torch has no MKL")
-    monkeypatch.setattr(packed, "library", lambda: library)
+    monkeypatch.setattr(packed, "gemm_library", lambda: library)
     weight, bias = torch.randn(300, 200), torch.randn(300)
     linear = PackedLinear(weight, bias)
     for rows in (70, 128, 96, 3, 70):

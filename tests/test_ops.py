@@ -48,8 +48,8 @@ every_op = pytest.mark.parametrize("case", CASES, ids=lambda c: c.__name__.remov
 def forward_and_gradients(op, tensors, **options):
     leaves = [t.detach().requires_grad_() for t in tensors]
     out = op(*leaves, **options)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weights.view(out.shape))]
 
 
 class Together(nn.Module):
@@ -74,12 +74,12 @@ def test_compiles_into_one_graph():
 
 
 def registered_ops():
-    """Every op, and every backward, with arguments that its examples lead to: (op, arguments)."""
-    found = {}
+    """Every call of an op or a backward that an op's examples lead to: (op, arguments)."""
+    found = []
 
     def record(self, *arguments, backend):
         detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-        found.setdefault(self.name, (self, detached))
+        found.append((self, detached))
         return run(self, *arguments, backend=backend)
 
     run, through = Op.run, lambda self, *a, backend: self.run(*a, backend="auto")
@@ -100,17 +100,21 @@ REGISTERED = registered_ops()
 
 def test_the_table_of_ops_is_whole():
     names = torch._C._dispatch_get_all_op_names()
-    assert {n.removeprefix("pgn_fast::") for n in names if n.startswith("pgn_fast::")} == set(
-        REGISTERED
-    )
+    known = {n.removeprefix("pgn_fast::") for n in names if n.startswith("pgn_fast::")}
+    assert known == {op.name for op, _ in REGISTERED}
+    assert {name.removesuffix("_backward") for name in known} == set(dispatch.OPS)
+
+
+def is_float(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
-@pytest.mark.parametrize("name", REGISTERED)
-def test_three_ways_through_an_op_give_the_same_bits(name, backend):
+@pytest.mark.parametrize("op, arguments", [pytest.param(*r, id=r[0].name) for r in REGISTERED])
+def test_three_ways_through_an_op_give_the_same_bits(op, arguments, backend):
     """The kernel directly, the autograd function, and torch.ops through the dispatcher."""
-    op, arguments = REGISTERED[name]
-    if backend == "cpu" and (reason := unsupported_reason("cpu", name, arguments[0])):
+    name, floats = op.name, [a for a in arguments if is_float(a)]
+    if backend == "cpu" and (reason := unsupported_reason("cpu", name, *floats)):
         pytest.skip(reason)
     as_tuple = lambda x: x if isinstance(x, tuple) else (x,)
     kernel = as_tuple(op.kernel(*arguments, backend))
@@ -122,7 +126,7 @@ def test_three_ways_through_an_op_give_the_same_bits(name, backend):
     results = []
     for way in (op.function.apply, op.op):
         tensors = [
-            a.clone().requires_grad_(i == 0 or not frozen) if isinstance(a, torch.Tensor) else a
+            a.clone().requires_grad_(i == 0 or not frozen) if is_float(a) else a
             for i, a in enumerate(arguments)
         ]
         outputs = as_tuple(way(*tensors, backend))
@@ -184,6 +188,16 @@ def test_autocast(case):
     for grad, expected in zip(results[1:], rounded[1:], strict=True):
         assert grad.dtype == torch.float32  # the leaves' own
         assert torch.equal(grad, expected.float())
+
+
+@every_op
+def test_tensors_without_memory(case):
+    """On "meta", where shapes are planned: shapes of the output and of every gradient."""
+    op, tensors = case()
+    expected = forward_and_gradients(op, tensors)
+    found = forward_and_gradients(op, [t.to("meta") for t in tensors])
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in expected]
+    assert all(x.is_meta for x in found)
 
 
 @every_op

@@ -1,4 +1,4 @@
-"""Quantized frozen layers: the plain road runs them as they are, and explain() says so."""
+"""Quantized frozen layers: the eager path runs them as they are, and explain() says so."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from pgn_fast import ops
 from pgn_fast.backbone import packed
 from pgn_fast.backbone.options import FastOptions
 from pgn_fast.ops import dispatch
+from pgn_fast.ops.examples import Sizes, examples
 
 PACKAGE = Path(pgn_fast.__file__).parent
 
@@ -54,7 +55,26 @@ def op_cases() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     }
 
 
+def by_example(op: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The same of an op's first example: a function of the tensors that get a gradient."""
+    tiny = Sizes(B=2, D=4, h=2, patch=2, image=4, P=3, K=4)
+    example = examples(op, tiny, torch.float64, torch.device("cpu"))[0]
+
+    def run(backend: str | None, *leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        tensors = [
+            next(given) if t.requires_grad else t.to(leaves[0]) if t.is_floating_point() else t
+            for t in example.tensors
+        ]
+        outputs = example.call(backend)(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return torch.cat([x.flatten() for x in outputs])
+
+    return run, [t.detach() for t in example.tensors if t.requires_grad]
+
+
 CASES = op_cases()
+CASES |= {op: by_example(op) for op, row in dispatch.OPS.items() if row.timed and op not in CASES}
 every_op = pytest.mark.parametrize("name", CASES)
 
 

@@ -40,7 +40,10 @@ WORDS = {
     "British spelling": rf"({'|'.join(VERBS.split())})is(e|ed|er|es|ing|ation|able)"
     rf"|{'|'.join(BRITISH.split())}",
     '"behind" where "after" is meant': "behind (" + AFTER.replace("\n", "") + r")\b",
-    "no term of the field": r"(house|room|road) of\b",
+    "no term of the field": r"(house|room|roads?) of\b|(both|plain|fast|whole) roads?"
+    r"|plain (py)?torch|matrix products?|columns dense"
+    r"|(dispatch|support|packed|cache)\.refusal|(?!test_)\w+_refusal\b",
+    "no idiom of English": "anew|brings along|brought along|not to be had|walks? along|hoped-for",
     "not about the software": r"claude|anthropic|chatgpt|subagent|worktree|issue #?\d{1,2}\b",
 }
 

@@ -118,7 +118,8 @@ class FastBackbone:
         it, without prompts; ``x`` and ``rope`` of block 0 as ``embed`` gives them."""
         entering = Embedded(x, x.shape[1], rope, None, inside=False, block=begin)
         readout = Readout(prompts=False, stop=end - 1)
-        return self._run_blocks(entering, NO_PROMPTS, readout, False, None)
+        steps = block_steps(NO_PROMPTS, len(self.backbone.blocks), False)
+        return self._run_blocks(entering, NO_PROMPTS, readout, steps, None)
 
     def _run_blocks(
         self,
@@ -139,6 +140,7 @@ class FastBackbone:
         if autocast and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device_type)
         weights = self.cache.weights(dtype)
+
         # folded weights are in autocast's dtype already; live ones are cast by autocast
         with torch.autocast(device_type, dtype, enabled=autocast and not folds):
             ready = self._keys_values_at_once(x, weights, steps)

@@ -134,8 +134,8 @@ def _savings(
     copy = engine.cache.matrix_bytes() / 1e6
     yield (
         "packed",
-        f"frozen weights are packed for {packed.library()}'s products (+{copy:.1f} MB for each "
-        "direction)",
+        f"frozen weights are packed for {packed.gemm_library()}'s products (+{copy:.1f} MB for "
+        "each direction)",
         off(options.packed, engine.cache.packed_unsupported_reason(engine.cache.dtype)),
     )
     reason = engine.cache.embed_unsupported_reason

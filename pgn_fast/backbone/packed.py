@@ -27,7 +27,7 @@ _KEPT = 2
 
 
 @functools.cache
-def library() -> str | None:
+def gemm_library() -> str | None:
     """Which library packs weights on this processor, "mkl" or "onednn"; None where neither can."""
     if _native.build_info().get("cpu_vendor") == "intel" and _has_mkl():
         return "mkl"
@@ -42,7 +42,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why weights cannot be packed; None where they can."""
     if device.type != "cpu" or dtype != torch.float32:
         return f"float32 weights are packed on cpu, these are {dtype} on {device.type}"
-    return None if library() else f"no library packs weights here: {onednn.missing()}"
+    return None if gemm_library() else f"no library packs weights here: {onednn.missing()}"
 
 
 @dataclass
@@ -79,7 +79,7 @@ class PackedLinear(FrozenLinear):
         rows = x.numel() // x.shape[-1]
         if rows < _MIN_ROWS or x.dtype != torch.float32:
             return frozen_linear(x, weight, bias)
-        if library() == "onednn":
+        if gemm_library() == "onednn":
             found = self.packed.get((transposed, 0))
             if found is None:
                 found = self.packed[transposed, 0] = onednn.pack(weight), weight

@@ -198,7 +198,7 @@ def follow_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     Custom ops do not follow autocast by themselves. float64 stays, as in torch.
     """
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch has no autocast there
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

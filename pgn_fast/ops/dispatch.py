@@ -64,7 +64,7 @@ OPS: dict[str, OpRow] = {}  # by name, filled by register_op as pgn_fast.ops is 
 # Devices on which prompt_attention without any prompts beats torch's own attention.
 PREFER_OVER_SDPA = ("cpu",)
 
-Sizes = tuple[tuple[str, int], ...]  # a mapping's items: hashable
+_SizeItems = tuple[tuple[str, int], ...]  # a mapping's items: hashable
 
 
 def row(op: str) -> OpRow:
@@ -120,7 +120,7 @@ def _resolve(
     op: str,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
-    sizes: Sizes,
+    sizes: _SizeItems,
     requested: str | None,
 ) -> tuple[str, str | None]:
     reason = None
@@ -148,7 +148,7 @@ def unsupported_reason(
 
 
 def _unsupported_reason(
-    backend: str, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes
+    backend: str, op: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: _SizeItems
 ) -> str | None:
     prefix = f"{op}: backend={backend!r} cannot run: "
     if backend not in BACKENDS:
@@ -257,7 +257,7 @@ def select_kernel(
 
 @functools.lru_cache(maxsize=4096)
 def _select(
-    op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: Sizes
+    op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...], sizes: _SizeItems
 ) -> Callable[..., Any]:
     if backend == "auto":
         return _kernel(_resolve(op, device, dtypes, sizes, None)[0], op)

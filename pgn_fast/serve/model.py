@@ -187,4 +187,4 @@ def _engine(model: Any, preprocessing: Preprocessing) -> FastBackbone | None:
     if tokens * sum(p.numel() for p in model.blocks.parameters()) < ENGINE_FROM:
         return None
     engine = FastBackbone(model)
-    return engine if engine.cache.refusal is None else None
+    return engine if engine.cache.unsupported_reason is None else None
