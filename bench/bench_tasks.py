@@ -94,7 +94,7 @@ def bench_equal_prompts(compare, quick, vit) -> None:
 
 
 def bench_gemms(compare, quick, vit) -> None:
-    """The blocks' matrix products alone, by the rows of all images or of one at a time: what a
+    """The blocks' GEMMs alone, by the rows of all images or of one at a time: what a
     batch can win on a machine that one image keeps busy."""
     B = 2 if quick else BATCH
     T, depth = vit.patch_embed.num_patches + vit.num_prefix_tokens, len(vit.blocks)
@@ -109,7 +109,7 @@ def bench_gemms(compare, quick, vit) -> None:
                     layer(part.flatten(0, 1))
 
     steps = {"ours": lambda: products(B), "own": lambda: products(1)}
-    case = f"of that the matrix products: {B} images at once, or one by one"
+    case = f"of that the GEMMs: {B} images at once, or one by one"
     compare(case, steps, {"ours over own": ["own"]})
 
 

@@ -474,7 +474,7 @@ def test_a_folder_takes_only_its_own_tasks_away(folder, tmp_path):
 
 
 def test_a_task_may_be_put_into_place_in_one_step_or_in_many(folder, tmp_path, caplog):
-    """A link that is set anew, a folder that is renamed: no look finds the task gone. Half a copy
+    """A link that is set again, a folder that is renamed: no look finds the task gone. Half a copy
     is no task, and keeps the one that is served."""
     stock, served = tmp_path / "stock", tmp_path / "served"
     served.mkdir()
