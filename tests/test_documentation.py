@@ -88,6 +88,19 @@ def test_no_commands_stand_in_a_block_without_a_language():
         assert not re.match(r"(pgn-fast|python|pytest|make|pip|curl|torchrun|cd) ", code), page
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_outside_the_site_lead_somewhere(page):
+    """``mkdocs build --strict`` looks at those of docs/."""
+    text = page.read_text()
+    heads = {
+        re.sub(r"[^\w -]", "", h).replace(" ", "-") for h in re.findall("^#+ (.*)$", text, re.M)
+    }
+    heads = {head.lower() for head in heads}
+    for place, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        assert (ROOT / place).exists(), place
+        assert place or anchor in heads, anchor
+
+
 def test_every_script_is_named_where_people_look():
     places = [*PAGES, ROOT / "Makefile", *(ROOT / "tests").glob("*.py")]
     named = "".join(place.read_text() for place in places if place != Path(__file__))
