@@ -22,11 +22,11 @@ from . import __version__
 from .errors import UserError
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
-# packages that write the format and that run it for the comparison, and how to install them
+# packages that write the format and that run it for the comparison; the extra has its name
 _NEEDS = {
-    "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx onnxscript onnxruntime"),
-    "pt2": ((), ""),
-    "openvino": (("onnx", "onnxscript", "openvino"), "onnx onnxscript openvino"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "pt2": (),
+    "openvino": ("onnx", "onnxscript", "openvino"),
 }
 _IMAGES, _BATCH = 256, 32
 
@@ -79,9 +79,9 @@ class _Plain(nn.Module):
 
 def missing(format: str) -> str | None:
     """What a format needs that is not installed, as one line; None where nothing is."""
-    packages, install = _NEEDS[format]
-    absent = [p for p in packages if importlib.util.find_spec(p) is None]
-    return f"{', '.join(absent)} not installed: pip install {install}" if absent else None
+    absent = [p for p in _NEEDS[format] if importlib.util.find_spec(p) is None]
+    hint = f"pip install 'pgn_fast[{format}]'"
+    return f"{', '.join(absent)} not installed: {hint}" if absent else None
 
 
 def export(

@@ -118,4 +118,4 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert cli.main([*given, "--output", str(tmp_path / "nowhere" / "model.pt2")]) == 2
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["export", str(tmp_path / "run")]) == 2
-    assert "pip install onnx onnxscript onnxruntime" in capsys.readouterr().err
+    assert "pip install 'pgn_fast[onnx]'" in capsys.readouterr().err

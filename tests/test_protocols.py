@@ -405,7 +405,7 @@ def test_saved_data_without_the_package(tmp_path, monkeypatch):
     (tmp_path / "dtd").mkdir()
     (tmp_path / "dtd/dataset_dict.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="not installed: pip install datasets"):
+    with pytest.raises(UserError, match=r"not installed: pip install 'pgn_fast\[datasets\]'"):
         splits_of("vtab/dtd", tmp_path)
 
 

@@ -219,7 +219,7 @@ def _hugging_face(data: DataSet, place: Place) -> Layout:
     except ImportError as error:
         raise UserError(
             f"data: {place.title} was saved by Hugging Face's datasets, which is not installed: "
-            "pip install datasets"
+            "pip install 'pgn_fast[datasets]'"
         ) from error
     from ..given import given_split
 
