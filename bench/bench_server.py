@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import rows
 import torch
 from level import LEVEL
@@ -387,31 +388,30 @@ PASSES = (
 )
 
 
-def bench_passes(measure, quick) -> None:
+@pytest.mark.parametrize("arch, size, images, compiled", PASSES)
+def bench_passes(measure, quick, arch, size, images, compiled) -> None:
     """What runs a frozen model fastest, in one thread, as the server's workers do: timm's own
     operations, the engine, or the code that inductor compiles for one size of batch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for arch, size, images, compiled in PASSES[:1] if quick else PASSES:
-        kwargs = {} if arch == demo.NAME else {"pretrained": False, "img_size": size}
-        model = load_backbone(arch, **kwargs)
-        engine, readout = FastBackbone(model), Readout(rows=rows_read(model), prompts=False)
+    kwargs = {} if arch == demo.NAME else {"pretrained": False, "img_size": size}
+    model = load_backbone(arch, **kwargs)
+    engine, readout = FastBackbone(model), Readout(rows=rows_read(model), prompts=False)
 
-        def timms(x: Tensor, model: Any = model) -> Tensor:
-            return model.forward_head(model.forward_features(x), pre_logits=True)
+    def timms(x: Tensor) -> Tensor:
+        return model.forward_head(model.forward_features(x), pre_logits=True)
 
-        def ours(x: Tensor, model: Any = model, engine: Any = engine, r: Any = readout) -> Tensor:
-            return model.forward_head(engine.encode(x, NO_PROMPTS, r), pre_logits=True)
+    def ours(x: Tensor) -> Tensor:
+        return model.forward_head(engine.encode(x, NO_PROMPTS, readout), pre_logits=True)
 
-        runs = {"timm": timms, "ours": ours}
-        if compiled and LEVEL != "chosen":
-            torch.compiler.reset()
-            runs["compile"] = torch.compile(timms)
-        x = torch.randn(images, 3, size, size)
-        steps = {who: (lambda run=run, x=x: run(x)) for who, run in runs.items()}
-        with torch.inference_mode():
-            case = f"a pass of {images} images, {arch} of {size} pixels, one thread"
-            measure(steps, suite="server", case=case, dtype=torch.float32)
+    runs = {"timm": timms, "ours": ours}
+    if compiled and LEVEL != "chosen":
+        runs["compile"] = torch.compile(timms)
+    x = torch.randn(images, 3, size, size)
+    steps = {who: (lambda run=run: run(x)) for who, run in runs.items()}
+    case = f"a pass of {images} images, {arch} of {size} pixels, one thread"
+    with torch.inference_mode():
+        measure(steps, suite="server", case=case, dtype=torch.float32)
     torch.set_num_threads(threads)
 
 
