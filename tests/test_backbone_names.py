@@ -10,6 +10,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from small_world import MODEL, SIZES, tiny_vit
 from timm.models import save_for_hf
 
@@ -116,6 +117,54 @@ def test_a_folder_of_transformers(tmp_path):
     assert config["base_model_name_or_path"] is None
     with pytest.raises(UserError, match="does not name its backbone"):
         pgn_fast.from_pretrained(tmp_path / "adapter")
+
+
+CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 8}  # fmt: skip
+
+
+def clip_folder(path, projection):
+    """A whole CLIP whose image tower's own configuration says another width than its file has."""
+    transformers = pytest.importorskip("transformers")
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vocab_size": 50, "projection_dim": 24}  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config={**CLIP, "projection_dim": projection}, projection_dim=24
+    )
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*no image processor")
+def test_a_file_that_is_not_of_its_configuration_is_refused_by_a_sentence(tmp_path, capfd):
+    clip_folder(tmp_path / "other", 40)
+    message = r"visual_projection\.weight is \(24, 32\) in its file, and \(40, 32\) by its config"
+    with pytest.raises(ValueError, match=message):
+        load_backbone(str(tmp_path / "other"))
+    original = clip_folder(tmp_path / "same", 24)
+    twin = load_backbone(str(tmp_path / "same"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = original.get_image_features(images)
+        expected = getattr(expected, "pooler_output", expected)
+        assert torch.allclose(twin(images), expected, atol=1e-5)
+    # the text tower's tensors were not read, and nobody has to be told
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore:.*no image processor")
+def test_weights_that_are_not_in_the_file_are_not_made_up(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP))
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in state if name.endswith("mlp.fc2.weight"))
+    del state[lost]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its file lacks .*mlp\.fc2\.weight of CLIPVisionModel"):
+        load_backbone(str(tmp_path))
 
 
 def test_a_twin_is_recorded_by_its_id(tmp_path):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .. import hub
 from ..backbone.load import OPEN_CLIP_CONFIG, parse_name
+from ..backbone.twins import TwinRefused
 from ..errors import UserError, as_user_error, shown
 from ..models.heads import backbone_logits
 
@@ -143,6 +144,8 @@ def _open_clip(title: str, name: str, tag: str | None = None) -> Tower:
 def _transformers(title: str, location: str, settings: dict[str, Any]) -> Tower:
     import transformers
 
+    from ..backbone.twins.transformers import from_pretrained
+
     folder = Path(location).is_dir()
     name, revision = (location, None) if folder else hub.split_revision(location)
     options = {"trust_remote_code": False, "revision": revision or "main"}
@@ -152,8 +155,8 @@ def _transformers(title: str, location: str, settings: dict[str, Any]) -> Tower:
         kind = transformers.AutoModel
     with hub.asked(f"the text tower of {title}"), as_user_error(RuntimeError):
         try:
-            model = kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **options)
-        except OSError as error:
+            model = from_pretrained(kind, name, **options)
+        except (OSError, TwinRefused) as error:
             raise UserError(f"`text_model`: {title} cannot be loaded ({error}).") from error
     if not hasattr(model, "get_text_features"):
         raise _no_text(title)

@@ -10,8 +10,10 @@ place in timm's classes and are left out: the twin pools the class token as it i
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def load(location: str, revision: str | None, config: Mapping[str, Any], pretrai
     if not pretrained:
         return kind(kind.config_class.from_pretrained(location, **options))
     try:
-        return kind.from_pretrained(location, use_safetensors=True, dtype=torch.float32, **options)
+        return from_pretrained(kind, location, **options)
     except OSError as error:
         if "safetensors" not in str(error):
             raise
@@ -119,6 +121,50 @@ def load(location: str, revision: str | None, config: Mapping[str, Any], pretrai
             f"{location} has no model.safetensors; load it with transformers yourself, which may "
             "take the older format, and pass the model"
         ) from error
+
+
+def from_pretrained(kind: Any, location: str, **options: Any) -> Any:
+    """``kind.from_pretrained`` in float32 from safetensors, silent and strict: its report on
+    standard error is no answer, and tensors that it leaves at random are no weights.
+
+    Raises:
+        TwinRefused: a tensor is missing, or has another shape than the configuration says.
+    """
+    options |= {"use_safetensors": True, "dtype": torch.float32}
+    with _silence():
+        model, report = kind.from_pretrained(
+            location, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise TwinRefused(
+            f"{location}: {name} is {tuple(stored)} in its file, and {tuple(wanted)} by its "
+            "config.json; one of them belongs to another model"
+        )
+    missing = sorted(name for name in report["missing_keys"] if not _UNUSED.search(name))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise TwinRefused(f"{location}: its file lacks {missing[0]}{more} of {kind.__name__}")
+    return model
+
+
+# what no twin reads: a pooler with a layer of its own, and what stands for masked patches
+_UNUSED = re.compile(r"(^|\.)(pooler\.|mask_token$)")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Neither progress bars nor warnings of transformers."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def unwrap(model: nn.Module) -> Any:
