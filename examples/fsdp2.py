@@ -25,6 +25,6 @@ for images, labels in zip(*(t.split(BATCH) for t in digits()), strict=True):
 whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 if rank == 0:
     saved = prompted()
-    saved.load_adapter_state_dict({n: t for n, t in whole.items() if not n.startswith("backbone.")})
+    saved.load_adapter_state_dict(whole)
     saved.save_pretrained(output())
 dist.destroy_process_group()

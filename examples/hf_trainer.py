@@ -3,10 +3,7 @@
 from common import BATCH, LR, digits, output, prompted
 from transformers import Trainer, TrainingArguments
 
-import pgn_fast
-
-# without this line each checkpoint would hold the whole backbone, too
-model = pgn_fast.adapter_checkpoints(prompted())
+model = prompted()
 images, labels = digits()
 data = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
 folder = output()

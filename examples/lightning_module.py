@@ -8,14 +8,12 @@ from common import BATCH, LR, digits, output, prompted
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import pgn_fast
-
 
 class Prompted(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         # without it each checkpoint would hold the whole backbone, too
-        self.model = pgn_fast.adapter_checkpoints(prompted())
+        self.model = prompted()
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         images, labels = batch

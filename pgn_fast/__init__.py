@@ -26,7 +26,6 @@ _EXPORTS = {
     "GamutLibrary": "inversion",
     "invert": "inversion",
     "from_pretrained": "adapters.repository",
-    "adapter_checkpoints": "adapters.checkpoints",
     "load_backbone": "backbone.load",
     "TaskBank": "tasks",
     "capture": "cuda_graphs",
@@ -58,7 +57,6 @@ _MODULES = (
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
-    from .adapters.checkpoints import adapter_checkpoints as adapter_checkpoints
     from .adapters.repository import from_pretrained as from_pretrained
     from .backbone.load import load_backbone as load_backbone
     from .backbone.schedule import KeyValues as KeyValues

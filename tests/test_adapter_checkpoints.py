@@ -20,14 +20,13 @@ IMAGES = torch.linspace(-2, 2, 8 * 3 * 16 * 16).reshape(8, 3, 16, 16).sin()
 
 def prompted(seed=0):
     torch.manual_seed(0)
-    model = pgn_fast.VPT(tiny_vit(seed), 3, num_prompts=2, dropout=0.1)
-    return pgn_fast.adapter_checkpoints(model)
+    return pgn_fast.VPT(tiny_vit(seed), 3, num_prompts=2, dropout=0.1)
 
 
 def test_the_state_is_what_is_trained():
     model = prompted()
     state = model.state_dict()
-    assert set(state) == {*model.adapter_state_dict(), "backbone.digest"}
+    assert set(state) == {*model.adapter_state_dict(), "_extra_state"}
     assert {"prompter.prompts", "head.weight", "head.bias"} <= set(state)
     other = prompted()
     nn.init.normal_(other.head.weight)
@@ -42,9 +41,8 @@ def test_the_state_is_what_is_trained():
     assert other.load_state_dict(state, strict=False).missing_keys == ["head.bias"]
 
 
-def test_it_is_done_once_and_survives_a_copy():
-    model = pgn_fast.adapter_checkpoints(prompted())
-    assert len(model._state_dict_hooks) == 1
+def test_it_survives_a_copy():
+    model = prompted()
     again = copy.deepcopy(model)
     assert set(again.state_dict()) == set(model.state_dict())
     assert list(again.load_state_dict(model.state_dict())) == [[], []]
@@ -58,7 +56,7 @@ def test_other_frozen_weights_are_refused():
 def test_inside_of_another_module():
     outer = nn.ModuleDict({"model": prompted()})
     state = outer.state_dict()
-    assert "model.backbone.digest" in state
+    assert "model._extra_state" in state
     assert not any("blocks" in name for name in state)
     assert list(nn.ModuleDict({"model": prompted()}).load_state_dict(state)) == [[], []]
 
@@ -70,16 +68,52 @@ def test_what_is_trained_inside_of_the_backbone_is_kept():
         model = pgn_fast.VPT(peft.inject_adapter_in_model(config, tiny_vit()), 3, num_prompts=1)
     for name, p in model.backbone.named_parameters():
         p.requires_grad_("lora_" in name)
-    state = pgn_fast.adapter_checkpoints(model).state_dict()
+    state = model.state_dict()
     assert sum("lora_" in name for name in state) == 4
     assert not any("base_layer" in name for name in state)
 
 
 def test_baselines():
-    probe = pgn_fast.adapter_checkpoints(LinearProbe(tiny_vit(), 3))
-    assert set(probe.state_dict()) == {"head.weight", "head.bias", "backbone.digest"}
-    with pytest.raises(ValueError, match="the whole backbone is trained"):
-        pgn_fast.adapter_checkpoints(FineTuned(tiny_vit(), 3))
+    probe = LinearProbe(tiny_vit(), 3)
+    assert set(probe.state_dict()) == {"head.weight", "head.bias", "_extra_state"}
+    # all of it is trained
+    assert "blocks.0.mlp.fc1.weight" in " ".join(FineTuned(tiny_vit(), 3).state_dict())
+
+
+def test_another_dtype_cannot_be_compared():
+    state, half = prompted().state_dict(), prompted()
+    half.backbone.half()
+    assert list(half.load_state_dict(state)) == [[], []]
+
+
+def test_a_kept_head_counts():
+    model, other = (pgn_fast.VPT(tiny_vit(), head="keep", num_prompts=1) for _ in range(2))
+    assert list(other.load_state_dict(model.state_dict())) == [[], []]
+    with torch.no_grad():
+        other.backbone.head.bias.add_(1)
+    with pytest.raises(UserError, match="other weights"):
+        other.load_state_dict(model.state_dict())
+
+
+def test_torchs_own_checkpoints(tmp_path):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other = prompted(), prompted()
+    nn.init.normal_(model.head.weight)
+    checkpoint.save(get_model_state_dict(model), checkpoint_id=tmp_path, no_dist=True)
+    state = get_model_state_dict(other)
+    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(other, state)
+    assert torch.equal(other.head.weight, model.head.weight)
+
+
+def test_who_exports_or_records_sees_all():
+    model = prompted().eval()
+    assert set(model.state_dict(keep_vars=True)) == set(nn.Module.state_dict(model))
+    with torch.no_grad():
+        program = torch.export.export(model, (IMAGES,))
+        assert torch.allclose(program.module()(IMAGES), model(IMAGES), atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -328,7 +328,7 @@ def test_memory_plans_keep_fewer_bytes() -> None:
 def _bytes_kept(model: nn.Module, images: Tensor) -> int:
     """Bytes that autograd keeps for backward, weights aside."""
     model(images)  # folds
-    weights = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     if model.engine is not None:
         for block in model.engine.cache.weights(torch.float32):
             weights |= {t.untyped_storage().data_ptr() for t in block.tensors()}

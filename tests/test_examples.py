@@ -58,10 +58,10 @@ def test_equals_the_plain_loop(name, plain, tmp_path):
     if name == "lightning_module":
         checkpoint = torch.load(tmp_path / f"{name}.ckpt", weights_only=False)
         saved = {n.removeprefix("model.") for n in checkpoint["state_dict"]}
-        assert saved == {*plain, "backbone.digest"}
+        assert saved == {*plain, "_extra_state"}
     if name == "hf_trainer":
         file = tmp_path / f"{name}-checkpoints" / "checkpoint-2" / "model.safetensors"
-        assert safetensors.torch.load_file(file).keys() == {*plain, "backbone.digest"}
+        assert safetensors.torch.load_file(file).keys() == {*plain, "_extra_state"}
 
 
 def test_the_plain_loop_trains(plain):

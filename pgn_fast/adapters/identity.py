@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._values import plain
-from ..backbone.digest import backbone_digest
+from ..backbone.digest import backbone_digest, known_digest
 from ..backbone.load import DEMO_NAME, load_recorded, parse_name
 from ..errors import UserError, shown
 from ..models.heads import KeptHead
@@ -26,8 +25,6 @@ _SHAPE = ("embed_dim", "depth", "patch_size", "in_chans")
 _SETTINGS = ("img_size", "global_pool", "num_prefix_tokens", "class_token")
 # keyword arguments of timm's models that the backbone itself shows
 _SHOWN = ("img_size", "global_pool", "in_chans", "dynamic_img_size", "reg_tokens", "class_token")
-
-_digests: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def describe(model: Any, *, trained: bool) -> dict[str, Any]:
@@ -193,22 +190,3 @@ def differences(config: Mapping[str, Any], model: Any) -> list[str]:
                 f"{digest[:12]})"
             )
     return told
-
-
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """Changes when a tensor is replaced or written, also through ``.data`` as a whole."""
-    if hasattr(tensor, "__tensor_flatten__"):  # quantized, for one: its bytes are in other tensors
-        return tuple(_state(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    version = 0 if tensor.is_inference() else tensor._version
-    first = str(tensor.detach().reshape(-1)[:1].tolist())  # as text, in which NaN equals itself
-    return tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), first
-
-
-def known_digest(backbone: nn.Module, head: bool) -> str:
-    """``backbone_digest``, computed once for many adapters on one backbone."""
-    key = head, tuple(map(_state, (*backbone.parameters(), *backbone.buffers())))
-    known = _digests.get(backbone)
-    if known is None or known[0] != key:
-        known = key, backbone_digest(backbone, head=head)
-        _digests[backbone] = known
-    return known[1]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 # bytes that are copied to the host at a time
 _CHUNK = 1 << 24
+
+_digests: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
 def backbone_digest(backbone: nn.Module, *, head: bool = False) -> str:
@@ -60,3 +64,22 @@ def _digest(name: str, tensor: Tensor) -> bytes:
     for chunk in data.split(_CHUNK):
         found.update(chunk.cpu().numpy())
     return found.digest()
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """Changes when a tensor is replaced or written, also through ``.data`` as a whole."""
+    if hasattr(tensor, "__tensor_flatten__"):  # quantized, for one: its bytes are in other tensors
+        return tuple(_state(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    version = 0 if tensor.is_inference() else tensor._version
+    first = str(tensor.detach().reshape(-1)[:1].tolist())  # as text, in which NaN equals itself
+    return tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), first
+
+
+def known_digest(backbone: nn.Module, head: bool) -> str:
+    """``backbone_digest``, computed once for many adapters on one backbone."""
+    key = head, tuple(map(_state, (*backbone.parameters(), *backbone.buffers())))
+    known = _digests.get(backbone)
+    if known is None or known[0] != key:
+        known = key, backbone_digest(backbone, head=head)
+        _digests[backbone] = known
+    return known[1]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._stored import check_shapes, plain_name
+from .checkpoints import AdapterCheckpoints
 
 # what PEFT's and timm's models have, and what does it here
 MANY = "a model holds one adapter; pgn_fast.TaskBank(backbone) holds many and mixes them in a batch"
@@ -29,7 +30,7 @@ _ELSEWHERE = {
 }
 
 
-class AdapterInterface(nn.Module):
+class AdapterInterface(AdapterCheckpoints):
     """What code written for PEFT asks a model for. The adapter is all but the backbone."""
 
     # of PromptedViT
@@ -70,7 +71,7 @@ class AdapterInterface(nn.Module):
         """
         return {
             plain_name(name): value
-            for name, value in self.state_dict().items()
+            for name, value in nn.Module.state_dict(self).items()
             if not name.startswith("backbone.")
         }
 
@@ -84,7 +85,7 @@ class AdapterInterface(nn.Module):
             check_shapes(self.adapter_state_dict(), state)
         except ValueError as error:
             raise RuntimeError(f"adapter state: {error}") from error
-        own = {plain_name(name): name for name in self.state_dict()}
+        own = {plain_name(name): name for name in nn.Module.state_dict(self)}
         self.load_state_dict({own[name]: value for name, value in state.items()}, strict=False)
 
     def save_pretrained(

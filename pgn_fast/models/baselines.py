@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._stored import plain_name
 from ..backbone.load import load_backbone
 from ..backbone.schedule import FrozenTokens
+from .checkpoints import AdapterCheckpoints
 from .heads import linear_head
 
 
@@ -20,7 +21,7 @@ def _classify(head: nn.Module, pooled: Tensor) -> Tensor:
     return head(pooled if own is None else pooled.to(own.dtype))
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(AdapterCheckpoints):
     """A trained linear layer on the pooled features of a frozen backbone.
 
     Args:

@@ -1,0 +1,101 @@
+"""State dicts of models on a frozen backbone: what is trained, and which backbone it stood beside.
+
+Hugging Face's Trainer, accelerate, Lightning and timm save ``model.state_dict()`` and give it back
+to ``load_state_dict``: what they save is the adapter alone, without a line in the user's script. In
+the place of the frozen tensors stands the digest of their bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.digest import known_digest
+from ..errors import UserError
+from .heads import KeptHead
+
+# torch's own name for what a module stores beside its tensors; here text as bytes, "dtype digest"
+_BESIDE = "_extra_state"
+
+
+class AdapterCheckpoints(nn.Module):
+    """A model whose ``state_dict()`` is what is trained.
+
+    ``load_state_dict`` takes such a state and whole ones, also with ``strict=True``. It raises a
+    UserError where the state was saved beside other frozen weights of the same dtype. Sharded
+    weights (FSDP) have no digest of their own, and none is saved; nor is one where some of the
+    backbone is trained.
+    """
+
+    backbone: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_check_backbone)
+        self.register_load_state_dict_post_hook(_expect_no_backbone)
+
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """As of ``nn.Module``, without the frozen tensors of the backbone.
+
+        Args:
+            keep_vars: the parameters themselves, which torch asks for where it exports or records
+                a model: all of them.
+        """
+        state = super().state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        if not keep_vars:
+            for name in _frozen(self):
+                state.pop(prefix + name, None)
+            if (beside := _beside(self)) is not None:
+                state[prefix + _BESIDE] = beside
+        return state
+
+
+def _frozen(model: AdapterCheckpoints) -> set[str]:
+    """Names of the backbone's tensors that are not trained."""
+    trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+    return {f"backbone.{name}" for name in model.backbone.state_dict() if name not in trained}
+
+
+def _beside(model: AdapterCheckpoints) -> Tensor | None:
+    """Dtype and digest of the frozen backbone as bytes; None where parts of it are elsewhere."""
+    parameters = list(model.backbone.parameters())
+    if any(p.requires_grad or hasattr(p, "device_mesh") or p.is_meta for p in parameters):
+        return None
+    digest = known_digest(model.backbone, isinstance(model.head, KeptHead))
+    text = f"{parameters[0].dtype} {digest}".removeprefix("torch.")
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _check_backbone(model: AdapterCheckpoints, state: Any, prefix: str, *_: Any) -> None:
+    saved = state.pop(prefix + _BESIDE, None)
+    own = None if saved is None else _beside(model)
+    if saved is None or own is None:
+        return
+    (dtype, digest), (own_dtype, own_digest) = _words(saved), _words(own)
+    if dtype == own_dtype and digest != own_digest:
+        raise UserError(
+            f"the checkpoint was saved beside a frozen backbone with digest {digest[:12]}; this "
+            f"one has {own_digest[:12]}, other weights. Build the model on the backbone of that "
+            "training"
+        )
+
+
+def _words(beside: Tensor) -> tuple[str, str]:
+    dtype, _, digest = bytes(beside.tolist()).decode(errors="replace").partition(" ")
+    return dtype, digest
+
+
+def _expect_no_backbone(model: AdapterCheckpoints, keys: Any) -> None:
+    """The frozen tensors of the backbone are not missed, whatever the prefix of their names."""
+    frozen = _frozen(model)
+    keys.missing_keys[:] = [
+        name
+        for name in keys.missing_keys
+        if not any(name == f or name.endswith(f".{f}") for f in frozen)
+    ]
