@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from small_world import tiny_vit
 
+import pgn_fast
 from pgn_fast import _native, autotune
 from pgn_fast.autotune import cases
 from pgn_fast.cli import main
@@ -150,6 +152,66 @@ def test_a_damaged_file_is_no_file(cache, content):
     path.write_text(content)
     forget()
     assert chosen() == "cpu"
+
+
+def test_a_whole_model_that_is_slower_keeps_the_defaults_and_what_is_barred():
+    rows = [result(verdict="slower", speedup=0.5), result(op="add_layer_norm", verdict="barred")]
+    whole = {"verdict": "slower", "reason": "2 ms a step by what won, 1 ms by the defaults"}
+    kept = {"measured_at": "now", "model": "a model", "results": rows}
+    measured.save(CPU, {**kept, "whole_model": whole})
+    forget()
+    assert chosen() == "cpu"
+    assert chosen("add_layer_norm") == "reference"
+    assert any("the whole model: 2 ms a step" in line for line in measured.summary(CPU))
+    measured.save(CPU, {**kept, "whole_model": whole | {"verdict": "kept"}})
+    forget()
+    assert chosen() == "reference"
+
+
+@pytest.mark.parametrize("times, verdict", [
+    ((3.0, 2.0), "kept"),
+    ((2.0, 3.0), "slower"),
+    ((2.0, None), "slower"),
+    ((None, 2.0), "not reached"),
+])  # fmt: skip
+def test_one_comparison_of_whole_models_decides(monkeypatch, times, verdict):
+    default, tuned = times
+    asked = []
+
+    def run(words, seconds, changes):
+        asked.append((words[2], changes["PGN_FAST_PREFERENCE"]))
+        found = default if changes["PGN_FAST_PREFERENCE"] else tuned
+        return (1, "broken") if found is None else (0, f"a warning\n{found}\n")
+
+    monkeypatch.setattr(autotune, "run", run)
+    found = {"results": [result(verdict="slower", speedup=0.5)]}
+    whole = autotune._whole_model(CPU, SMALL, found, 100.0)
+    assert whole["verdict"] == verdict and "reason" in whole
+    assert asked[0] == ("pgn_fast.autotune.whole_model", "off")
+
+
+def test_whole_models_are_not_compared_where_the_defaults_won():
+    assert autotune._whole_model(CPU, SMALL, {"results": [result()]}, 100.0) is None
+
+
+def test_the_whole_model_runs_by_what_was_found(monkeypatch):
+    """For real, with a choice that differs from the default."""
+    monkeypatch.setattr(autotune, "WHOLE_ROUNDS", 1)
+    found = {"measured_at": "now", "model": "m", "results": [result(verdict="slower", speedup=0.5)]}
+    whole = autotune._whole_model(CPU, SMALL, found, 100.0)
+    assert whole["verdict"] in ("kept", "slower") and whole["ms"] > 0 and whole["default_ms"] > 0
+
+
+def test_explain_says_what_was_measured_and_what_is_a_default():
+    model = pgn_fast.VPT(tiny_vit(), 3, num_prompts=1)
+    assert "kernels: nothing measured here, defaults; run: pgn-fast autotune" in model.explain()
+    keep(result(), result(op="add_layer_norm", verdict="barred", reason="hangs", speedup=None))
+    text = model.explain()
+    assert (
+        "kernels: measured now with a model; mix_prompts cpu: preferred (2.00x eager torch); "
+        in (text)
+    )
+    assert "add_layer_norm cpu: barred (hangs); all others by default" in text
 
 
 def test_time_that_is_up_is_said():

@@ -11,11 +11,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ DTYPES = {
 BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 FASTER = 1.05  # a win by less is noise
 CASE_SECONDS = 40.0
+WHOLE_ROUNDS = 2  # processes for each side of the comparison of whole models
 
 
 def autotune(
@@ -55,7 +58,7 @@ def autotune(
     Returns:
         What ``measured.save`` keeps: "results", one row a case, with a "verdict": "preferred" (the
         op takes this backend here from now on), "slower", "barred", "refused" or "not reached",
-        and a "reason".
+        and a "reason"; and "whole_model", where what won is not what runs by default.
     """
     end, sizes = time.monotonic() + minutes * 60, sizes or cases.Sizes()
     rows: list[dict[str, Any]] = []
@@ -71,9 +74,60 @@ def autotune(
                 rows.append(row)
                 tell(f"{op} {name} {backend}: {row['verdict']} ({row['reason']})")
     at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"measured_at": at, "model": model, "sizes": asdict(sizes), "results": rows} | (
-        {"tiles": tiles} if tiles else {}
+    found = {"measured_at": at, "model": model, "sizes": asdict(sizes), "results": rows}
+    found |= {"tiles": tiles} if tiles else {}
+    whole = _whole_model(device, sizes, found, end - time.monotonic())
+    if whole is not None:
+        found["whole_model"] = whole
+        tell(f"the whole model: {whole['reason']}")
+    return found
+
+
+def _whole_model(
+    device: torch.device, sizes: cases.Sizes, found: dict[str, Any], seconds: float
+) -> dict[str, Any] | None:
+    """A training step of a model of these sizes by what won and by the defaults, in turns.
+
+    Returns:
+        "verdict": "kept", "slower" (the defaults stay) or "not reached", a "reason", and both
+        times; None where what won is what runs by default.
+    """
+    dtype = _first_other_choice(found["results"], device)
+    if dtype is None:
+        return None
+    left = min(seconds, 2 * CASE_SECONDS)
+    if left < 1:
+        return {"verdict": "not reached", "reason": "not compared, the time was up"}
+    times: dict[bool, list[float]] = {True: [], False: []}
+    with tempfile.TemporaryDirectory() as cache:
+        measured.save(device, found, Path(cache))
+        for tuned in (False, True) * WHOLE_ROUNDS:
+            changes = {"PGN_FAST_PREFERENCE": "" if tuned else "off", "XDG_CACHE_HOME": cache}
+            words = [str(device), dtype, json.dumps(asdict(sizes))]
+            words = command(words, "pgn_fast.autotune.whole_model")
+            status, output = run(words, left / (2 * WHOLE_ROUNDS), changes)
+            try:
+                times[tuned].append(float(output.strip().splitlines()[-1]))
+            except (ValueError, IndexError):
+                how = f"no answer or exit code {status}"
+                if tuned:
+                    return {"verdict": "slower", "reason": f"fails by what won ({how}): defaults"}
+                return {"verdict": "not reached", "reason": f"fails by the defaults, too ({how})"}
+    ours, plain = min(times[True]), min(times[False])
+    verdict = "kept" if ours <= plain else "slower"
+    reason = f"{ours:.2f} ms a step by what won, {plain:.2f} ms by the defaults: " + (
+        "kept" if verdict == "kept" else "the defaults stay"
     )
+    return {"verdict": verdict, "reason": reason, "ms": ours, "default_ms": plain}
+
+
+def _first_other_choice(rows: list[dict[str, Any]], device: torch.device) -> str | None:
+    """The first dtype in which what was found is not what runs by default."""
+    for row in rows:
+        default = row["backend"] in dispatch.row(row["op"]).preference.get(device.type, ())
+        if row["verdict"] == ("slower" if default else "preferred"):
+            return str(row["dtype"])
+    return None
 
 
 def _try(
@@ -109,14 +163,19 @@ def _try(
     return {"verdict": verdict, "reason": reason, "speedup": speedup, **found}
 
 
-def command(words: list[str]) -> list[str]:
-    """The worker's command line."""
-    return [sys.executable, "-m", "pgn_fast.autotune.worker", *words]
+def command(words: list[str], module: str = "pgn_fast.autotune.worker") -> list[str]:
+    """The command line of a process that measures."""
+    return [sys.executable, "-m", module, *words]
 
 
-def run(words: list[str], seconds: float) -> tuple[int | None, str]:
-    """Exit code (None: out of time) and output; the whole process group ends with the time."""
-    environment = {**os.environ, "PGN_FAST_PREFERENCE": "off"}
+def run(
+    words: list[str], seconds: float, changes: Mapping[str, str] = MappingProxyType({})
+) -> tuple[int | None, str]:
+    """Exit code (None: out of time) and output; the whole process group ends with the time.
+
+    ``changes``: of the environment, in which nothing that was found before counts.
+    """
+    environment = {**os.environ, "PGN_FAST_PREFERENCE": "off", **changes}
     process = subprocess.Popen(
         words,
         env=environment,

@@ -97,12 +97,13 @@ def measure(
     calls = case.call(backend), case.eager()
     for _ in range(ROUNDS + 2):
         for call, found in zip(calls, times, strict=True):
-            found.append(_milliseconds(partial(cases.results, call, case.tensors), device))
+            found.append(milliseconds(partial(cases.results, call, case.tensors), device))
     ours, plain = (sorted(t[2:])[ROUNDS // 2] for t in times)
     return ours, plain
 
 
-def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, of all that it started on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()

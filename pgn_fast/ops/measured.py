@@ -23,10 +23,12 @@ from .devices import stem
 FORMAT = 1
 
 
-def folder() -> Path:
-    """Where results are kept: the user's cache directory."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "pgn_fast" / "autotune"
+_FOLDER = Path("pgn_fast") / "autotune"
+
+
+def _cache() -> Path:
+    """The user's cache directory, in which results are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def device_name(device: torch.device) -> str:
@@ -53,10 +55,10 @@ def key(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def path(device: torch.device) -> Path:
+def path(device: torch.device, cache: Path | None = None) -> Path:
     """The file of a device; its name is made of the whole key."""
     digest = hashlib.sha256(json.dumps(key(device), sort_keys=True).encode()).hexdigest()[:16]
-    return folder() / f"{device.type}-{digest}.json"
+    return (cache or _cache()) / _FOLDER / f"{device.type}-{digest}.json"
 
 
 @functools.cache
@@ -82,9 +84,13 @@ def _triton_version() -> str | None:
         return None
 
 
-def save(device: torch.device, results: dict[str, Any]) -> Path:
-    """Keep results for later processes; raises OSError where the cache cannot be written."""
-    target = path(device)
+def save(device: torch.device, results: dict[str, Any], cache: Path | None = None) -> Path:
+    """Keep results for later processes, in another cache directory where one is given.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = path(device, cache)
     target.parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"key": key(device), **results}, indent=1) + "\n"
     _files.write_files({target: content.encode()})
@@ -94,7 +100,8 @@ def save(device: torch.device, results: dict[str, Any]) -> Path:
 
 def load(device: torch.device) -> dict[str, Any] | None:
     """What was measured on this very device, with these very kernels; None where nothing was."""
-    if os.environ.get("PGN_FAST_PREFERENCE", "").lower() == "off" or not folder().is_dir():
+    ignored = os.environ.get("PGN_FAST_PREFERENCE", "").lower() == "off"
+    if ignored or not (_cache() / _FOLDER).is_dir():
         return None
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else None
     return _load(torch.device(device.type, index) if index is not None else device)
@@ -111,9 +118,12 @@ def _load(device: torch.device) -> dict[str, Any] | None:
 
 
 def preference(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...] | None:
-    """Backends that won here, the fastest first; None where this op and dtype were not measured."""
+    """Backends that won here, the fastest first; None where this op and dtype were not measured, or
+    a whole model was slower by what won."""
     found = load(device)
-    rows = [r for r in found["results"] if _is(r, op, dtype)] if found else []
+    if found is None or found.get("whole_model", {}).get("verdict") == "slower":
+        return None
+    rows = [r for r in found["results"] if _is(r, op, dtype)]
     if not any(r["verdict"] in ("preferred", "slower", "barred") for r in rows):
         return None
     winners = [r for r in rows if r["verdict"] == "preferred"]
@@ -147,9 +157,34 @@ def summary(device: torch.device) -> list[str]:
     """One line on each op that was measured on this device, or one that says that none was."""
     found = load(device)
     if found is None:
-        return [f"{device.type}: nothing measured here, defaults; run: pgn-fast autotune"]
+        return [f"{device.type}: {_NOTHING}"]
     lines = [f"{device.type}: measured {found['measured_at']} with {found['model']}"]
     for r in found["results"]:
-        times = f"{r['speedup']:.2f}x eager PyTorch" if r.get("speedup") else r["reason"]
-        lines.append(f"  {r['op']} {r['dtype']} {r['backend']}: {r['verdict']} ({times})")
-    return lines
+        lines.append(f"  {r['op']} {r['dtype']} {r['backend']}: {_in_words(r)}")
+    if whole := found.get("whole_model"):
+        lines.append(f"  the whole model: {whole['reason']}")
+    return [*lines, "  whatever is not listed: defaults"]
+
+
+def note(device: torch.device, dtype: torch.dtype) -> str:
+    """What was measured on this device in one dtype, in one line, and what is only a default."""
+    found = load(device)
+    if found is None:
+        return _NOTHING
+    rows = [r for r in found["results"] if _is(r, r["op"], dtype)]
+    told = [f"{r['op']} {r['backend']}: {_in_words(r)}" for r in rows]
+    if whole := found.get("whole_model"):
+        told.append(f"the whole model: {whole['reason']}")
+    return f"measured {found['measured_at']} with {found['model']}; " + "; ".join(
+        [*told, "all others by default"]
+    )
+
+
+_NOTHING = "nothing measured here, defaults; run: pgn-fast autotune"
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    speedup = result.get("speedup")
+    return f"{result['verdict']} (" + (
+        f"{speedup:.2f}x eager PyTorch)" if speedup else f"{result['reason']})"
+    )
