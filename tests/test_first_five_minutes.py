@@ -37,6 +37,13 @@ def test_naflex_is_refused_by_a_sentence(options):
         pgn_fast.VPT(backbone, 10)
 
 
+def test_other_models_of_timm_are_refused_by_a_sentence():
+    """Before anything is downloaded."""
+    for name in ("resnet18", *timm.list_models("gemma4_vit*")[:1]):
+        with pytest.raises(ValueError, match=r"is not a vision transformer .*such as vit_"):
+            pgn_fast.VPT(name, 10)
+
+
 def test_another_input_size_is_refused_by_a_sentence():
     model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
     with pytest.raises(AttributeError, match=r"image size; build it on a backbone of the other"):
@@ -111,8 +118,19 @@ def test_pefts_adapter_names_point_to_the_bank():
 def test_the_bare_backbone_under_pefts_name():
     vit = tiny_vit()
     model = pgn_fast.VPT(vit, 10, num_prompts=1)
+    options = {"indices": [0, 1], "norm": True, "output_fmt": "NLC", "return_prefix_tokens": True}
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(IMAGES), vit(IMAGES))
+        assert torch.equal(model.forward_reference(IMAGES), vit(IMAGES))
+        tokens = model.forward_features(IMAGES)
+        assert torch.equal(model.forward_head(tokens), vit(IMAGES))
+        pooled = model.forward_head(tokens, pre_logits=True)
+        assert torch.equal(pooled, vit.forward_head(tokens, pre_logits=True))
+        final, found = model.forward_intermediates(IMAGES, **options)
+        expected, wanted = vit.forward_intermediates(IMAGES, **options)
+        assert torch.equal(final, expected)
+        pairs = zip(found, wanted, strict=True)
+        assert all(torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
 
 
 def test_pefts_own_reader_is_told_who_reads_it(tmp_path):
@@ -135,6 +153,13 @@ def test_a_hub_that_does_not_answer_is_one_sentence(command, monkeypatch, capsys
     assert cli.main([command, "me/pets", *images]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_publishing_without_a_hub_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    with pytest.raises(ValueError, match=r"^me/pets: HF_HUB_OFFLINE is set"):
+        model.push_to_hub("me/pets")
 
 
 def test_pefts_words_of_loading(tmp_path):
@@ -225,6 +250,39 @@ def test_transformers_names_of_images_and_labels():
     model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
     output = model(pixel_values=IMAGES, labels=torch.tensor([1, 2]))
     assert output.loss.requires_grad and output.logits.shape == (2, 10)
+
+
+DATA = [{"pixel_values": x, "labels": i} for i, x in enumerate(IMAGES)]
+
+
+def test_transformers_trainer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    before = model.head.bias.detach().clone()
+    transformers.Trainer(model, args, train_dataset=DATA).train()
+    assert not torch.equal(model.head.bias, before)
+
+
+def test_accelerate_and_timms_average_and_mixup():
+    accelerate = pytest.importorskip("accelerate")
+    from timm.data import Mixup
+    from timm.utils import ModelEmaV3
+
+    model = pgn_fast.VPT(tiny_vit(), 10, num_prompts=1)
+    average = ModelEmaV3(model, decay=0.5)
+    optimizer = torch.optim.SGD(model.trainable_parameters(), lr=0.1)
+    accelerator = accelerate.Accelerator(cpu=True)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    images, labels = Mixup(num_classes=10)(IMAGES.clone(), torch.tensor([1, 2]))
+    accelerator.backward(torch.nn.functional.cross_entropy(wrapped(images), labels))
+    optimizer.step()
+    average.update(model)
+    assert not torch.equal(average.module.head.bias, model.head.bias)
+    assert average.module(IMAGES).shape == (2, 10)
 
 
 def test_open_clip_and_torchvision():

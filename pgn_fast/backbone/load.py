@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm
+import torch
 from torch import nn
 
 from .. import hub
@@ -204,6 +205,7 @@ def _create_timm(
             + (f"; near it: {', '.join(near)}" if near else "; timm.list_models() names them all")
         )
     _refuse(name, timm.model_entrypoint(bare).__module__)
+    _refuse_before_download(bare)
     try:
         # weights from a file: the hub has nothing to say
         if not pretrained or kwargs.get("checkpoint_path"):
@@ -220,6 +222,19 @@ def _create_timm(
             "a network, give a local file: `pretrained_path` in training, or a model of "
             f"timm.create_model({name!r}, pretrained_cfg_overlay=dict(file=...), pretrained=True)"
         ) from error
+
+
+def _refuse_before_download(name: str) -> None:
+    """Refuse a model whose class no family has; looked at where timm's file of it has none."""
+    if timm.model_entrypoint(name).__module__ in {f.kind.__module__ for f in families.FAMILIES}:
+        return
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            shapes = timm.create_model(name, pretrained=False)
+        except Exception:
+            return  # it takes more than its name; building it says what
+    _refuse_class(shapes)
 
 
 def _create_transformers(
@@ -286,6 +301,15 @@ def _refuse(name: str, defined_in: str) -> None:
         )
 
 
+def _refuse_class(backbone: nn.Module) -> None:
+    if families.find(backbone) is None:
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} is not a vision transformer that prompts can "
+            f"enter: timm's classes {families.names()} are, such as vit_*, deit*_*, eva02_*, "
+            "beit*_*"
+        )
+
+
 def _checked(backbone: Any) -> Any:
     if not isinstance(backbone, nn.Module):
         raise TypeError(
@@ -301,11 +325,7 @@ def _checked(backbone: Any) -> Any:
             "layers beside the prompts"
         )
     _refuse(kind.__name__, kind.__module__)
-    if families.find(backbone) is None:
-        raise ValueError(
-            f"backbone: {kind.__name__} is not a vision transformer that prompts can enter: timm's "
-            f"classes {families.names()} are, such as vit_*, deit*_*, eva02_*, beit*_*"
-        )
+    _refuse_class(backbone)
     beside = sum("lora_" in name for name, _ in backbone.named_parameters())
     if beside:
         warnings.warn(

@@ -159,6 +159,8 @@ class PromptedViT(TimmInterface, FrozenBelow, AdapterInterface):
     def forward_reference(self, images: Tensor) -> Tensor:
         """The same logits by timm's own blocks, ``torch.cat`` and PyTorch's own ops."""
         self._follow_backbone()
+        if self._disabled:
+            return self.backbone(normalized(self.backbone, images))
         images, schedule = self._prompted(images, "reference")
         readout = self.readout
         tokens = encode_eager(self.backbone, images, schedule, readout)
@@ -173,6 +175,8 @@ class PromptedViT(TimmInterface, FrozenBelow, AdapterInterface):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens of ``forward_features`` to logits, or to pooled features (B, D)."""
+        if self._disabled:
+            return self.backbone.forward_head(x, pre_logits=pre_logits)
         if self.pool not in ("original", "img_pool"):
             raise ValueError(
                 f"pool={self.pool!r} reads prompt tokens, which forward_features has removed; call "

@@ -8,6 +8,7 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..backbone.inputs import normalized
 from ..backbone.readout import Readout
 from ..backbone.schedule import PromptSchedule
 from .heads import KeptHead, linear_head
@@ -23,6 +24,7 @@ class TimmInterface(nn.Module):
     adapter_config: dict[str, Any]
     class_names: Sequence[str] | None
     # of PromptedViT
+    _disabled: bool
     _prompted: Callable[..., tuple[Tensor, PromptSchedule]]
     _encode: Callable[..., Tensor]
 
@@ -130,6 +132,11 @@ class TimmInterface(nn.Module):
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}; known: NCHW, NLC")
         backbone = self.backbone
+        if self._disabled:
+            return backbone.forward_intermediates(
+                normalized(backbone, x), indices, return_prefix_tokens, norm, stop_early,
+                output_fmt, intermediates_only, output_dict,
+            )  # fmt: skip
         if isinstance(indices, Sequence):
             indices = list(indices)
         take, last = feature_take_indices(len(backbone.blocks), indices)
