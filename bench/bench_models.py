@@ -42,6 +42,7 @@ from rows import DEVICE, Row, spread
 from torch import nn
 
 from pgn_fast.backbone.options import FastOptions
+from pgn_fast.ops import onednn
 
 B16, B32, L14 = "vit_base_patch16_224", "vit_base_patch32_224", "vit_large_patch14_clip_224"
 # small batches, so that the default run is short
@@ -77,6 +78,9 @@ def bench_model(benchmark, quick, record, dtype, case: Case, mode: str) -> None:
     if ALL and case.num_prompts in (16, 50):
         packed = case.model(vit, FastOptions(packed=True)).train(mode == "train")
         steps["ours, packed"] = step(packed, packed)
+    if case.num_prompts == 50 and _runs_in_int8(mode, dtype):
+        rounded = case.model(vit, FastOptions(weights="int8")).eval()
+        steps["ours, int8"] = step(rounded, rounded)
     # torch.compile takes longer than the steps themselves
     if not quick and (ALL or case.num_prompts == 50 or (LEVEL, case.method) == ("tables", "pgn")):
         steps["timm compiled"] = step(*_compiled(case, mode, dtype))
@@ -133,6 +137,11 @@ def keep(record, case: str, seconds: dict[str, list[float]], dtype: torch.dtype)
                 dtype=name(dtype),
             )
         )
+
+
+def _runs_in_int8(mode: str, dtype: torch.dtype) -> bool:
+    floats = mode == "infer" and DEVICE.type == "cpu" and dtype == torch.float32
+    return floats and onednn.int8_missing() is None
 
 
 @functools.cache

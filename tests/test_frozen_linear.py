@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from numerics import assert_matches, leaves64
+from small_world import tiny_vit
+from timm.layers.activations import GELUTanh
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import pgn_fast
 from pgn_fast import reference
 from pgn_fast.backbone import packed
 from pgn_fast.backbone.packed import PackedLinear
@@ -15,6 +21,8 @@ from pgn_fast.ops import frozen_linear
 from pgn_fast.ops.dispatch import unsupported_reason
 
 BACKENDS = ["reference", "cpu", None]
+# the package's name for it is the function
+module = importlib.import_module("pgn_fast.ops.frozen_linear")
 
 
 def check_against_float64(x, weight, bias, run):
@@ -159,3 +167,48 @@ def test_packed_weights_match_float64(library, monkeypatch):
     assert_matches(
         "kv", linear.rows(100, 300)(x), FrozenLinear(weight, bias)(x)[..., 100:].double()
     )
+
+
+# ---- GELU in the product ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gelu_in_the_product_matches_float64(dtype, monkeypatch, device):
+    """On CPU torch's call computes the other GELU; the model's own decides whether it is made."""
+    kind = "tanh" if device.type == "cuda" else "none"
+    monkeypatch.setitem(module.GELU_IN_PRODUCT, device.type, kind)
+    x, bias = 2 * torch.randn(2, 50, 192, device=device), torch.randn(768, device=device)
+    weight = torch.randn(768, 192, device=device) / 14
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    y = FrozenLinear(weight, bias).gelu(x, kind)
+    wide = reference.frozen_linear(*(t.double().cpu() for t in (x, weight, bias)))
+    assert_matches("y", y, nn.functional.gelu(wide, approximate=kind))
+    other = {"tanh": "none", "none": "tanh"}[kind]
+    assert FrozenLinear(weight, bias).gelu(x, other) is None
+    assert FrozenLinear(weight).gelu(x, kind) is None
+    assert FrozenLinear(weight.float(), bias.float()).gelu(x, kind) is None
+    assert FrozenLinear(weight, bias).gelu(x.requires_grad_(), kind) is None
+
+
+def test_models_take_it_in_inference_alone(monkeypatch):
+    monkeypatch.setitem(module.GELU_IN_PRODUCT, "cpu", "none")
+    taken, real = [], torch._addmm_activation
+    monkeypatch.setattr(
+        torch, "_addmm_activation", lambda *given, **o: taken.append(1) or real(*given, **o)
+    )
+    images = torch.randn(2, 3, 16, 16).bfloat16()
+    for act, calls in ((nn.GELU, 2), (GELUTanh, 0), (nn.SiLU, 0)):
+        vit = tiny_vit(act_layer=act).bfloat16()
+        for block in vit.blocks:  # without a bias there is no such call
+            nn.init.normal_(block.mlp.fc1.bias)
+        model = pgn_fast.VPT(vit, 3, num_prompts=1).eval()
+        taken.clear()
+        model(images).sum().backward()
+        assert taken == []
+        with torch.no_grad():
+            found, expected = model(images), model.forward_reference(images)
+        assert torch.allclose(found, expected, atol=0.05)
+        assert len(taken) == calls
+        with torch.no_grad(), FlopCounterMode(display=False):
+            model(images)
+        assert len(taken) == calls

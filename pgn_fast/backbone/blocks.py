@@ -256,8 +256,14 @@ def add_attention(w: BlockWeights, x: Tensor, o: Tensor, *, statistics: bool = F
 
 def mlp(w: BlockWeights, y: Tensor, n: Tensor) -> Tensor:
     """Tokens (B, M, D) and their norm through the second half of the block."""
-    u = w.fc1(n)
-    return add(y, w.fc2(hidden(w, u, overwrite=_spent(u))), w.ls2)
+    kind = None if w.glu else gelu_kind(w.act)
+    u = None if kind is None else w.fc1.gelu(n, kind)
+    if u is not None:
+        u = _normalize(w.hidden_norm, u)
+    else:
+        u = w.fc1(n)
+        u = hidden(w, u, overwrite=_spent(u))
+    return add(y, w.fc2(u), w.ls2)
 
 
 def add(x: Tensor, y: Tensor, gain: Tensor | None) -> Tensor:

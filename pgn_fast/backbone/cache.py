@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from ..ops import dispatch
 from ..ops._register import leaves_this_package, transformed
-from . import blocks, families, packed, support
+from . import blocks, families, packed, quantized, support
 from .families import Family
 from .families.base import heads
 from .fold import fold_block
 from .options import FastOptions
 from .packed import PackedLinear
 from .watch import Watch, copies_unsupported_reason, foreign_code
-from .weights import BlockWeights, from_timm
+from .weights import BlockWeights, FrozenLinear, from_timm, multiplied_by
 
 
 class _Shared:
@@ -59,12 +59,16 @@ class _Shared:
             self.refresh()
 
     def fold(
-        self, options: FastOptions, dtype: torch.dtype, backends: dict[str, str], pack: bool
+        self,
+        options: FastOptions,
+        dtype: torch.dtype,
+        backends: dict[str, str],
+        linear: type[FrozenLinear],
     ) -> list[BlockWeights]:
-        """The blocks' weights in ``dtype``, made at the first call."""
+        """The blocks' weights in ``dtype``, made at the first call, for ``linear``."""
         folded = self.folded  # a refresh in another thread replaces the dictionary
         bare = (options.fold, options.biases, dtype, tuple(backends.items()))
-        key = (*bare, pack)
+        key = (*bare, linear)
         if key not in folded:
             with self.lock:
                 if not folded:  # before anything is made from them
@@ -76,8 +80,7 @@ class _Shared:
                         for i in range(len(self.backbone.blocks))
                     ]
                 if key not in folded:
-                    make = lambda linear: PackedLinear(linear.weight, linear.bias)
-                    folded[key] = [w.with_linears(make) if pack else w for w in folded[bare]]
+                    folded[key] = multiplied_by(linear, folded[bare])
         return folded[key]
 
     def extra_bytes(self) -> int:
@@ -181,14 +184,41 @@ class BackboneCache:
         return self._shared.copies_unsupported_reason
 
     def weights(self, dtype: torch.dtype) -> list[BlockWeights]:
-        """One entry a block: folded in ``dtype``, or timm's own tensors where not ``folds``."""
+        """One entry a block: folded in ``dtype``, or timm's own tensors where not ``folds``.
+
+        Raises:
+            RuntimeError: the options name weights in 8 bits, which cannot be used here.
+        """
+        return self._weights(dtype, self._linear(dtype))
+
+    def _weights(self, dtype: torch.dtype, linear: type[FrozenLinear]) -> list[BlockWeights]:
         if not self.folds:
             backend_for = partial(self.backend_for, dtype=dtype)
             blocks_ = range(len(self.backbone.blocks))
-            return [from_timm(self.family, self.backbone, i, backend_for) for i in blocks_]
+            live = [from_timm(self.family, self.backbone, i, backend_for) for i in blocks_]
+            return multiplied_by(linear, live)
         backends = {op: self.backend_for(op, dtype) for op in ("frozen_linear", "add_layer_norm")}
-        pack = self.options.packed and self.packed_unsupported_reason(dtype) is None
-        return self._shared.fold(self.options, dtype, backends, pack)
+        return self._shared.fold(self.options, dtype, backends, linear)
+
+    def _linear(self, dtype: torch.dtype) -> type[FrozenLinear]:
+        """What multiplies by the weights: in 8 bits where that is wanted, without gradients."""
+        kind = self.options.weights
+        recorded = torch.compiler.is_compiling() or leaves_this_package()
+        if kind != "float" and not torch.is_grad_enabled() and not recorded:
+            if reason := self.weights_unsupported_reason(dtype):
+                raise RuntimeError(f"FastOptions(weights={kind!r}): {reason}. Use weights='float'")
+            return quantized.LINEARS[kind]
+        pack = self.options.packed and self.folds and self.packed_unsupported_reason(dtype) is None
+        return PackedLinear if pack else FrozenLinear
+
+    def weights_unsupported_reason(self, dtype: torch.dtype) -> str | None:
+        """Why weights in 8 bits cannot be used, if they are wanted; None where they can."""
+        kind = self.options.weights
+        if kind == "float":
+            return None
+        if kind == "int8" and self.copies_unsupported_reason is not None:
+            return self.copies_unsupported_reason
+        return quantized.unsupported_reason(kind, self.device, dtype, self.backbone)
 
     def prompt_keys_values(self, i: int, w: BlockWeights, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """The prompts' keys and values in block ``i``; in inference on CPU those of the last call
@@ -245,9 +275,14 @@ class BackboneCache:
 
     def matrix_bytes(self) -> int:
         """Bytes of the frozen matrices: what a packed copy of them takes."""
-        return sum(t.nbytes for w in self.weights(self.dtype) for t in w.tensors() if t.ndim == 2)
+        return sum(
+            t.nbytes
+            for w in self._weights(self.dtype, FrozenLinear)
+            for t in w.tensors()
+            if t.ndim == 2
+        )
 
     def extra_bytes(self) -> int:
         """Bytes of folded weights that are not the backbone's own tensors, for all models on it."""
-        self.weights(self.dtype)
+        self._weights(self.dtype, FrozenLinear)
         return self._shared.extra_bytes()

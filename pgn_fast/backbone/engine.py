@@ -7,6 +7,8 @@ schedule puts them; the order is restored at the end if they are read.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,7 +74,15 @@ class FastBackbone:
 
     def check(self) -> None:
         """Run a random image here and by the eager path; see ``selfcheck.check``."""
-        selfcheck.check(self)
+        selfcheck.check(self.in_float())
+
+    def in_float(self) -> FastBackbone:
+        """The same engine with the weights as they are, which it is itself where it uses those."""
+        if self.options.weights == "float":
+            return self
+        other = copy.copy(self)
+        other._set(self.backbone, replace(self.options, weights="float"), self.backend)
+        return other
 
     def encode(
         self,

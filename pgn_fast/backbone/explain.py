@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..ops import dispatch
-from . import packed, support
+from ..ops import dispatch, measured
+from . import packed, selfcheck, support
 from .engine import ABSORB_ROWS, FastBackbone
 from .readout import Readout
 from .schedule import PromptSchedule
@@ -63,7 +63,8 @@ def explain(engine: FastBackbone | None, schedule: PromptSchedule, readout: Read
         elif _kv_only_blocks(engine, schedule, reads):
             lines.append(f"  attention with prompts: {runs}")
     lines += [
-        "  torch.compile: the same without fold, biases and packed",
+        f"  kernels: {measured.note(cache.device, cache.dtype)}",
+        "  torch.compile: the same without fold, biases, packed and weights",
         "  torch.export: without these, and in PyTorch's own ops",
     ]
     return "\n".join(lines)
@@ -137,6 +138,15 @@ def _savings(
         f"frozen weights are packed for {packed.gemm_library()}'s products (+{copy:.1f} MB for "
         "each direction)",
         off(options.packed, engine.cache.packed_unsupported_reason(engine.cache.dtype)),
+    )
+    reason = engine.cache.weights_unsupported_reason(engine.cache.dtype)
+    wanted = options.weights != "float"
+    error = selfcheck.weights_error(engine) if wanted and reason is None else 0.0
+    yield (
+        "weights",
+        f"{options.weights} in inference, float where gradients are enabled; the first token of a "
+        f"random image changes by {error:.1e} of its norm",
+        off(wanted, reason),
     )
     reason = engine.cache.embed_unsupported_reason
     if engine.cache.backend_for("prompted_patch_embed", engine.cache.dtype) == "reference":

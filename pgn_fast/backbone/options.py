@@ -1,4 +1,4 @@
-"""Which exact savings are on: ``FastOptions``, what a model's argument ``fast`` means."""
+"""Which savings are on: ``FastOptions``, what a model's argument ``fast`` means."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 Memory = Literal["fast", "balanced", "min"]
+Weights = Literal["float", "int8", "fp8"]
+# the options that are words; all others are switches
+WORDS = {"memory": Memory, "weights": Weights}
 
 
 @dataclass(frozen=True)
 class FastOptions:
-    """Switches of the exact savings. All of them leave the numbers as they are, up to rounding.
+    """Switches of the savings. All but ``weights`` leave the numbers as they are, up to rounding.
 
     Attributes:
         kv_only: prompts whose outputs are discarded (deep prompts) enter attention as keys and
@@ -31,6 +34,11 @@ class FastOptions:
             queries, keys, values, attention output and the hidden layer (10 D per token);
             "balanced": all but the hidden layer, whose GEMM runs again (6 D, about an eighth more
             time); "min": the block's input, the block runs again (1 D, about 40 % more time).
+        weights: in which numbers the blocks' frozen matrices are multiplied in inference, which is
+            under ``torch.no_grad`` or ``torch.inference_mode``: "int8" on a CPU with VNNI (float32
+            models; one scale an output channel, and one a token, found at each call), "fp8" on an
+            NVIDIA GPU of compute capability 8.9 or above. Not exact: ``explain`` measures the
+            error. Where gradients are enabled the float weights multiply, as without it.
     """
 
     kv_only: bool = True
@@ -42,12 +50,14 @@ class FastOptions:
     packed: bool = False
     embed: bool = True
     memory: Memory = "fast"
+    weights: Weights = "float"
 
     def __post_init__(self) -> None:
-        if self.memory not in get_args(Memory):
-            raise ValueError(
-                f"memory takes {', '.join(map(repr, get_args(Memory)))}, got {self.memory!r}"
-            )
+        for name, kind in WORDS.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(
+                    f"{name} takes {', '.join(map(repr, get_args(kind)))}, got {value!r}"
+                )
 
     @classmethod
     def of(cls, fast: bool | str | Mapping[str, Any] | FastOptions) -> FastOptions | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .eager import encode_eager
 from .readout import Readout
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 # up to which an engine checks itself when it is built: some tenths of a second at most
 _CHEAP_FLOPS_CPU, _CHEAP_FLOPS = 2e10, 1e12
+_READOUT = Readout(rows=1)
 
 
 def is_cheap(backbone: Any) -> bool:
@@ -55,7 +59,27 @@ def check(engine: FastBackbone) -> None:
 
 def _difference(engine: FastBackbone) -> float:
     """The largest one between the two paths, in units of the largest value."""
-    backbone, random = engine.backbone, torch.Generator().manual_seed(0)
+    with _random_image(engine.backbone) as (images, schedule):
+        expected = encode_eager(engine.backbone, images, schedule, _READOUT).double()
+        actual = engine.encode(images, schedule, _READOUT).double()
+    engine.cache.forget_prompts()
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def weights_error(engine: FastBackbone) -> float:
+    """What weights in 8 bits change in the first token of a random image with prompts: the norm of
+    the difference from the engine's own with float weights, in units of the token's norm."""
+    plain = engine.in_float()
+    with _random_image(engine.backbone) as (images, schedule):
+        expected, actual = (e.encode(images, schedule, _READOUT).double() for e in (plain, engine))
+    engine.cache.forget_prompts()
+    return float((actual - expected).norm() / expected.norm())
+
+
+@contextlib.contextmanager
+def _random_image(backbone: Any) -> Iterator[tuple[Tensor, PromptSchedule]]:
+    """One image and prompts of two blocks, always the same; gradients and autocast are off."""
+    random = torch.Generator().manual_seed(0)
     size = backbone.in_chans, *backbone.patch_embed.img_size
     like = next(backbone.parameters())
     images = torch.randn(1, *size, generator=random).to(like)
@@ -63,9 +87,5 @@ def _difference(engine: FastBackbone) -> float:
         i: torch.randn(2, backbone.embed_dim, generator=random).to(like)
         for i in range(min(2, len(backbone.blocks)))
     }
-    schedule, readout = PromptSchedule("append", entries), Readout(rows=1)
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-        expected = encode_eager(backbone, images, schedule, readout).double()
-        actual = engine.encode(images, schedule, readout).double()
-    engine.cache.forget_prompts()
-    return float((actual - expected).abs().max() / expected.abs().max())
+        yield images, PromptSchedule("append", entries)

@@ -15,7 +15,7 @@ from timm.layers.mlp import GluMlp, SwiGLU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import frozen_linear
+from ..ops.frozen_linear import frozen_linear, frozen_linear_gelu
 from .families import Family
 from .families.base import heads
 
@@ -104,6 +104,10 @@ class FrozenLinear:
     def __call__(self, x: Tensor) -> Tensor:
         return frozen_linear(x.to(self.weight.dtype), self.weight, self.bias, backend=self.backend)
 
+    def gelu(self, x: Tensor, approximate: str) -> Tensor | None:
+        """GELU of the product, without a gradient; None where no library has both in one call."""
+        return frozen_linear_gelu(x.to(self.weight.dtype), self.weight, self.bias, approximate)
+
     def input_gradient(self, grad: Tensor) -> Tensor:
         """(..., out) -> (..., in)."""
         return frozen_linear(grad, self.weight.T, backend=self.backend)
@@ -173,6 +177,14 @@ class BlockWeights:
         for linear in (self.qkv, self.out, self.fc1, self.fc2):
             found += [linear.weight, linear.bias]
         return [t for t in found if t is not None]
+
+
+def multiplied_by(linear: type[FrozenLinear], weights: list[BlockWeights]) -> list[BlockWeights]:
+    """The same blocks, their products by objects of ``linear``."""
+    if linear is FrozenLinear:
+        return weights
+    make = lambda bare: linear(bare.weight, bare.bias, bare.backend)
+    return [w.with_linears(make) for w in weights]
 
 
 def from_timm(

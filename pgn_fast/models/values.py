@@ -7,7 +7,7 @@ takes any plain value.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -25,17 +25,17 @@ from .._values import (
     text,
     whole,
 )
-from ..backbone.options import FastOptions
+from ..backbone.options import WORDS, FastOptions, Memory
 from ..ops.dispatch import BACKENDS
 from ..ops.mix_prompts import ACTIVATIONS
 from .heads import HEADS
 
 _FAST = either(
     flag(),
-    choice("fast", "balanced", "min"),
+    choice(*get_args(Memory)),
     table(
         {
-            name: choice("fast", "balanced", "min") if name == "memory" else flag()
+            name: choice(*get_args(WORDS[name])) if name in WORDS else flag()
             for name in FastOptions.__dataclass_fields__
         }
     ),

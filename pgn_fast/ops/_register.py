@@ -140,6 +140,13 @@ def transformed() -> bool:
     )
 
 
+def plain_call(*tensors: Tensor | None) -> bool:
+    """Whether nobody looks at what runs on these tensors, so that any operation may: no compiler,
+    recording, transform, dispatch mode or tensor subclass, and no gradient is wanted."""
+    recorded = torch.compiler.is_compiling() or leaves_this_package() or transformed()
+    return not recorded and _unobserved(tensors) and not _wants_gradient(tensors)
+
+
 def _wants_gradient(arguments: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(a, Tensor) and a.requires_grad for a in arguments

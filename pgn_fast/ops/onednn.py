@@ -1,4 +1,4 @@
-"""The backend "cpu" of ``frozen_linear``: the oneDNN that is bundled with torch.
+"""The oneDNN that is bundled with torch: backend "cpu" of ``frozen_linear``, and products in int8.
 
 torch multiplies float32 matrices by MKL, whose AVX-512 kernels run on Intel's processors alone. On
 others it stays with AVX2: half the speed of oneDNN's kernels on an AMD EPYC with AVX-512. On Intel
@@ -7,6 +7,7 @@ the two are equal.
 
 from __future__ import annotations
 
+import functools
 import platform
 
 import torch
@@ -30,9 +31,12 @@ def missing() -> str | None:
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run. x (..., I), weight (O, I), bias (O,) or None, float32: see ops.frozen_linear."""
-    if x.numel() * weight.shape[0] < _SMALLEST:
-        return F.linear(x, weight, bias)
-    return multiply(x, weight, bias)
+    return multiply(x, weight, bias) if pays(x, weight) else F.linear(x, weight, bias)
+
+
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product is large enough for oneDNN."""
+    return x.numel() * weight.shape[0] >= _SMALLEST
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,3 +47,46 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def pack(weight: Tensor) -> Tensor:
     """A copy of a weight (O, I) in the layout that oneDNN multiplies by, for ``multiply``."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+
+# half of the range of bytes: a token's codes are from 1 to 255
+_MIDDLE = 128
+
+
+@functools.cache
+def int8_missing() -> str | None:
+    """Why there are no fast products of bytes here; None where there are."""
+    if (reason := missing()) is not None:
+        return reason
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return "this build of torch does not offer oneDNN's linear layer in int8"
+    if not torch.cpu._is_vnni_supported():
+        return "int8 products need a processor with AVX-512 VNNI"
+    return None
+
+
+def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (O, I) as codes in oneDNN's layout, and the scales (O,) that they are times."""
+    weight = weight.detach()
+    scale = weight.abs().amax(dim=1).div_(_MIDDLE - 1).clamp_min_(torch.finfo(weight.dtype).tiny)
+    codes = (weight / scale[:, None]).round_().to(torch.int8)
+    return torch.ops.onednn.qlinear_prepack(codes, None), scale
+
+
+def multiply_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., I), float32, by what ``pack_int8`` returned: (..., O), float32.
+
+    Tokens are rounded to 8 bits, each by a scale of its own.
+    """
+    rows = x.flatten(0, -2)
+    # torch.aminmax takes ten times as long
+    token = rows.abs().amax(dim=1, keepdim=True)
+    token = token.div_(_MIDDLE - 1).clamp_min_(torch.finfo(x.dtype).tiny)
+    # truncated, a half more is rounded
+    codes = torch.addcmul(x.new_tensor(_MIDDLE + 0.5), rows, token.reciprocal()).to(torch.uint8)
+    y = torch.ops.onednn.qlinear_pointwise(
+        codes, 1.0, _MIDDLE, packed, scale, torch.zeros_like(scale, dtype=torch.int64),
+        None, 1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    y = y.mul_(token) if bias is None else torch.addcmul(bias, y, token, out=y)
+    return y.unflatten(0, x.shape[:-1])
