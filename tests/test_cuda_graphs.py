@@ -89,8 +89,8 @@ def test_training_by_graphs_is_training(recorders, make, options) -> None:
 
 def test_gradients_of_a_step_of_several_batches_add_up(recorders) -> None:
     torch.manual_seed(0)
-    model, eager = (vpt() for _ in range(2))
-    eager.load_state_dict(model.state_dict())
+    model = vpt()
+    eager = copy.deepcopy(model)
     given = list(batches(21))
     # the last group has one batch: its share of a step is another one
     groups = [given[i : i + 2] for i in range(0, 20, 2)] + [given[20:]]

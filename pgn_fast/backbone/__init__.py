@@ -5,6 +5,6 @@
 ``eager``: timm's own blocks, with ``written`` for what their forwards do not take;
 ``engine``: the same faster, by ``embedding`` (images to tokens), ``steps`` (what each block has to
 do), ``blocks``, ``splitting``, ``entering`` and ``recompute`` (how it does it), with ``weights``
-that ``fold`` and ``packed`` prepare, ``cache`` keeps and ``watch`` renews;
+that ``fold``, ``packed`` and ``quantized`` prepare, ``cache`` keeps and ``watch`` renews;
 ``support`` and ``explain``: what the engine runs, and what it saves.
 """
