@@ -208,7 +208,7 @@ def test_explain_says_what_was_measured_and_what_is_a_default():
     keep(result(), result(op="add_layer_norm", verdict="barred", reason="hangs", speedup=None))
     text = model.explain()
     assert (
-        "kernels: measured now with a model; mix_prompts cpu: preferred (2.00x eager torch); "
+        "kernels: measured now with a model; mix_prompts cpu: preferred (2.00x eager PyTorch); "
         in (text)
     )
     assert "add_layer_norm cpu: barred (hangs); all others by default" in text

@@ -39,12 +39,17 @@ def linear(rows=200, width=96, outputs=160, bias=True) -> tuple[Tensor, Tensor, 
     return x, weight, torch.randn(outputs, generator=generator) if bias else None
 
 
-def by_hand(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula in float64: both sides rounded to whole numbers, one scale a row."""
+def by_hand(x: Tensor, weight: Tensor, bias: Tensor | None, block: int) -> Tensor:
+    """The formula in float64: both sides times a block-diagonal Hadamard matrix, then rounded to
+    whole numbers, one scale a row."""
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < block:
+        signs = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), signs)
 
     def rounded(t: Tensor) -> Tensor:
-        scale = t.abs().amax(dim=-1, keepdim=True) / 127
-        return (t / scale).round() * scale
+        mixed = (t.unflatten(1, (-1, block)) @ signs / block**0.5).flatten(1)
+        scale = mixed.abs().amax(dim=1, keepdim=True) / 127
+        return (mixed / scale).round() * scale
 
     y = rounded(x.double()) @ rounded(weight.double()).T
     return y if bias is None else y + bias.double()
@@ -55,24 +60,28 @@ def by_hand(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @needs_int8
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_product_is_the_formula(bias):
-    x, weight, b = linear(bias=bias)
-    y = Int8Linear(weight, b)(x.view(4, 50, 96))
-    expected = by_hand(x, weight, b).view(4, 50, 160)
+@pytest.mark.parametrize("width, block", [(96, 32), (192, 64), (65, 1), (36, 4)])
+def test_the_product_is_the_formula(width, block, bias):
+    x, weight, b = linear(width=width, bias=bias)
+    y = Int8Linear(weight, b)(x.view(4, 50, width))
+    expected = by_hand(x, weight, b, block).view(4, 50, 160)
     largest = expected.abs().amax(dim=-1, keepdim=True)
-    # a code may round to its neighbor: one part in 127 of one of 96 terms
+    # a code may round to its neighbor: one part in 127 of one term
     assert ((y - expected).abs() / largest).max() <= 2e-3
     errors = (y - torch.nn.functional.linear(x, weight, b).view_as(y)).norm(dim=-1)
     assert (errors / y.norm(dim=-1)).max() <= 0.02
 
 
 @needs_int8
-def test_whole_numbers_are_exact():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-127, 128, (70, 48), generator=generator).float()
-    weight = torch.randint(-127, 128, (32, 48), generator=generator).float()
-    x[:, 0] = weight[:, 0] = 127  # the scales are 1
-    assert torch.equal(Int8Linear(weight, torch.ones(32))(x), x @ weight.T + 1)
+def test_a_channel_that_is_far_larger_than_the_others_costs_them_little():
+    x, weight, _ = linear(width=192)
+    x[:, 7] *= 100  # by a scale for itself and all others these would have 1 of 127 steps
+    y, expected = Int8Linear(weight)(x), x @ weight.T
+    assert relative(y, expected) <= 0.02
+    others = weight.clone()
+    others[:, 7] = 0
+    lengths = x.norm(dim=1, keepdim=True) * others.norm(dim=1)
+    assert ((Int8Linear(others)(x) - x @ others.T).abs() / lengths).max() <= 0.01
 
 
 @needs_int8

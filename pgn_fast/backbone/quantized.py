@@ -5,9 +5,12 @@ With one scale an output channel, s_w, found once, and one a token, s_x, found a
     q_w = round(W / s_w)    q_x = round(x / s_x)    y = s_x s_w (q_x q_w^T) + b
 
 Rounding is all that differs from the float product; sums run in int32, or float32 for float8.
+For int8 both sides are first mixed within blocks of 64 columns (``onednn.pack_int8``), which leaves
+the product as it is: a token's few channels that are far larger than the others would set its
+scale.
 
-int8 runs by the oneDNN that is bundled with torch, on processors with VNNI: others would add pairs of
-products in 16 bits, which overflow. Its fast products take bytes from 0 to 255 on the left, so a
+int8 runs by the oneDNN that is bundled with torch, on processors with VNNI: others would add pairs
+of products in 16 bits, which overflow. Its fast products take bytes from 0 to 255 on the left, so a
 token's codes are shifted by 128, and oneDNN takes the shift out again. The weights are packed once.
 
 float8 (e4m3) runs by ``torch._scaled_mm``. Its weights are rounded at every call, because a write

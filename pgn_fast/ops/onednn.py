@@ -8,6 +8,7 @@ the two are equal.
 from __future__ import annotations
 
 import functools
+import math
 import platform
 
 import torch
@@ -65,9 +66,35 @@ def int8_missing() -> str | None:
     return None
 
 
+# columns that are mixed with each other: a power of two
+_MIXED = 64
+
+
+def _spread(rows: Tensor) -> Tensor:
+    """Rows (R, I), each block of columns times an orthogonal Hadamard matrix.
+
+    Done to both sides of a product it leaves the product as it is. Tokens have a few channels far
+    larger than the others, which would set the scale for all; mixed with 63 others they do not.
+    """
+    block = math.gcd(rows.shape[1], _MIXED)
+    if block == 1:
+        return rows
+    mixed = multiply(rows.reshape(-1, block), _hadamard(block), None)
+    return mixed.view(rows.shape)
+
+
+@functools.cache
+def _hadamard(size: int) -> Tensor:
+    """Symmetric and orthogonal, (size, size), of entries ± size**-0.5."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * size**-0.5
+
+
 def pack_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (O, I) as codes in oneDNN's layout, and the scales (O,) that they are times."""
-    weight = weight.detach()
+    weight = _spread(weight.detach())
     scale = weight.abs().amax(dim=1).div_(_MIDDLE - 1).clamp_min_(torch.finfo(weight.dtype).tiny)
     codes = (weight / scale[:, None]).round_().to(torch.int8)
     return torch.ops.onednn.qlinear_prepack(codes, None), scale
@@ -78,7 +105,7 @@ def multiply_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None)
 
     Tokens are rounded to 8 bits, each by a scale of its own.
     """
-    rows = x.flatten(0, -2)
+    rows = _spread(x.flatten(0, -2))
     # torch.aminmax takes ten times as long
     token = rows.abs().amax(dim=1, keepdim=True)
     token = token.div_(_MIDDLE - 1).clamp_min_(torch.finfo(x.dtype).tiny)
