@@ -20,7 +20,10 @@ import rows
 from rows import Row
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/training.md")
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", *(f"docs/{p}.md" for p in ("performance", "training", "demo")))
+)
 PLAIN = ("eager", "compile")
 PEERS = ("timm", "timm compiled", "official")
 PICTURE = ROOT / "docs/pictures/cost_of_prompts.svg"
