@@ -34,6 +34,8 @@ def figure(row: Row) -> str:
     """A value with its unit, as people write it."""
     value = row.value
     if row.unit == "s":
+        if value < 1e-5:
+            return f"{value * 1e6:.2g} µs"
         if value < 1e-3:
             return f"{value * 1e6:.0f} µs"
         return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
