@@ -20,13 +20,11 @@ import rows
 from rows import Row
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(
-    ROOT / page
-    for page in ("README.md", *(f"docs/{p}.md" for p in ("performance", "training", "demo")))
-)
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", *(DOCS / f"{page}.md" for page in ("performance", "training", "demo")))
 PLAIN = ("eager", "compile")
 PEERS = ("timm", "timm compiled", "official")
-PICTURE = ROOT / "docs/pictures/cost_of_prompts.svg"
+PICTURE = DOCS / "pictures/cost_of_prompts.svg"
 Group = dict[str, Row]
 
 
