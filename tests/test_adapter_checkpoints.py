@@ -53,6 +53,27 @@ def test_other_frozen_weights_are_refused():
         prompted(seed=1).load_state_dict(prompted().state_dict())
 
 
+def test_a_whole_state_brings_its_backbone():
+    model, other = prompted().eval(), prompted(seed=1).eval()
+    frozen = {f"backbone.{n}": t for n, t in model.backbone.state_dict().items()}
+    assert list(other.load_state_dict({**model.state_dict(), **frozen})) == [[], []]
+    assert torch.allclose(other(IMAGES), model(IMAGES), atol=1e-6)
+
+
+def test_averaged_checkpoints():
+    model, other = prompted(), prompted()
+    nn.init.normal_(other.head.weight)
+    states = model.state_dict(), other.state_dict()
+    # as timm's avg_checkpoints does, digests and all
+    mean = {name: ((a.double() + states[1][name]) / 2).float() for name, a in states[0].items()}
+    assert list(prompted().load_state_dict(mean)) == [[], []]
+    with pytest.raises(UserError, match="other weights"):
+        prompted(seed=1).load_state_dict(mean)
+    moved = {name: value + 1.5 for name, value in states[0].items()}
+    with pytest.warns(UserWarning, match="no digest of a backbone any more"):
+        assert list(prompted().load_state_dict(moved)) == [[], []]
+
+
 def test_inside_of_another_module():
     outer = nn.ModuleDict({"model": prompted()})
     state = outer.state_dict()

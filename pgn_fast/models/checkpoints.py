@@ -7,6 +7,8 @@ the place of the frozen tensors stands the digest of their bytes.
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 import torch
@@ -52,7 +54,8 @@ class AdapterCheckpoints(nn.Module):
             for name in _frozen(self):
                 state.pop(prefix + name, None)
             if (beside := _beside(self)) is not None:
-                state[prefix + _BESIDE] = beside
+                text = bytearray(" ".join(beside).encode())
+                state[prefix + _BESIDE] = torch.frombuffer(text, dtype=torch.uint8)
         return state
 
 
@@ -62,33 +65,41 @@ def _frozen(model: AdapterCheckpoints) -> set[str]:
     return {f"backbone.{name}" for name in model.backbone.state_dict() if name not in trained}
 
 
-def _beside(model: AdapterCheckpoints) -> Tensor | None:
-    """Dtype and digest of the frozen backbone as bytes; None where parts of it are elsewhere."""
+def _beside(model: AdapterCheckpoints) -> tuple[str, str] | None:
+    """Dtype and digest of the frozen backbone; None where it is trained or parts are elsewhere."""
     parameters = list(model.backbone.parameters())
     if any(p.requires_grad or hasattr(p, "device_mesh") or p.is_meta for p in parameters):
         return None
     digest = known_digest(model.backbone, isinstance(model.head, KeptHead))
-    text = f"{parameters[0].dtype} {digest}".removeprefix("torch.")
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return str(parameters[0].dtype).removeprefix("torch."), digest
 
 
 def _check_backbone(model: AdapterCheckpoints, state: Any, prefix: str, *_: Any) -> None:
     saved = state.pop(prefix + _BESIDE, None)
-    own = None if saved is None else _beside(model)
-    if saved is None or own is None:
+    if saved is None or all(prefix + name in state for name in _frozen(model)):
+        return  # it brings the backbone itself
+    own = _beside(model)
+    if own is None:
         return
-    (dtype, digest), (own_dtype, own_digest) = _words(saved), _words(own)
-    if dtype == own_dtype and digest != own_digest:
+    if (words := _words(saved)) is None:
+        warnings.warn(
+            f"{prefix}{_BESIDE} of the checkpoint is no digest of a backbone any more, as after "
+            "arithmetic on its tensors; whether this model's backbone is the same is not known",
+            stacklevel=2,
+        )
+    elif words[0] == own[0] and words[1] != own[1]:
         raise UserError(
-            f"the checkpoint was saved beside a frozen backbone with digest {digest[:12]}; this "
-            f"one has {own_digest[:12]}, other weights. Build the model on the backbone of that "
+            f"the checkpoint was saved beside a frozen backbone with digest {words[1][:12]}; this "
+            f"one has {own[1][:12]}, other weights. Build the model on the backbone of that "
             "training"
         )
 
 
-def _words(beside: Tensor) -> tuple[str, str]:
-    dtype, _, digest = bytes(beside.tolist()).decode(errors="replace").partition(" ")
-    return dtype, digest
+def _words(saved: Tensor) -> tuple[str, str] | None:
+    """(dtype, digest) out of a checkpoint, also where averaging made floats of the bytes."""
+    text = "".join(chr(int(x)) if 0 <= x < 128 else "?" for x in saved.flatten().tolist())
+    found = re.fullmatch(r"(\w+) ([0-9a-f]{64})", text)
+    return None if found is None else (found[1], found[2])
 
 
 def _expect_no_backbone(model: AdapterCheckpoints, keys: Any) -> None:
