@@ -449,11 +449,12 @@ def test_two_writers_take_turns_and_write_each_row_once(tmp_path):
     assert (stores[0].folder / "tokens.bin").stat().st_size == rows.nbytes
 
 
-def test_two_runs_share_a_folder_at_once(world):
+def test_two_runs_share_a_folder_at_once(world, monkeypatch):
     """Both begin with nothing kept; what one has written the other reads."""
-    fork = multiprocessing.get_context("fork")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the processes find this module
+    spawn = multiprocessing.get_context("spawn")
     runs = [
-        fork.Process(target=train, args=(configure(world, lr=lr), world / str(lr)))
+        spawn.Process(target=train, args=(configure(world, lr=lr), world / str(lr)))
         for lr in (0.02, 0.1)
     ]
     for process in runs:
