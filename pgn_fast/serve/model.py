@@ -41,10 +41,10 @@ class ServedModel:
         self.name = name
         self.model = model
         self.preprocessing = preprocessing
-        device = next(model.parameters()).device
+        engine = _engine(model, preprocessing)
         self.outputs = OUTPUTS if getattr(model, "num_classes", 0) else ("features",)
         self.passes: dict[str, Any] = {
-            output: _Pass(model, preprocessing, output, device) for output in self.outputs
+            output: _Pass(model, engine, preprocessing, output) for output in self.outputs
         }
         size = preprocessing.data_config["input_size"]
         zeros = torch.zeros(2, *size, dtype=torch.uint8)
@@ -139,16 +139,21 @@ class _Pass(nn.Module):
     """
 
     def __init__(
-        self, model: Any, preprocessing: Preprocessing, output: str, device: torch.device
+        self,
+        model: Any,
+        engine: FastBackbone | None,
+        preprocessing: Preprocessing,
+        output: str,
     ) -> None:
         super().__init__()
         self.model = model
         self._normalize = preprocessing.normalize
         self._pre_logits = output == "features"
-        self._device = device
-        self._engine = _engine(model, preprocessing) if device.type == "cpu" else None
+        self._engine = engine
         self._readout = Readout(rows=rows_read(model), prompts=False)
-        half = next(model.parameters()).dtype not in (torch.float32, torch.float64)
+        like = next(model.parameters())
+        self._device = like.device
+        half = like.dtype not in (torch.float32, torch.float64)
         self._graphed = graphed(
             self._encode, model, what=f"serving {output}", tell=_logger.info, half=half
         )
@@ -181,7 +186,9 @@ class _Pass(nn.Module):
 
 
 def _engine(model: Any, preprocessing: Preprocessing) -> FastBackbone | None:
-    """What runs a model faster than it runs itself; None where nothing does."""
+    """What runs a model on a CPU faster than it runs itself; None where nothing does."""
+    if next(model.parameters()).device.type != "cpu":
+        return None
     patches = model.patch_embed.dynamic_feat_size((preprocessing.height, preprocessing.width))
     tokens = patches[0] * patches[1] + model.num_prefix_tokens
     if tokens * sum(p.numel() for p in model.blocks.parameters()) < ENGINE_FROM:
