@@ -422,7 +422,9 @@ def test_a_model_without_classifier_has_no_logits():
         assert error_of(client.post("/v1/predict", json=call)) == (400, "no_such_output")
 
 
-def test_a_size_that_the_model_does_not_take_is_refused_at_the_start():
+@pytest.mark.parametrize("engine_from", [float("inf"), 0], ids=["timm", "engine"])
+def test_a_size_that_the_model_does_not_take_is_refused_at_the_start(monkeypatch, engine_from):
+    monkeypatch.setattr(pgn_fast.serve.model, "ENGINE_FROM", engine_from)
     with pytest.raises(ValueError, match="tiny takes no images of 3 × 48 × 48"):
         load_served_model(tiny_vit(), data_args={"input_size": (3, 48, 48)})
 

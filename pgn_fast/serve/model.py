@@ -51,7 +51,7 @@ class ServedModel:
         try:
             with torch.inference_mode():
                 self.output_sizes = {o: step(zeros).shape[1] for o, step in self.passes.items()}
-        except (AssertionError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, ValueError) as error:  # timm's, or the engine's
             raise ValueError(
                 f"{name} takes no images of {' × '.join(map(str, size))} ({error}). Create it for "
                 "that size: img_size=(height, width) or dynamic_img_size=True."
