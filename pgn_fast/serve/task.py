@@ -60,14 +60,15 @@ def load_task(folder: Path, backbone: Any, strict: bool) -> tuple[Any, Preproces
         UserError: no adapter, a damaged one, one that cannot be served, or of another backbone.
     """
     with OpenAdapter(folder) as adapter:
-        own = METHODS[adapter.config["method"]].trains_backbone
-    # fine-tuning changed the backbone, so that its model brings another one
-    model = from_pretrained(folder) if own else load_on(backbone, folder, strict_backbone=strict)
-    if model.task == "multilabel":
+        config = adapter.config
+    if config.get("task") == "multilabel":
         raise UserError(
             f"{folder} gives several labels an image, and answers here are one class of all: "
             "pgn-fast predict ADAPTER takes it."
         )
+    # fine-tuning changed the backbone, so that its model brings another one
+    own = METHODS[config["method"]].trains_backbone
+    model = from_pretrained(folder) if own else load_on(backbone, folder, strict_backbone=strict)
     try:
         preprocessing = Preprocessing(dict(model.preprocessing or backbone_pixels(backbone)))
     except (TypeError, KeyError, ValueError) as error:
