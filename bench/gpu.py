@@ -2,15 +2,15 @@
 
     python bench/gpu.py [--json FILE] [--budget SECONDS] [--only STEP ...] [--dry-run]
 
-Builds, runs every kernel once, measures what this machine can do at all (copy, GEMM), holds the
-kernels to float64 at full size, then measures: whole models eager and as CUDA graphs, every op
-beside eager PyTorch, each figure with its error against float64, whether two runs give the same
-bits, and the share of the ceiling that binds it. Then the tests that touch a GPU, the memory and
-race checks of compute-sanitizer, and last the peers that have to be compiled. Each step is a
-process of its own with a time limit, each compiled peer too: one that hangs or dies costs its own
-results.
+Builds, runs every kernel once; then, side by side, what times nothing: the tests that touch a GPU
+and the memory and race checks of compute-sanitizer. Then it measures what this machine can do at
+all (copy, GEMM), holds the kernels to float64 at full size, and times whole models eager and as
+CUDA graphs and every op beside eager PyTorch, each figure with its error against float64, whether
+two runs give the same bits, and the share of the ceiling that binds it; last the peers that have to
+be compiled, and what ``pgn-fast autotune`` finds. Each step is a process of its own with a time
+limit, each compiled peer too: one that hangs or dies costs its own results.
 The JSON is written after every step; "assumptions" in it stands beside the figures that the design
-had to guess.
+had to guess. Its figures as rows (rows.py) are in the file of the same name that ends in .jsonl.
 
 ``--dry-run`` walks through the same steps on the CPU with tiny shapes: every measurement's code
 runs, the sanitizers' problems by Triton's interpreter; it builds nothing and runs no test.
@@ -28,7 +28,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ sys.path.insert(0, str(HERE))
 
 import gpu_common  # noqa: E402
 import gpu_steps  # noqa: E402
+import rows  # noqa: E402
 
 from pgn_fast.ops import dispatch  # noqa: E402
 
@@ -53,6 +56,7 @@ class Step(NamedTuple):
     seconds: int  # never longer
     commands: Callable[[Path], list[list[str]]]  # from the file where its results belong
     each: float = float("inf")  # seconds for one command
+    timed: bool = True  # what times nothing runs beside its neighbors of that kind
 
 
 class Outcome(NamedTuple):
@@ -72,12 +76,15 @@ def _build(part: Path) -> list[list[str]]:
 
 
 def _tests(part: Path) -> list[list[str]]:
-    files = sorted({str(f) for name in DEVICE_TESTS for f in (ROOT / "tests").glob(f"{name}.py")})
+    tests = ROOT / "tests"
+    files = sorted({str(f) for name in DEVICE_TESTS for f in tests.glob(f"{name}.py")})
+    marked = sorted(str(f) for f in tests.glob("test_*.py") if "mark.gpu" in f.read_text())
     pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
     pytest += ["--continue-on-collection-errors"]  # a test package may be missing there
     if importlib.util.find_spec("xdist"):
-        pytest += ["-n", "8"]  # a new Triton kernel takes seconds to compile
-    return [[*pytest, "-m", "gpu", str(ROOT / "tests")], [*pytest, *files]]
+        # a new Triton kernel takes seconds to compile
+        pytest += ["-n", str(min(12, os.cpu_count() or 1))]
+    return [[*pytest, "-m", "gpu", *marked], [*pytest, *files]]
 
 
 # names of our kernels: mangled with the namespace in C++, the functions' own in Triton
@@ -98,7 +105,12 @@ def _sanitizer(tool: str) -> Callable[[Path], list[list[str]]]:
 # By worth: what is cut off at the end of the budget is what matters least. The limits sum to it.
 STEPS = [
     Step("build", 90, _build),
-    Step("smoke", 20, _measure("small")),
+    Step("smoke", 40, _measure("small"), timed=False),
+    Step("tests", 80, _tests, timed=False),
+    Step("memcheck", 60, _sanitizer("memcheck"), timed=False),
+    Step("racecheck", 60, _sanitizer("racecheck"), timed=False),
+    Step("synccheck", 60, _sanitizer("synccheck"), timed=False),
+    Step("initcheck", 60, _sanitizer("initcheck"), timed=False),
     Step("ceilings", 10, _measure("ceilings")),
     Step("full size", 20, _measure("full_size")),
     Step("models", 100, _measure("models")),
@@ -106,16 +118,20 @@ STEPS = [
     Step("prompted_patch_embed", 20, _measure("prompted_patch_embed")),
     Step("mix_prompts", 15, _measure("mix_prompts")),
     Step("other ops", 10, _measure("other_ops")),
-    Step("tests", 70, _tests),
-    Step("memcheck", 20, _sanitizer("memcheck")),
-    Step("racecheck", 15, _sanitizer("racecheck")),
-    Step("synccheck", 10, _sanitizer("synccheck")),
-    Step("initcheck", 10, _sanitizer("initcheck")),
     Step("gemm", 10, _measure("gemm")),
     Step("sdpa", 10, _measure("sdpa")),
     Step("compiled peers", 75, _measure(*gpu_steps.COMPILED), each=40),
+    Step("autotune", 45, _measure("autotune")),
 ]
 BUDGET = 540.0
+
+
+def in_turn(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps in groups that run one after the other; those of one group run side by side."""
+    groups: list[list[Step]] = []
+    for timed, members in groupby(steps, lambda step: step.timed):
+        groups += [[step] for step in members] if timed else [list(members)]
+    return groups
 
 
 def run_command(command: Sequence[str], seconds: float) -> Outcome:
@@ -143,7 +159,7 @@ def run_command(command: Sequence[str], seconds: float) -> Outcome:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         status = "timed out"
-    return Outcome(status, time.monotonic() - begin, output[-4000:])
+    return Outcome(status, time.monotonic() - begin, output[-20_000:])
 
 
 def run_step(step: Step, seconds: float, part: Path) -> Outcome:
@@ -217,25 +233,49 @@ def run(
     begin = time.monotonic()
     report: dict[str, Any] = {"environment": gpu_common.environment(), "steps": {}}
     report |= {"figures": [], "errors": []}
-    part = path.with_suffix(".part")
-    for step in steps:
+
+    def attempt(step: Step) -> tuple[Step, Outcome, dict[str, Any]]:
         left = budget - (time.monotonic() - begin)
+        part = path.with_name(f"{path.stem}-{step.name.replace(' ', '-')}.part")
         part.unlink(missing_ok=True)
         outcome = execute(step, left, part) if left > 5 else Outcome("no time left", 0.0, "")
-        if part.is_file():  # also what was measured before a step died
-            results = json.loads(part.read_text())
-            for collected in ("figures", "errors"):
-                report[collected] += results.pop(collected, [])
-            report.update(results)
-        report["steps"][step.name] = outcome._asdict()
-        print(f"{step.name:24s}{outcome.status:14s}{outcome.seconds:7.1f} s", flush=True)
-        if outcome.status != "passed":
-            print(outcome.output[-1500:], flush=True)
+        # also what was measured before a step died
+        found = json.loads(part.read_text()) if part.is_file() else {}
+        part.unlink(missing_ok=True)
+        return step, outcome, found
+
+    for group in in_turn(steps):
+        with ThreadPoolExecutor(len(group)) as pool:
+            for step, outcome, results in pool.map(attempt, group):
+                for collected in ("figures", "errors"):
+                    report[collected] += results.pop(collected, [])
+                report.update(results)
+                report["steps"][step.name] = outcome._asdict()
+                print(f"{step.name:24s}{outcome.status:14s}{outcome.seconds:7.1f} s", flush=True)
+                if outcome.status != "passed":
+                    print(outcome.output[-1500:], flush=True)
         add_shares(report)
         report["assumptions"] = assumptions(report)
         path.write_text(json.dumps(report, indent=1) + "\n")
-    part.unlink(missing_ok=True)
+        rows.write(path.with_suffix(".jsonl"), as_rows(report))
     return report
+
+
+def as_rows(report: dict[str, Any]) -> Iterable[rows.Row]:
+    """Every time, and the peaks of memory, in the one schema of stored figures."""
+    explains = ("flops", "bytes", "share_of_ceiling", "error", "repeats", "cuda_graph")
+    for figure in report["figures"]:
+        facts = {key: figure[key] for key in explains if figure.get(key) is not None}
+        yield rows.Row(
+            *("gpu", figure["group"], figure["name"], figure["ms"] / 1e3),
+            spread=figure["spread"],
+            rounds=figure["rounds"],
+            dtype=figure["dtype"],
+            facts=facts,
+        )
+    for case, value in report.get("peak_bytes", {}).items():
+        group, _, name = case.partition(" by ")
+        yield rows.Row("gpu", f"{group}, peak memory of a training step", name, value, "bytes")
 
 
 def print_figures(report: dict[str, Any]) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import rows
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -85,13 +87,18 @@ class Bench:
         """
         try:
             agreement = self.agreement(call, check or call, truth)
-            ms, graph = self.milliseconds(call)
+            times, graph = self.milliseconds(call)
         except Exception as error:
             return self.fail(f"{group}, {name}", error)
-        figure = {"group": group, "name": name, "ms": ms, "flops": flops, "bytes": bytes}
-        self.report["figures"].append(
-            figure | agreement | {"cuda_graph": graph, "informs": informs}
-        )
+        told = agreement | {"cuda_graph": graph, "informs": informs}
+        self.keep(group, name, times, flops=flops, bytes=bytes, **told)
+
+    def keep(self, group: str, name: str, times: Sequence[float], **told: Any) -> None:
+        """Add a figure: the median of the times in milliseconds, and how far they are apart."""
+        figure = {"group": group, "name": name, "ms": statistics.median(times), **told}
+        figure |= {"spread": rows.spread(times), "rounds": len(times)}
+        figure["dtype"] = str(self.dtype).removeprefix("torch.")
+        self.report["figures"].append(figure)
         self.save()
 
     def agreement(
@@ -110,12 +117,10 @@ class Bench:
             errors.append(error if error == error else float("inf"))
         return {"error": max(errors), "repeats": repeats}
 
-    def milliseconds(self, call: Callable[[], Any], samples: int = 25) -> tuple[float, bool]:
-        """Median time of a call, and whether it could be captured in a CUDA graph."""
+    def milliseconds(self, call: Callable[[], Any], samples: int = 25) -> tuple[list[float], bool]:
+        """Times of a call, and whether it could be captured in a CUDA graph."""
         if self.tiny:
-            begin = time.perf_counter()
-            call()
-            return (time.perf_counter() - begin) * 1e3, False
+            return self.eager_milliseconds(call, 1), False
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -133,10 +138,12 @@ class Bench:
             graph, run = None, call
         return self.eager_milliseconds(run, samples), graph is not None
 
-    def eager_milliseconds(self, call: Callable[[], Any], samples: int = 25) -> float:
-        """Median time of a call as it is, its launches included."""
+    def eager_milliseconds(self, call: Callable[[], Any], samples: int = 25) -> list[float]:
+        """Times of a call as it is, its launches included."""
         if self.tiny:
-            return self.milliseconds(call)[0]
+            begin = time.perf_counter()
+            call()
+            return [(time.perf_counter() - begin) * 1e3]
         flush = torch.empty(2**28, dtype=torch.uint8, device=self.device)
         times = []
         for _ in range(samples):
@@ -147,7 +154,7 @@ class Bench:
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end))
-        return sorted(times)[samples // 2]
+        return times
 
 
 def environment() -> dict[str, Any]:

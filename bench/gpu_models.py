@@ -41,12 +41,13 @@ class Case:
         self.model = self.build(None)
         self.truths = self._truths()
 
-    def build(self, backend: str | None) -> Any:
+    def build(self, backend: str | None, **options: Any) -> Any:
         import pgn_fast
 
         torch.manual_seed(0)
         make = getattr(pgn_fast, self.method)
-        model = make(self.backbone, num_classes=100, num_prompts=self.P, backend=backend)
+        sizes = {"num_classes": 100, "num_prompts": self.P}
+        model = make(self.backbone, **sizes, backend=backend, **options)
         torch.nn.init.normal_(model.head.weight, std=0.02)
         return model.to(self.bench.device, self.bench.dtype).train()
 
@@ -79,26 +80,37 @@ class Case:
         step = self.step(model, call, self.images)
         check = self.step(model, call, few)
         bench.record(f"{self.group}, training step", which, step, truth=self.truths[1], check=check)
-        forward, check = (without_gradients(call, [x]) for x in (self.images, few))
-        bench.record(f"{self.group}, inference", which, forward, truth=self.truths[0], check=check)
+        self.record_inference(which, call)
         if not bench.tiny:
             torch.cuda.reset_peak_memory_stats()
             step()
             peak = bench.report.get("peak_bytes", {})
-            peak[f"{self.group}, {which}"] = torch.cuda.max_memory_allocated()
+            peak[f"{self.group} by {which}"] = torch.cuda.max_memory_allocated()
             bench.save(peak_bytes=peak)
+
+    def record_inference(self, which: str, call: Callable[[Tensor], Tensor]) -> None:
+        few = self.images[:CHECKED]
+        forward, check = (without_gradients(call, [x]) for x in (self.images, few))
+        group = f"{self.group}, inference"
+        self.bench.record(group, which, forward, truth=self.truths[0], check=check)
 
 
 def models(bench: Bench) -> None:
-    """Every case: timm's blocks, ours, and ours by each backend; then what graphs make of them."""
-    for index in range(1 if bench.tiny else len(CASES)):
-        case = Case(bench, index)
+    """Every case: timm's blocks and ours; what graphs make of steps as users write them; then ours
+    by each backend, and with float8 weights."""
+    cases = [Case(bench, index) for index in range(1 if bench.tiny else len(CASES))]
+    for case in cases:
         case.record("timm", case.model, case.model.forward_reference)
         case.record("pgn_fast", case.model, case.model.forward)
+    for case in cases:
+        _as_users_train(bench, case)
+    for case in cases:
         for backend in backends(bench, "prompt_attention", case.images):
             named = case.build(backend)
             case.record(f"pgn_fast, {backend}", named, named.forward)
-        _as_users_train(bench, case)
+        if not bench.tiny:
+            narrow = case.build(None, fast={"weights": "fp8"})
+            case.record_inference("pgn_fast, fp8 weights", narrow.forward)
 
 
 def _as_users_train(bench: Bench, case: Case) -> None:
@@ -123,13 +135,11 @@ def _as_users_train(bench: Bench, case: Case) -> None:
         try:
             for _ in range(5):
                 call(*inputs)
-            ms = bench.eager_milliseconds(lambda call=call: call(*inputs))
+            times = bench.eager_milliseconds(lambda call=call: call(*inputs))
         except Exception as error:
             bench.fail(f"{group}, {which}", error)
             continue
-        figure = {"group": group, "name": which, "ms": ms, "flops": 0.0, "bytes": 0.0}
-        bench.report["figures"].append(figure | {"error": None, "repeats": None})
-        bench.save()
+        bench.keep(group, which, times, flops=0.0, bytes=0.0)
 
     told: list[str] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -42,12 +43,12 @@ def ceilings(bench: Bench) -> None:
     size = 2**10 if bench.tiny else 2**30
     source = torch.empty(size, dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
-    ms, _ = bench.milliseconds(lambda: target.copy_(source))
-    best = 0.0
+    times, _ = bench.milliseconds(lambda: target.copy_(source))
+    ms, best = statistics.median(times), 0.0
     for n in (32,) if bench.tiny else (4096, 8192):
         a, b = bench.draw(n, n), bench.draw(n, n)
-        gemm_ms, _ = bench.milliseconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-        best = max(best, 2 * n**3 / gemm_ms * 1e3)
+        times, _ = bench.milliseconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
+        best = max(best, 2 * n**3 / statistics.median(times) * 1e3)
     bench.save(bytes_per_second=2 * size / ms * 1e3, flops_per_second=best)
 
 
@@ -358,6 +359,17 @@ def small(bench: Bench) -> None:
                 without_gradients(call, example.tensors)()
 
 
+def autotune(bench: Bench) -> None:
+    """What ``pgn-fast autotune`` says of this device; kept in the report alone."""
+    from pgn_fast.autotune import autotune
+    from pgn_fast.ops.examples import Sizes
+
+    sizes = Sizes(B=2, D=16, h=2, patch=4, image=8, P=3, K=5) if bench.tiny else Sizes(B=64)
+    minutes = 0.02 if bench.tiny else 0.6
+    found = autotune(torch.device(bench.device.type), sizes=sizes, minutes=minutes)
+    bench.save(autotune=found)
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     f.__name__: f
     for f in (
@@ -371,6 +383,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
         models,
         full_size,
         small,
+        autotune,
     )
 } | {f"compiled-{i}": call for i, call in enumerate(_COMPILED)}
 COMPILED = [name for name in MEASUREMENTS if name.startswith("compiled-")]

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import report_gpu
 import rows
 from rows import Row
 
@@ -334,6 +335,8 @@ BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
     "real": real_table,
     "inversion": plain_table("inversion"),
     "server": plain_table("server"),
+    "gpu_models": lambda kept: report_gpu.models(groups(kept, "gpu"), figure),
+    "gpu_ops": lambda kept: report_gpu.ops(groups(kept, "gpu"), figure),
 }
 
 

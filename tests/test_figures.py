@@ -80,3 +80,21 @@ def test_ratios_are_against_the_fastest_honest_peer(report):
 )
 def test_figures_are_written_as_people_do(report, value, unit, text):
     assert report.figure(report.Row("ops", "x", "y", value, unit, machine={})) == text
+
+
+def test_gpu_tables_show_ours_over_the_fastest_peer(report):
+    machine = {"device": "a GPU", "torch": "2.11.0", "cuda": "13.0"}
+
+    def kept(case, seconds):
+        row = lambda who, s: report.Row("gpu", case, who, s, dtype="bfloat16", machine=machine)
+        return [row(who, s) for who, s in seconds.items()]
+
+    step = {"timm": 0.010, "pgn_fast": 0.005, "pgn_fast, triton": 0.006}
+    step |= {"timm, torch.compile": 0.009, "timm, torch.compile reduce-overhead": 0.008}
+    attention = {"cat, flash": 3e-5, "cat, cudnn": 2e-5, "triton": 1e-5}
+    found = kept("VPT, B=8, training step", step) + kept("prompt_attention, forward", attention)
+    *_, line = report.BLOCKS["gpu_models"](found)
+    assert line == "| VPT, B=8, training step | 5 ms | 2.00× | 1.60× | 6 ms |  |  |"
+    *_, line = report.BLOCKS["gpu_ops"](found)
+    assert line == "| prompt_attention, forward | 20 µs | cat, cudnn | 10 µs | 2.00× |  |  |"
+    assert report.BLOCKS["gpu_ops"]([]) == ["Nothing has been measured yet."]

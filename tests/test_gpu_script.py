@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def gpu(monkeypatch):
 
 
 def test_the_limits_of_the_steps_fit_the_budget(gpu):
-    assert sum(step.seconds for step in gpu.STEPS) <= gpu.BUDGET <= 540
+    longest = [max(step.seconds for step in group) for group in gpu.in_turn(gpu.STEPS)]
+    assert sum(longest) <= gpu.BUDGET <= 540
 
 
 def python(code: str) -> list[str]:
@@ -57,7 +59,11 @@ def test_rehearsal_walks_through_every_step(gpu, tmp_path):
         *gpu.gpu_steps.ASSUMED_SHARES,
         *gpu.gpu_steps.ASSUMED_RATES,
     }
-    assert not path.with_suffix(".part").exists()
+    assert report["autotune"]["results"]
+    assert not list(tmp_path.glob("*.part"))
+    kept = gpu.rows.read(path.with_suffix(".jsonl"))
+    assert [row.value * 1e3 for row in kept] == pytest.approx([f["ms"] for f in report["figures"]])
+    assert {(row.suite, row.unit, row.dtype) for row in kept} == {("gpu", "s", "float32")}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +95,23 @@ def test_a_failing_step_costs_only_itself(gpu, tmp_path):
     statuses = {name: step["status"] for name, step in report["steps"].items()}
     assert statuses == {"dies": "failed", "hangs": "timed out", "works": "passed"}
     assert report["figures"][0]["group"] == "a gemm" and report["flops_per_second"] == 2e12
+
+
+def test_what_times_nothing_runs_side_by_side_and_all_else_alone(gpu, tmp_path):
+    untimed = [gpu.Step(name, 20, lambda p: [python("pass")], timed=False) for name in "bc"]
+    timed = [gpu.Step(name, 20, lambda p: [python("pass")]) for name in "ade"]
+    steps = [timed[0], *untimed, *timed[1:]]
+    groups = [[step.name for step in group] for group in gpu.in_turn(steps)]
+    assert groups == [["a"], ["b", "c"], ["d"], ["e"]]
+    meeting = threading.Barrier(2, timeout=20)
+
+    def execute(step, seconds, part):
+        if not step.timed:
+            meeting.wait()  # raises unless both are here at once
+        return gpu.Outcome("passed", 0.0, "")
+
+    report = gpu.run(steps, 60, tmp_path / "report.json", execute)
+    assert [step["status"] for step in report["steps"].values()] == ["passed"] * 5
 
 
 def test_steps_without_time_are_named_as_such(gpu, tmp_path):
@@ -136,6 +159,7 @@ def test_the_sanitizers_look_at_every_kernel_of_ours_and_at_no_other(gpu):
 
 def figure(gpu, **changes):
     known = {"group": "a gemm", "name": "torch", "ms": 2.0, "flops": 1e9, "bytes": 1e9}
+    known |= {"spread": 0.1, "rounds": 25, "dtype": "bfloat16"}
     return known | {"informs": "gemm"} | changes
 
 
