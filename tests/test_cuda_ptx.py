@@ -406,7 +406,8 @@ def attention_kernels(tmp_path_factory):
 def attention_ptx(folder: Path, file: str | None = None, *bug: tuple[str, str]) -> dict[str, Any]:
     """The kernels of forward and backward, ``file`` of them with a seeded bug."""
     found: dict[str, Any] = {}
-    for source in ("prompt_attention.cu", "prompt_attention_backward.cu"):
+    for part in ("", "_grad_query", "_backward"):
+        source = f"prompt_attention{part}.cu"
         found |= only(source, folder, *ONE_WIDTH, *(bug if source == file else ()))
     return found
 

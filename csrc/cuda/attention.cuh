@@ -70,6 +70,12 @@ bool all_aligned(const PromptAttention& a) {
          (a.P == 0 || (aligned_heads<T>(a.prompt_k) && aligned_heads<T>(a.prompt_v)));
 }
 
+template <typename T>
+bool all_aligned(const PromptAttentionBackward& g) {
+  return all_aligned<T>(g.forward) && aligned_heads<T>(g.forward.out) &&
+         aligned_heads<T>(g.grad_out);
+}
+
 // Calls function(integral constant) with the padded head width.
 template <typename Function>
 cudaError_t with_width(int d, Function function) {

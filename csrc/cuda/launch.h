@@ -92,6 +92,9 @@ struct PromptAttentionBackward {
   int splits;                          // of the B * Q rows that a shared prompt key sees
   bool shared;                         // the batch shares the prompts: their gradients are summed
 };
+// Its first part: delta, and grad_q where it is wanted.
+cudaError_t prompt_attention_grad_query(const PromptAttentionBackward& args, DType dtype,
+                                        cudaStream_t stream);
 cudaError_t prompt_attention_backward(const PromptAttentionBackward& args, DType dtype,
                                       cudaStream_t stream);
 
