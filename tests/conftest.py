@@ -1,5 +1,6 @@
 """Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, which must be
-chosen before anything imports triton (timm does)."""
+chosen before anything imports triton (timm does). With one, float32 is float32 everywhere: torch
+lets cuDNN's convolutions round it to TF32 unless it is told not to."""
 
 from __future__ import annotations
 
@@ -11,6 +12,11 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    torch.backends.cudnn.allow_tf32 = False
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    # else each worker takes every core for its float64 references
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 @pytest.fixture(scope="session")
