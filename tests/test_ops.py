@@ -73,6 +73,26 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
 
 
+@every_op
+@pytest.mark.parametrize("strict", [None, True, False], ids=["compiled", "strict", "not-strict"])
+def test_compiled_programs_call_the_op_and_exported_ones_plain_torch(case, strict):
+    op, tensors = case()
+    if strict is None:
+        graphs = []
+        compiled = torch.compile(op, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+        assert torch.equal(compiled(*tensors), op(*tensors))
+        (graph,) = (g.graph for g in graphs)
+    else:
+
+        class Program(nn.Module):
+            def forward(self, *tensors):
+                return op(*tensors)
+
+        graph = torch.export.export(Program(), tensors, strict=strict).graph
+    called = any("pgn_fast" in str(node.target) for node in graph.nodes)
+    assert called == (strict is None)
+
+
 def registered_ops():
     """Every call of an op or a backward that an op's examples lead to: (op, arguments)."""
     found = []

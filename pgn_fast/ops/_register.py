@@ -129,7 +129,8 @@ def leaves_this_package() -> bool:
     """Whether what runs is recorded to run where this package is not: torch.export, and ONNX after
     it, or torch.jit.trace."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        # is_exporting() itself is answered True by Dynamo of torch 2.11, whatever it compiles for
+        return torch.compiler._is_exporting_flag
     return torch._C._get_tracing_state() is not None
 
 
