@@ -129,8 +129,9 @@ BUDGET = 540.0
 def in_turn(steps: Sequence[Step]) -> list[list[Step]]:
     """The steps in groups that run one after the other; those of one group run side by side."""
     groups: list[list[Step]] = []
-    for timed, members in groupby(steps, lambda step: step.timed):
-        groups += [[step] for step in members] if timed else [list(members)]
+    for timed, neighbors in groupby(steps, lambda step: step.timed):
+        members = list(neighbors)
+        groups += [[step] for step in members] if timed else [members]
     return groups
 
 
