@@ -17,6 +17,7 @@ from small_world import MODEL, tiny_vit_kwargs, write_images
 from pgn_fast.adapters import read_adapter
 from pgn_fast.cli import main
 from pgn_fast.train import checkpoints
+from pgn_fast.train.distributed import Processes
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +135,15 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(world, tmp_path, s
     assert all(torch.equal(one[key], two[key]) for key in one)
     with pytest.raises(AssertionError, match=r"the run has 2 process\(es\), this is one of 1"):
         finished(1, "train", "--resume", tmp_path / "torn", "--epochs", "3")
+
+
+def test_cuda_without_a_number_is_the_current_gpu(monkeypatch):
+    """``torch.cuda.set_device`` refuses a device that has none, which ``--device cuda`` is."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    with Processes(torch.device("cuda")) as processes:
+        assert processes.device == torch.device("cuda:1")
+    with Processes(torch.device("cuda:0")) as processes:
+        assert processes.device == torch.device("cuda:0")
+    assert taken == [torch.device("cuda:1"), torch.device("cuda:0")]

@@ -40,6 +40,8 @@ class Processes:
             self.world, self.rank = joined["world_size"], joined["global_rank"]
             self.device = torch.device(joined["device"])
         elif self.device.type == "cuda":
+            if self.device.index is None:  # set_device wants a number
+                self.device = torch.device("cuda", torch.cuda.current_device())
             torch.cuda.set_device(self.device)
         return self
 
