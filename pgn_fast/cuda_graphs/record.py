@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -71,8 +72,24 @@ class CudaRecorder:
     def record(self, run: Callable[[], Any]) -> Recorded:
         graph = torch.cuda.CUDAGraph()
         # thread_local: threads that pin memory for the loader may go on meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = run()
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        current = torch.cuda.current_stream(self._device)
+        first: Exception | None = None
+        try:
+            # a capture that fails stays in its own stream
+            with torch.cuda.stream(current), _made_outside_of_inference(capture):
+                try:
+                    outputs = run()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as last:
+            with suppress(AttributeError, RuntimeError):  # nor does it leave the pool
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            # the end of a capture that failed fails too, with less to say
+            raise (first or last) from None
+        finally:
+            del first  # it holds this frame
         return _CudaGraph(graph, outputs)
 
     def random_state(self) -> Any:
@@ -85,6 +102,17 @@ class CudaRecorder:
     def release(self) -> None:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _made_outside_of_inference(capture: torch.cuda.graph) -> Iterator[None]:
+    """Inside of a capture, in the caller's mode. The first one makes what all graphs of a device
+    draw random numbers by; made in inference mode, no graph of training could write it."""
+    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+    with torch.inference_mode(False), capture:
+        mode = torch.inference_mode() if inference else torch.set_grad_enabled(grad)
+        with mode:
+            yield
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
