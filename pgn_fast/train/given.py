@@ -120,7 +120,8 @@ def _label(given: Any) -> int | Tensor:
     """
     if np.ndim(given) == 0:
         return int(given)
-    vector = torch.as_tensor(np.asarray(given), dtype=torch.float32)
+    plain = given.cpu() if isinstance(given, Tensor) else np.asarray(given)
+    vector = torch.as_tensor(plain, dtype=torch.float32)
     if vector.ndim != 1 or not bool(((vector == 0) | (vector == 1)).all()):
         raise ValueError("a label with several classes is a vector of 0 and 1, one place a class")
     return vector

@@ -177,7 +177,7 @@ class Samples(Dataset):
             reason = " ".join(str(error).split()) or type(error).__name__
             return Unreadable(f"{self.split.images.name(index)}: {reason}")
         if isinstance(image, Tensor):
-            return image, label, index
+            return image.cpu(), label, index  # data that lie on a GPU cannot be pinned
         try:
             return self.transform(image), label, index
         except MemoryError:
