@@ -112,6 +112,11 @@ def export(
         raise UserError(f"format={format!r}; known: {', '.join(SUFFIXES)}.")
     if lacks := missing(format):
         raise UserError(f"format={format!r}: {lacks}.")
+    like = next(model.parameters())
+    if like.device.type != "cpu":
+        raise UserError(
+            f"export takes a model on the CPU, this one is on {like.device.type}: model.cpu()."
+        )
     from .adapters import backbone_pixels
 
     pixels = getattr(model, "preprocessing", None) or backbone_pixels(model.backbone)

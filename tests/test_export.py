@@ -119,3 +119,8 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["export", str(tmp_path / "run")]) == 2
     assert "pip install 'pgn_fast[onnx]'" in capsys.readouterr().err
+
+
+def test_a_model_on_another_device_is_told_the_way(tmp_path):
+    with pytest.raises(UserError, match=r"on the CPU, this one is on meta: model\.cpu\(\)"):
+        export(torch.nn.Linear(3, 2, device="meta"), tmp_path / "model.pt2", "pt2")
