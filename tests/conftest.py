@@ -10,6 +10,7 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+REHEARSES = os.environ.get("PGN_FAST_REHEARSE") == "1"
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
@@ -31,6 +32,8 @@ def _seed() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        # see on_device.py
+        rehearsed = REHEARSES and "device" in getattr(item, "fixturenames", ())
         # by its marker: among the keywords is also the name of every folder above the file
-        if item.get_closest_marker("gpu") and not HAS_GPU:
+        if item.get_closest_marker("gpu") and not (HAS_GPU or rehearsed):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
