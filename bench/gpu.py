@@ -75,20 +75,31 @@ def _build(part: Path) -> list[list[str]]:
     return [[sys.executable, "-m", "pip", *install]]
 
 
-def _tests(part: Path) -> list[list[str]]:
-    tests = ROOT / "tests"
-    files = sorted({str(f) for name in DEVICE_TESTS for f in tests.glob(f"{name}.py")})
-    marked = sorted(str(f) for f in tests.glob("test_*.py") if "mark.gpu" in f.read_text())
-    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-    pytest += ["--continue-on-collection-errors"]  # a test package may be missing there
-    if importlib.util.find_spec("xdist"):
-        # a new Triton kernel takes seconds to compile
-        pytest += ["-n", str(min(12, os.cpu_count() or 1))]
-    return [[*pytest, "-m", "gpu", *marked], [*pytest, *files]]
+def _tests(kind: str) -> Callable[[Path], list[list[str]]]:
+    """The "ops" by their own files, or "users": what is marked to need a GPU, in any file."""
+
+    def commands(part: Path) -> list[list[str]]:
+        tests = ROOT / "tests"
+        files = {f for name in DEVICE_TESTS for f in tests.glob(f"{name}.py")}
+        marks = []
+        if kind == "users":
+            files = {f for f in tests.glob("test_*.py") if "mark.gpu" in f.read_text()}
+            marks = ["-m", "gpu"]
+        pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+        pytest += ["--continue-on-collection-errors"]  # a test package may be missing there
+        if importlib.util.find_spec("xdist"):
+            # a new Triton kernel takes seconds to compile
+            pytest += ["-n", str(max(1, min(16, os.cpu_count() or 1) // 2))]
+        return [[*pytest, *marks, *sorted(map(str, files))]]
+
+    return commands
 
 
 # names of our kernels: mangled with the namespace in C++, the functions' own in Triton
 OUR_KERNELS = r"pgn_fast|^_[a-z_]+_kernel"
+
+
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 def _sanitizer(tool: str) -> Callable[[Path], list[list[str]]]:
@@ -106,11 +117,9 @@ def _sanitizer(tool: str) -> Callable[[Path], list[list[str]]]:
 STEPS = [
     Step("build", 90, _build),
     Step("smoke", 40, _measure("small"), timed=False),
-    Step("tests", 80, _tests, timed=False),
-    Step("memcheck", 60, _sanitizer("memcheck"), timed=False),
-    Step("racecheck", 60, _sanitizer("racecheck"), timed=False),
-    Step("synccheck", 60, _sanitizer("synccheck"), timed=False),
-    Step("initcheck", 60, _sanitizer("initcheck"), timed=False),
+    Step("tests of ops", 100, _tests("ops"), timed=False),
+    Step("tests of users' calls", 100, _tests("users"), timed=False),
+    *(Step(tool, 100, _sanitizer(tool), timed=False) for tool in SANITIZERS),
     Step("ceilings", 10, _measure("ceilings")),
     Step("full size", 20, _measure("full_size")),
     Step("models", 100, _measure("models")),
