@@ -83,6 +83,14 @@ def test_a_kernel_that_hangs_is_barred_when_its_time_is_up(monkeypatch):
     assert row == {"verdict": "barred", "reason": "no answer within 20 s"}
 
 
+def test_a_kernel_that_had_only_what_was_left_of_the_minutes_is_not_barred(monkeypatch):
+    monkeypatch.setattr(
+        autotune, "command", lambda words: [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
+    row = autotune._try("mix_prompts", "cpu", torch.float32, CPU, SMALL, 1.0, whole=False)
+    assert row["verdict"] == "not reached" and "within 1 s" in row["reason"], row
+
+
 def test_a_right_but_slow_kernel_is_not_preferred(monkeypatch):
     row = tried(monkeypatch, SABOTAGE["slow"])
     assert row["verdict"] == "slower" and row["speedup"] < 1, row

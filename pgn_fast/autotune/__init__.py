@@ -69,7 +69,7 @@ def autotune(
                 name = str(dtype).removeprefix("torch.")
                 row: dict[str, Any] = {"op": op, "backend": backend, "dtype": name}
                 left = min(case_seconds, end - time.monotonic())
-                row |= _try(op, backend, dtype, device, sizes, left)
+                row |= _try(op, backend, dtype, device, sizes, left, whole=left == case_seconds)
                 tiles |= row.pop("tiles", {})
                 rows.append(row)
                 tell(f"{op} {name} {backend}: {row['verdict']} ({row['reason']})")
@@ -137,7 +137,9 @@ def _try(
     device: torch.device,
     sizes: cases.Sizes,
     seconds: float,
+    whole: bool = True,
 ) -> dict[str, Any]:
+    """One case; ``whole``: that many seconds are what a kernel may take, not what is left."""
     like = torch.empty(0, dtype=dtype, device=device)
     if reason := dispatch.unsupported_reason(backend, op, like):
         return {"verdict": "refused", "reason": reason}
@@ -147,7 +149,8 @@ def _try(
     words = [op, backend, name, str(device), json.dumps(asdict(sizes))]
     status, output = run(command(words), seconds)
     if status is None:
-        return {"verdict": "barred", "reason": f"no answer within {seconds:.0f} s"}
+        verdict = "barred" if whole else "not reached"
+        return {"verdict": verdict, "reason": f"no answer within {seconds:.0f} s"}
     try:
         found = json.loads(output.strip().splitlines()[-1])
     except (ValueError, IndexError):
