@@ -61,8 +61,9 @@ def test_tasks_that_left_memory_come_back_to_the_device(device, tmp_path) -> Non
 
 @pytest.mark.parametrize("max_batch", [1, 6])
 def test_a_served_model_answers_by_graphs(device, graphs, max_batch, caplog) -> None:
-    serving = pytest.importorskip("serving")
-    served = load_served_model(serving.tiny_vit(), name="tiny", device=device)
+    vit = tiny_vit(img_size=32, num_classes=10)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, "input_size": (3, 32, 32)}
+    served = load_served_model(vit, name="tiny", device=device)
     caplog.set_level("INFO", logger="pgn_fast.serve")
     served.warm_up(max_batch)
     lines = [line for line in caplog.messages if "one CUDA graph" in line]
@@ -89,7 +90,10 @@ def test_the_server_answers_from_the_device(device, graphs) -> None:
     pictures = serving.images(3, (40, 40))
     with testclient.TestClient(create_app(served)) as client:
         encoded = [encode(picture) for picture in pictures]
-        answers = [client.post("/v1/logits", json=serving.as_json(encoded)) for _ in range(8)]
+        answers = [
+            client.post("/v1/predict", json=serving.as_json(encoded, output="logits"))
+            for _ in range(8)
+        ]
     assert [answer.status_code for answer in answers] == [200] * 8
     first = torch.tensor(np.array(answers[0].json()["values"], dtype=np.float32))
     assert all(
