@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pgn_fast
-from pgn_fast.backbone import blocks
+from pgn_fast.backbone import blocks, cache
 from pgn_fast.backbone.engine import FastBackbone
 from pgn_fast.backbone.options import FastOptions
 
@@ -395,3 +395,11 @@ def test_packing_leaves_a_named_plain_torch_alone() -> None:
     packed = FastOptions(packed=True)
     model = pgn_fast.VPT(backbone(), 5, num_prompts=3, backend="reference", fast=packed)
     assert "packed     backend='reference' names eager PyTorch" in model.explain()
+
+
+@pytest.mark.parametrize("make", [vpt, pgn, lambda: vpt("balanced"), lambda: vpt("min")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_where_no_copies_are_kept(monkeypatch, make, dtype: torch.dtype) -> None:
+    """As on a GPU, where the weights stay in float32."""
+    monkeypatch.setattr(cache, "copies_unsupported_reason", lambda backbone: "as on a GPU")
+    test_autocast_is_as_close_as_timm_under_it(make, dtype)

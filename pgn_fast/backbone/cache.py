@@ -179,6 +179,12 @@ class BackboneCache:
         return not recorded and self._shared.copies_unsupported_reason is None
 
     @property
+    def casts(self) -> bool:
+        """Whether the matrices come in the dtype that is asked for, cast anew where no copies are
+        kept: our own backward does not run under autocast. A compiler sees autocast instead."""
+        return not (torch.compiler.is_compiling() or leaves_this_package())
+
+    @property
     def copies_unsupported_reason(self) -> str | None:
         """Why no copies of the weights are made, outside of a compiler; None where they are."""
         return self._shared.copies_unsupported_reason
@@ -196,6 +202,8 @@ class BackboneCache:
             backend_for = partial(self.backend_for, dtype=dtype)
             blocks_ = range(len(self.backbone.blocks))
             live = [from_timm(self.family, self.backbone, i, backend_for) for i in blocks_]
+            if self.casts and dtype != self.dtype:
+                live = [w.with_linears(partial(_cast, dtype=dtype)) for w in live]
             return multiplied_by(linear, live)
         backends = {op: self.backend_for(op, dtype) for op in ("frozen_linear", "add_layer_norm")}
         return self._shared.fold(self.options, dtype, backends, linear)
@@ -286,3 +294,8 @@ class BackboneCache:
         """Bytes of folded weights that are not the backbone's own tensors, for all models on it."""
         self._weights(self.dtype, FrozenLinear)
         return self._shared.extra_bytes()
+
+
+def _cast(linear: FrozenLinear, dtype: torch.dtype) -> FrozenLinear:
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    return FrozenLinear(linear.weight.to(dtype), bias, linear.backend)

@@ -140,7 +140,7 @@ class FastBackbone:
         taken: dict[int, Tensor] | None,
     ) -> Tensor:
         """Tokens before ``norm_pre`` to the rows that are read, prompts last of them."""
-        backbone, family, folds = self.backbone, self.cache.family, self.cache.folds
+        backbone, family, casts = self.backbone, self.cache.family, self.cache.casts
         x, num_tokens, rope, prompts, inside, begin = embedded
         if begin == 0:
             norm_pre = family.norm_pre(backbone)
@@ -151,8 +151,8 @@ class FastBackbone:
             dtype = torch.get_autocast_dtype(device_type)
         weights = self.cache.weights(dtype)
 
-        # folded weights are in autocast's dtype already; live ones are cast by autocast
-        with torch.autocast(device_type, dtype, enabled=autocast and not folds):
+        # the weights are in autocast's dtype already, but in what a compiler or a trace records
+        with torch.autocast(device_type, dtype, enabled=autocast and not casts):
             ready = self._keys_values_at_once(x, weights, steps)
             for i, step in enumerate(steps[begin:], begin):
                 if i > 0:
