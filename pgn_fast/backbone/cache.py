@@ -180,7 +180,7 @@ class BackboneCache:
 
     @property
     def casts(self) -> bool:
-        """Whether the matrices come in the dtype that is asked for, cast anew where no copies are
+        """Whether the matrices come in the dtype that is asked for, cast again where no copies are
         kept: our own backward does not run under autocast. A compiler sees autocast instead."""
         return not (torch.compiler.is_compiling() or leaves_this_package())
 
