@@ -169,7 +169,8 @@ def run_command(command: Sequence[str], seconds: float) -> Outcome:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         status = "timed out"
-    return Outcome(status, time.monotonic() - begin, output[-20_000:])
+    kept = 2_000 if status == "passed" else 60_000
+    return Outcome(status, time.monotonic() - begin, output[-kept:])
 
 
 def run_step(step: Step, seconds: float, part: Path) -> Outcome:
