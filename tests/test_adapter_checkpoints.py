@@ -12,6 +12,7 @@ from small_world import tiny_vit
 from torch import nn
 
 import pgn_fast
+from pgn_fast.backbone.digest import backbone_digest
 from pgn_fast.errors import UserError
 from pgn_fast.models import FineTuned, LinearProbe
 
@@ -82,16 +83,70 @@ def test_inside_of_another_module():
     assert list(nn.ModuleDict({"model": prompted()}).load_state_dict(state)) == [[], []]
 
 
-def test_what_is_trained_inside_of_the_backbone_is_kept():
+@pytest.fixture
+def with_lora():
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
-    with pytest.warns(UserWarning, match="LoRA"):
-        model = pgn_fast.VPT(peft.inject_adapter_in_model(config, tiny_vit()), 3, num_prompts=1)
-    for name, p in model.backbone.named_parameters():
-        p.requires_grad_("lora_" in name)
-    state = model.state_dict()
+    config = peft.LoraConfig(r=2, target_modules=["qkv"])
+
+    def build(seed=0, trained=True):
+        torch.manual_seed(0)
+        with pytest.warns(UserWarning, match="LoRA"):
+            backbone = peft.inject_adapter_in_model(config, tiny_vit(seed))
+            model = pgn_fast.VPT(backbone, 3, num_prompts=1)
+        for name, p in model.backbone.named_parameters():
+            p.requires_grad_(trained and "lora_" in name)
+            if "lora_" in name:
+                nn.init.normal_(p, std=0.1)
+        return model
+
+    return build
+
+
+def test_what_is_trained_inside_of_the_backbone_is_kept(with_lora):
+    state = with_lora().state_dict()
     assert sum("lora_" in name for name in state) == 4
     assert not any("base_layer" in name for name in state)
+
+
+def test_what_is_frozen_beside_lora_has_a_digest(with_lora):
+    """LoRA is in the checkpoint; what stays frozen around it is held to be the same weights."""
+    model = with_lora()
+    state = model.state_dict()
+    dtype, digest = bytes(state["_extra_state"].tolist()).decode().split()
+    lora = {name for name in model.backbone.state_dict() if "lora_" in name}
+    assert (dtype, digest) == ("float32", backbone_digest(model.backbone, without=lora))
+    # a step of training leaves it, another frozen weight does not
+    with torch.no_grad():
+        for name, p in model.backbone.named_parameters():
+            if name in lora:
+                p.add_(1)
+    assert torch.equal(model.state_dict()["_extra_state"], state["_extra_state"])
+    # for training and for inference alike, where all is frozen
+    for other in (with_lora(), with_lora(trained=False)):
+        assert list(other.load_state_dict(state)) == [[], []]
+        held = other.backbone.state_dict()
+        assert all(torch.equal(held[name], state[f"backbone.{name}"]) for name in lora)
+    for trained in (True, False):
+        with pytest.raises(UserError, match="other weights"):
+            with_lora(seed=1, trained=trained).load_state_dict(state)
+    with pytest.raises(UserError, match=r"lora_A.*no place.*LoRA"):
+        prompted().load_state_dict(state)
+
+
+def test_a_part_of_the_backbone_that_is_trained():
+    model, other = prompted(), prompted()
+    for m in (model, other):
+        m.backbone.blocks[-1].requires_grad_(True)
+    nn.init.normal_(model.backbone.blocks[-1].mlp.fc1.weight)
+    state = model.state_dict()
+    assert sum("blocks" in name for name in state) == len(model.backbone.blocks[-1].state_dict())
+    assert list(other.load_state_dict(state)) == [[], []]
+    with torch.no_grad():
+        other.backbone.blocks[0].mlp.fc1.bias.add_(1)
+    with pytest.raises(UserError, match="other weights"):
+        other.load_state_dict(state)
+    model.backbone.requires_grad_(True)
+    assert "_extra_state" not in model.state_dict()
 
 
 def test_baselines():

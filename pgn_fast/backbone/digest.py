@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,9 @@ _CHUNK = 1 << 24
 _digests: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
-def backbone_digest(backbone: nn.Module, *, head: bool = False) -> str:
+def backbone_digest(
+    backbone: nn.Module, *, head: bool = False, without: Collection[str] = ()
+) -> str:
     """SHA-256 of a backbone's weights and persistent buffers, as 64 hexadecimal digits.
 
     Two backbones have the same digest where names, dtypes, shapes and bytes agree; the device, the
@@ -29,13 +31,19 @@ def backbone_digest(backbone: nn.Module, *, head: bool = False) -> str:
         head: whether its own classifier (``head`` and ``head_dist``, by timm's names) counts. The
             models use it with ``head="keep"`` alone, and a backbone made with ``num_classes=0``
             has none.
+        without: names of tensors that do not count, such as those of LoRA that is trained inside
+            of it.
 
     Raises:
         ValueError: the weights are not in memory (device "meta"), or are of a type that does not
             show its bytes; the message names the tensor.
     """
     state = backbone.state_dict(keep_vars=True)
-    names = sorted(n for n in state if head or n.split(".")[0] not in ("head", "head_dist"))
+    names = sorted(
+        name
+        for name in state
+        if (head or name.split(".")[0] not in ("head", "head_dist")) and name not in without
+    )
     parts = [part for name in names for part in _parts(name, state[name])]
     # hashlib lets go of the interpreter's lock
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
@@ -75,11 +83,12 @@ def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape), first
 
 
-def known_digest(backbone: nn.Module, head: bool) -> str:
+def known_digest(backbone: nn.Module, head: bool, without: frozenset[str] = frozenset()) -> str:
     """``backbone_digest``, computed once for many adapters on one backbone."""
-    key = head, tuple(map(_state, (*backbone.parameters(), *backbone.buffers())))
+    tensors = (*backbone.named_parameters(), *backbone.named_buffers())
+    key = head, without, tuple(_state(tensor) for name, tensor in tensors if name not in without)
     known = _digests.get(backbone)
     if known is None or known[0] != key:
-        known = key, backbone_digest(backbone, head=head)
+        known = key, backbone_digest(backbone, head=head, without=without)
         _digests[backbone] = known
     return known[1]

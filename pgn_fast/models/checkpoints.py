@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.digest import known_digest
-from ..errors import UserError
+from ..errors import UserError, shown
 from .heads import KeptHead
 
 # torch's own name for what a module stores beside its tensors; here text as bytes, "dtype digest"
@@ -26,9 +26,9 @@ class AdapterCheckpoints(nn.Module):
     """A model whose ``state_dict()`` is what is trained.
 
     ``load_state_dict`` takes such a state and whole ones, also with ``strict=True``. It raises a
-    UserError where the state was saved beside other frozen weights of the same dtype. Sharded
-    weights (FSDP) have no digest of their own, and none is saved; nor is one where some of the
-    backbone is trained.
+    UserError where the state was saved beside other frozen weights of the same dtype; where a part
+    of the backbone is trained, such as LoRA, that part is in the state and the digest is of the
+    rest. Sharded weights (FSDP) have no digest of their own, and none is saved.
     """
 
     backbone: Any
@@ -53,7 +53,7 @@ class AdapterCheckpoints(nn.Module):
         if not keep_vars:
             for name in _frozen(self):
                 state.pop(prefix + name, None)
-            if (beside := _beside(self)) is not None:
+            if (beside := _beside(self, state, prefix)) is not None:
                 text = bytearray(" ".join(beside).encode())
                 state[prefix + _BESIDE] = torch.frombuffer(text, dtype=torch.uint8)
         return state
@@ -65,21 +65,25 @@ def _frozen(model: AdapterCheckpoints) -> set[str]:
     return {f"backbone.{name}" for name in model.backbone.state_dict() if name not in trained}
 
 
-def _beside(model: AdapterCheckpoints) -> tuple[str, str] | None:
-    """Dtype and digest of the frozen backbone; None where it is trained or parts are elsewhere."""
-    parameters = list(model.backbone.parameters())
-    if any(p.requires_grad or hasattr(p, "device_mesh") or p.is_meta for p in parameters):
+def _beside(model: AdapterCheckpoints, state: Any, prefix: str) -> tuple[str, str] | None:
+    """Dtype and digest of what a state does not hold of the backbone; None where it holds all, or
+    where parts are on other devices."""
+    names = set(model.backbone.state_dict())
+    held = frozenset(name for name in names if f"{prefix}backbone.{name}" in state)
+    parameters = dict(model.backbone.named_parameters())
+    if any(hasattr(p, "device_mesh") or p.is_meta for p in parameters.values()):
         return None
-    digest = known_digest(model.backbone, isinstance(model.head, KeptHead))
-    return str(parameters[0].dtype).removeprefix("torch."), digest
+    dtypes = [p.dtype for name, p in parameters.items() if name not in held]
+    if not dtypes:
+        return None
+    digest = known_digest(model.backbone, isinstance(model.head, KeptHead), held)
+    return str(dtypes[0]).removeprefix("torch."), digest
 
 
 def _check_backbone(model: AdapterCheckpoints, state: Any, prefix: str, *_: Any) -> None:
     saved = state.pop(prefix + _BESIDE, None)
-    if saved is None or all(prefix + name in state for name in _frozen(model)):
-        return  # it brings the backbone itself
-    own = _beside(model)
-    if own is None:
+    # what is trained at the time of loading does not matter: the state tells what was
+    if saved is None or (own := _beside(model, state, prefix)) is None:
         return
     if (words := _words(saved)) is None:
         warnings.warn(
@@ -88,6 +92,13 @@ def _check_backbone(model: AdapterCheckpoints, state: Any, prefix: str, *_: Any)
             stacklevel=2,
         )
     elif words[0] == own[0] and words[1] != own[1]:
+        start, known = f"{prefix}backbone.", set(model.backbone.state_dict())
+        strange = (n for n in state if n.startswith(start) and n[len(start) :] not in known)
+        if (name := next(strange, None)) is not None:
+            raise UserError(
+                f"the checkpoint holds {shown(name)}, for which this backbone has no place. Put "
+                "the layers that were trained inside of it (LoRA) there first, as in that training"
+            )
         raise UserError(
             f"the checkpoint was saved beside a frozen backbone with digest {words[1][:12]}; this "
             f"one has {own[1][:12]}, other weights. Build the model on the backbone of that "
