@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .errors import UserError
+from .errors import UserError, brief, shown
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 # packages that write the format and that run it for the comparison; the extra has its name
@@ -29,11 +30,13 @@ _NEEDS = {
     "openvino": ("onnx", "onnxscript", "openvino"),
 }
 _IMAGES, _BATCH = 256, 32
+# what a file of protobuf's holds, less the graph around the weights
+_LARGEST_ONNX = (2 << 30) - (16 << 20)
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How the exported file compares with the model, on random images.
+    """How the exported file compares with the model's float weights, on random images.
 
     Attributes:
         error: largest difference of a logit, as a fraction of the largest logit.
@@ -77,11 +80,36 @@ class _Plain(nn.Module):
         return self.model(images)
 
 
-def missing(format: str) -> str | None:
-    """What a format needs that is not installed, as one line; None where nothing is."""
+def check_target(path: str | os.PathLike[str], format: str) -> Path:
+    """Refuse what can be known to fail before a model is there; the path.
+
+    Raises:
+        UserError: an unknown format, a package that it needs and that is not installed, or a path
+            where its file cannot be.
+    """
+    if not isinstance(format, str) or format not in SUFFIXES:
+        raise UserError(f"format={shown(format)}; known: {', '.join(SUFFIXES)}.")
     absent = [p for p in _NEEDS[format] if importlib.util.find_spec(p) is None]
-    hint = f"pip install 'pgn_fast[{format}]'"
-    return f"{', '.join(absent)} not installed: {hint}" if absent else None
+    if absent:
+        hint = f"pip install 'pgn_fast[{format}]'"
+        raise UserError(f"format={format!r}: {', '.join(absent)} not installed: {hint}.")
+    target = Path(path)
+    if target.suffix != SUFFIXES[format]:
+        raise UserError(
+            f"path={shown(str(path))}: a file of format {format!r} ends in {SUFFIXES[format]}."
+        )
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: there is no folder {target.parent}. Make it first.")
+    for file in (target, *([target.with_suffix(".bin")] if format == "openvino" else [])):
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; name a file.")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=target.parent, prefix=".export-"))
+    except OSError as error:
+        raise UserError(
+            f"{target}: the folder {target.parent} cannot be written to: {error.strerror}."
+        ) from error
+    return target
 
 
 def export(
@@ -94,8 +122,9 @@ def export(
     """Write a model as one file and compare the file with the model.
 
     Args:
-        model: a PGN, a VPT or a baseline, in float32 on the CPU.
-        path: of the file; OpenVINO writes a second one with the ending ``.bin`` beside it.
+        model: a PGN, a VPT, a baseline or a model of a registered method, in float32 on the CPU.
+        path: of the file, which ends in ``.onnx``, ``.pt2`` or ``.xml`` and replaces an older one;
+            OpenVINO writes a second one with the ending ``.bin`` beside it.
         format: "onnx", "pt2" (``torch.export``) or "openvino".
         preprocessing_inside: the file takes uint8 pixels (B, C, H, W) and normalizes them itself;
             resizing stays outside. Else it takes normalized float32 images.
@@ -104,22 +133,15 @@ def export(
         The comparison on 256 random images. The file takes any number of images at once.
 
     Raises:
-        UserError: (a ValueError) an unknown format, a package that is not installed, or a file that
-            differs from the model by more than a thousandth of the largest logit.
+        UserError: (a ValueError) an unknown format, a package that is not installed, a path where
+            no file can be, a model of another kind, dtype or device, with numbers that are not
+            finite or of more than the 2 GiB that ONNX holds, a model that the format cannot say, or
+            a file that differs from the model by more than a thousandth of the largest logit.
         OSError: the file could not be written; no half of it is left.
     """
-    if format not in SUFFIXES:
-        raise UserError(f"format={format!r}; known: {', '.join(SUFFIXES)}.")
-    if lacks := missing(format):
-        raise UserError(f"format={format!r}: {lacks}.")
-    like = next(model.parameters())
-    if like.device.type != "cpu":
-        raise UserError(
-            f"export takes a model on the CPU, this one is on {like.device.type}: model.cpu()."
-        )
-    from .adapters import backbone_pixels
-
-    pixels = getattr(model, "preprocessing", None) or backbone_pixels(model.backbone)
+    target = check_target(path, format)
+    _check_model(model, format)
+    pixels = _pixels(model)
     size = model.backbone.in_chans, *model.backbone.patch_embed.img_size
     training = model.training
     model.eval()
@@ -131,13 +153,21 @@ def export(
         about = {
             "pgn_fast_version": __version__,
             "class_names": getattr(model, "class_names", None),
+            "task": getattr(model, "task", "multiclass"),
             "preprocessing": {**pixels, "inside": preprocessing_inside},
         }
-        target = Path(path)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
             written = Path(folder) / target.name
-            run = _WRITERS[format](module.eval(), images[:2], written, about)
-            parity = _compare(module, run, images)
+            try:
+                run = _WRITERS[format](module.eval(), images[:2], written, about)
+                parity = _compare(module, run, images)
+            except (OSError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                # in torch's, ONNX's or OpenVINO's own words, which are pages long
+                raise UserError(
+                    f"the model cannot be written as {format}: {brief(error, 300)}"
+                ) from error
             if not parity.error <= 1e-3:
                 raise UserError(
                     f"the {format} file differs from the model by {parity.error:.1e} of the "
@@ -150,6 +180,48 @@ def export(
     return parity
 
 
+def _check_model(model: Any, format: str) -> None:
+    """Refuse what no writer takes, in one sentence, before it is traced."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "backbone"):
+        raise UserError(
+            f"model is a {type(model).__name__}; export takes a PGN, a VPT, a baseline or a model "
+            "of a registered method."
+        )
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, tensor in tensors.items():
+        plain = tensor.dtype == torch.float32 or not tensor.is_floating_point()
+        if tensor.device.type != "cpu" or not plain:
+            raise UserError(
+                f"model: {name} is {tensor.dtype} on {tensor.device}; export takes float32 on the "
+                "CPU: pass model.float().cpu()."
+            )
+        # quantized weights (torchao) know no such question
+        if type(tensor) in (Tensor, nn.Parameter) and not tensor.isfinite().all():
+            raise UserError(f"model: {name} has numbers that are not finite.")
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    if "onnx" in _NEEDS[format] and held > _LARGEST_ONNX:
+        raise UserError(
+            f"format={format!r}: the model has {held / 2**30:.1f} GiB, an ONNX file holds at most "
+            "2 GiB; format='pt2' takes it."
+        )
+
+
+def _pixels(model: Any) -> dict[str, Any]:
+    """Preprocessing of the model's images, with a mean and a deviation for each channel."""
+    from .adapters import backbone_pixels
+    from .adapters.schema import plain_preprocessing
+
+    own = backbone_pixels(model.backbone)
+    pixels = plain_preprocessing({**own, **(getattr(model, "preprocessing", None) or {})})
+    for name in ("mean", "std"):
+        if len(pixels[name]) not in (1, model.backbone.in_chans):
+            raise UserError(
+                f"model.preprocessing: {name} has {len(pixels[name])} numbers, the backbone has "
+                f"{model.backbone.in_chans} channels."
+            )
+    return pixels
+
+
 def _random_images(size: tuple[int, ...], pixels: bool) -> Tensor:
     """Noise of several scales: smooth enough that images differ in more than their grain."""
     generator = torch.Generator().manual_seed(0)
@@ -159,11 +231,13 @@ def _random_images(size: tuple[int, ...], pixels: bool) -> Tensor:
     return (images * 255).to(torch.uint8) if pixels else (images - 0.5) * 4
 
 
-@torch.no_grad()
 def _compare(module: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor) -> Parity:
-    expected = torch.cat([module(part) for part in images.split(_BATCH)])
+    # a model that multiplies in 8 bits does so where gradients are off; the file is float32
+    with torch.enable_grad():
+        expected = torch.cat([module(part).detach() for part in images.split(_BATCH)])
     # an uneven last batch, for the file's dynamic batch
-    found = torch.cat([run(part) for part in images.split(_BATCH - 1)])
+    with torch.no_grad():
+        found = torch.cat([run(part) for part in images.split(_BATCH - 1)])
     largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
     equal = int((expected.argmax(dim=1) == found.argmax(dim=1)).sum())
     return Parity(len(images), float((found - expected).abs().max() / largest), equal)
@@ -195,14 +269,21 @@ def _write_onnx(module: nn.Module, images: Tensor, path: Path, about: dict[str, 
 
 
 def _write_bare_onnx(module: nn.Module, images: Tensor, path: Path) -> None:
-    torch.onnx.export(
-        _program(module, images),
-        f=str(path),
-        input_names=["images"],
-        output_names=["logits"],
-        external_data=False,
-        verbose=False,
-    )
+    # its optimizer warns of each LayerNorm that it leaves as it is
+    optimizer = logging.getLogger("onnxscript.optimizer")
+    level = optimizer.level
+    optimizer.setLevel(logging.ERROR)
+    try:
+        torch.onnx.export(
+            _program(module, images),
+            f=str(path),
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
+    finally:
+        optimizer.setLevel(level)
 
 
 def _write_openvino(module: nn.Module, images: Tensor, path: Path, about: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pgn_fast
 from pgn_fast.cli import main
+from pgn_fast.export import export
 from pgn_fast.methods import METHODS
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.methods import build_model, load_backbone_for
@@ -102,6 +103,14 @@ def test_outside_methods_are_saved_and_loaded(method: str, tmp_path) -> None:
     METHODS.pop(method)
     with pytest.raises(ValueError, match=f"{method}.*known: pgn, vpt-deep"):
         pgn_fast.from_pretrained(tmp_path, vit)
+
+
+def test_outside_methods_are_exported(method: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = pgn_fast.create_model(method, small_backbone(), 5).eval()
+    nn.init.normal_(model.head.weight)
+    parity = export(model, tmp_path / "model.pt2", "pt2")
+    assert parity.equal_argmax == 256 and parity.error <= 1e-5
 
 
 def test_built_in_methods_go_through_the_same_door() -> None:

@@ -45,20 +45,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _file(args: argparse.Namespace) -> int:
-    from ..export import SUFFIXES, export, missing
+    from ..export import SUFFIXES, check_target, export
     from ._options import adapter_folder
 
-    # before the model is loaded: these are sooner wrong
-    if lacks := missing(args.format):
-        raise UserError(f"--format {args.format}: {lacks}.")
     folder = Path(adapter_folder(args.adapter))
     output = Path(args.output) if args.output else folder / f"model{SUFFIXES[args.format]}"
-    for path in (output, *([Path(args.report)] if args.report else [])):
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}. Make it first.")
-    if output.suffix != SUFFIXES[args.format]:
-        raise UserError(f"--output {output}: a name for --format {args.format} ends in "
-                        f"{SUFFIXES[args.format]}.")  # fmt: skip
+    # before the model is loaded: these are sooner wrong; a missing adapter is told on loading
+    if args.output or folder.is_dir():
+        check_target(output, args.format)
+    if args.report and not (report := Path(args.report)).parent.is_dir():
+        raise UserError(f"{report}: there is no folder {report.parent}. Make it first.")
     parity = export(
         load_adapter(args), output, args.format, preprocessing_inside=args.preprocessing_inside
     )
