@@ -134,7 +134,12 @@ def test_every_kind_of_entry(name: str) -> None:
     ],
 )
 def test_every_kind_of_attention(backbone: str) -> None:
-    compare(tiny(backbone), "every-kind", FastOptions(), rows=None)
+    model = tiny(backbone)
+    try:
+        model.forward_features(torch.zeros(1, 3, *model.patch_embed.img_size, dtype=torch.float64))
+    except RuntimeError as error:  # rotary mixtures in timm 1.0.29
+        pytest.skip(f"this timm does not run it in float64: {error}")
+    compare(model, "every-kind", FastOptions(), rows=None)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def check_ragged_attention(
     prompts[:, :, 75:] = torch.nan
     inputs = q[:, :, :queries], k, v, *prompts.unbind(0)
     out, lse = module.prompt_attention_ragged(*inputs, ranges, scale)
-    out64, lse64 = reference.prompt_attention_ragged(*in_float64(*inputs), ranges, scale)
+    out64, lse64 = reference.prompt_attention_ragged(*in_float64(*inputs), ranges.cpu(), scale)
     assert_matches("out", out, out64)
     assert_matches("lse", lse, lse64)
 
