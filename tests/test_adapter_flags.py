@@ -21,7 +21,7 @@ def world(tmp_path):
     for seed in (0, 1):
         state = tiny_vit(seed).state_dict()
         safetensors.torch.save_file(state, tmp_path / f"w{seed}.safetensors")
-    overlay = {"file": str(tmp_path / "w0.safetensors")}
+    overlay = {"file": str(tmp_path / "w0.safetensors"), "custom_load": False}
     backbone = load_backbone(MODEL, pretrained_cfg_overlay=overlay, **SIZES)
     model = pgn_fast.VPT(backbone, 3, num_prompts=2).eval()
     torch.nn.init.normal_(model.head.weight)

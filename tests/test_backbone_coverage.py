@@ -8,6 +8,7 @@ import re
 import pytest
 import timm
 import torch
+from small_world import skip_what_older_timm_cannot
 from test_backbone_exact import randomize
 from torch import nn
 
@@ -58,6 +59,7 @@ def tiny(name: str) -> nn.Module:
     """The named backbone with two blocks of width 48 on 3 x 3 patches, in float64."""
     if not timm.is_model(name):
         pytest.skip(f"timm {timm.__version__} has no {name}")
+    skip_what_older_timm_cannot(name)
     options = {"depth": 2, "num_classes": 0}
     if not name.startswith("test_"):
         patch = re.search(r"patch(\d+)", name)

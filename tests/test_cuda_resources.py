@@ -189,7 +189,7 @@ def test_the_gates_see_an_empty_body_and_a_call_in_a_loop():
 )
 def test_built_for_plain_9_0_the_hopper_kernel_is_seen_to_be_empty(tmp_path):
     """The build that once returned memory that had not been written."""
-    source = LIBRARY.parents[1] / "csrc/cuda/patch_embed_sm90.cu"
+    source = Path(__file__).parents[1] / "csrc/cuda/patch_embed_sm90.cu"
     cubin = tmp_path / "plain.cubin"
     command = ["nvcc", "-std=c++17", "-O3", "-arch=sm_90", "-cubin", str(source), "-o", str(cubin)]
     subprocess.run(command, check=True)

@@ -20,6 +20,7 @@ import timm
 import torch
 from PIL import Image
 from serving import serving
+from small_world import transformers_of_the_twins
 from tiny_clip import tiny_transformers
 
 import pgn_fast
@@ -155,6 +156,8 @@ def test_python_runs(page, code, small_world):
     if "pgn_fast.fit(" in code:
         pairs = [(torch.rand(3, 56, 56), label) for label in range(4)]
         small_world |= {"train": pairs, "val": pairs}
+    if "import transformers" in code:
+        transformers_of_the_twins()
     exec(compile(code, page, "exec"), small_world)
 
 

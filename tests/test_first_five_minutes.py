@@ -8,7 +8,7 @@ import json
 import pytest
 import timm
 import torch
-from small_world import MODEL, SIZES, tiny_vit, write_images
+from small_world import MODEL, SIZES, tiny_vit, transformers_of_the_twins, write_images
 
 import pgn_fast
 from pgn_fast import cli
@@ -226,7 +226,7 @@ def test_a_peft_model_is_refused_by_a_sentence():
 
 
 def test_transformers():
-    transformers = pytest.importorskip("transformers")
+    transformers = transformers_of_the_twins()
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )

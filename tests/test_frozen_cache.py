@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -79,11 +81,31 @@ def losses(folder: Path):
     ]
 
 
+@functools.cache
+def rows_are_alike() -> bool:
+    """Whether torch's libraries give an image the same bits in a batch of any size: oneDNN of
+    torch 2.10 does not."""
+    model = pgn_fast.VPT(tiny_vit(depth=3), 3, num_prompts=2, layers=[2]).eval()
+    images = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model.below(images).tokens
+        return all(
+            torch.equal(torch.cat([model.below(x).tokens for x in images.split(size)]), whole)
+            for size in range(1, 6)
+        )
+
+
 def assert_same_bits(one: Path, other: Path) -> None:
-    assert losses(one) == losses(other)
+    """The same run; to the last digits where the libraries round by the size of a batch."""
+    tolerance = 0 if rows_are_alike() else 1e-4
+    for mine, theirs in zip(losses(one), losses(other), strict=True):
+        assert {k: float(v) for k, v in mine.items()} == pytest.approx(
+            {k: float(v) for k, v in theirs.items()}, rel=tolerance, abs=0
+        )
     for name in ("best", "last"):
         mine, theirs = (read_adapter(folder / name)[1] for folder in (one, other))
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+        for key in mine:
+            torch.testing.assert_close(mine[key], theirs[key], rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture
@@ -451,7 +473,8 @@ def test_two_writers_take_turns_and_write_each_row_once(tmp_path):
 
 def test_two_runs_share_a_folder_at_once(world, monkeypatch):
     """Both begin with nothing kept; what one has written the other reads."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the processes find this module
+    # where the processes find this module; last, so that the package is the installed one
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
     spawn = multiprocessing.get_context("spawn")
     runs = [
         spawn.Process(target=train, args=(configure(world, lr=lr), world / str(lr)))

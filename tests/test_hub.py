@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 from hub_server import hub_in_use
-from small_world import MODEL, SIZES, tiny_vit
+from small_world import MODEL, SIZES, tiny_vit, transformers_of_the_twins
 from timm.models import save_for_hf
 
 import pgn_fast
@@ -111,7 +111,7 @@ def test_a_backbone_from_the_hub(server, tmp_path):
 
 
 def test_a_transformers_backbone_from_the_hub(server, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = transformers_of_the_twins()
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )

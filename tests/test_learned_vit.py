@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from small_world import transformers_of_the_twins
 from torch import Tensor, nn
 
 import pgn_fast
@@ -69,7 +70,7 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def original(tensors) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    transformers = transformers_of_the_twins()
     config = transformers.Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
     )

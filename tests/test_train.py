@@ -222,7 +222,7 @@ def test_sigkill_at_a_random_moment(world, tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-m", "pgn_fast.cli", "train", "--output", tmp_path / "a", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parent,  # the package that is installed, as in this process
         stdout=subprocess.DEVNULL,
     )
     while not (tmp_path / "a" / "checkpoint.pt").exists() and child.poll() is None:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from small_world import transformers_of_the_twins
 from torch import nn
 
 import pgn_fast
@@ -14,7 +15,7 @@ from pgn_fast.backbone import support
 from pgn_fast.backbone.load import load_backbone
 from pgn_fast.backbone.twins import TwinRefused
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
+transformers = transformers_of_the_twins()
 from pgn_fast.backbone.twins import transformers as reader  # noqa: E402
 
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}
