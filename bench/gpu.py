@@ -4,11 +4,12 @@
 
 Builds, runs every kernel once; then, side by side, what times nothing: the tests that touch a GPU
 and the memory and race checks of compute-sanitizer. Then it measures what this machine can do at
-all (copy, GEMM), holds the kernels to float64 at full size, and times whole models eager and as
-CUDA graphs and every op beside eager PyTorch, each figure with its error against float64, whether
-two runs give the same bits, and the share of the ceiling that binds it; last the peers that have to
-be compiled, and what ``pgn-fast autotune`` finds. Each step is a process of its own with a time
-limit, each compiled peer too: one that hangs or dies costs its own results.
+all (copy, GEMM), the peers that have to be compiled, which is done side by side before they are
+timed in turn, holds the kernels to float64 at full size, and times whole models eager and as CUDA
+graphs and every op beside eager PyTorch, each figure with its error against float64, whether two
+runs give the same bits, and the share of the ceiling that binds it; last, what ``pgn-fast
+autotune`` finds. Each step is a process of its own with a time limit, each compiled peer too: one
+that hangs or dies costs its own results.
 The JSON is written after every step; "assumptions" in it stands beside the figures that the design
 had to guess. Its figures as rows (rows.py) are in the file of the same name that ends in .jsonl.
 
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,7 @@ class Step(NamedTuple):
     commands: Callable[[Path], list[list[str]]]  # from the file where its results belong
     each: float = float("inf")  # seconds for one command
     timed: bool = True  # what times nothing runs beside its neighbors of that kind
+    waits: bool = False  # its commands get ready side by side, and are timed in turn
 
 
 class Outcome(NamedTuple):
@@ -68,6 +70,13 @@ class Outcome(NamedTuple):
 def _measure(*names: str) -> Callable[[Path], list[list[str]]]:
     script = str(HERE / "gpu_steps.py")
     return lambda part: [[sys.executable, script, name, str(part)] for name in names]
+
+
+def _compiled(part: Path) -> list[list[str]]:
+    """Each with a file of its own: they run side by side until they are ready."""
+    files = [part.with_name(f"{part.stem}-{name}.part") for name in gpu_steps.COMPILED]
+    named = zip(gpu_steps.COMPILED, files, strict=True)
+    return [[*_measure(name)(file)[0], "--waits"] for name, file in named]
 
 
 def _build(part: Path) -> list[list[str]]:
@@ -123,16 +132,16 @@ STEPS = [
     Step("tests of users' calls", 100, _tests("users"), timed=False),
     *(Step(tool, 100, _sanitizer(tool), timed=False) for tool in SANITIZERS),
     Step("ceilings", 10, _measure("ceilings")),
+    Step("compiled peers", 100, _compiled, each=8, waits=True),
     Step("full size", 20, _measure("full_size")),
-    Step("models", 100, _measure("models")),
-    Step("prompt_attention", 35, _measure("prompt_attention")),
-    Step("prompted_patch_embed", 20, _measure("prompted_patch_embed")),
+    Step("models", 90, _measure("models")),
+    Step("prompt_attention", 30, _measure("prompt_attention")),
+    Step("prompted_patch_embed", 15, _measure("prompted_patch_embed")),
     Step("mix_prompts", 15, _measure("mix_prompts")),
     Step("other ops", 10, _measure("other_ops")),
     Step("gemm", 10, _measure("gemm")),
     Step("sdpa", 10, _measure("sdpa")),
-    Step("compiled peers", 75, _measure(*gpu_steps.COMPILED), each=40),
-    Step("autotune", 45, _measure("autotune")),
+    Step("autotune", 40, _measure("autotune")),
 ]
 BUDGET = 540.0
 
@@ -146,46 +155,97 @@ def in_turn(steps: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def run_command(command: Sequence[str], seconds: float) -> Outcome:
-    """Run one command in a process group of its own, and end the whole group when time is up."""
-    begin = time.monotonic()
+def start(command: Sequence[str]) -> subprocess.Popen[str]:
+    """A command in a process group of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(HERE)])}
     if "--tiny" in command:
         environment["TRITON_INTERPRET"] = "1"  # the Triton kernels on the CPU
+    if "--waits" in command:
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # the others want cores, too
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float, begin: float, said: str = "") -> Outcome:
+    """Wait for a command, and end its whole group when time is up."""
     try:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return Outcome("failed", 0.0, str(error))
-    try:
-        output, _ = process.communicate(timeout=max(seconds, 0.1))
+        output, _ = process.communicate("\n", timeout=max(seconds, 0.1))
         status = "passed" if process.returncode == 0 else "failed"
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         status = "timed out"
     kept = 2_000 if status == "passed" else 60_000
-    return Outcome(status, time.monotonic() - begin, output[-kept:])
+    return Outcome(status, time.monotonic() - begin, (said + output)[-kept:])
+
+
+def run_command(command: Sequence[str], seconds: float) -> Outcome:
+    """Run one command, no longer than ``seconds``."""
+    begin = time.monotonic()
+    try:
+        process = start(command)
+    except OSError as error:
+        return Outcome("failed", 0.0, str(error))
+    return finish(process, seconds, begin)
+
+
+def run_in_turn(commands: Sequence[Sequence[str]], seconds: float, each: float) -> list[Outcome]:
+    """Start all commands; when all are ready, or three quarters of the time are over, let those
+    that are go on one by one. Their seconds are those of their turns."""
+    end = time.monotonic() + seconds
+    processes = [start(command) for command in commands]
+    said: list[list[str]] = [[] for _ in processes]
+
+    def until_ready(i: int) -> bool:
+        assert processes[i].stdout is not None
+        for line in processes[i].stdout:
+            said[i].append(line)
+            if line.strip() == gpu_common.READY:
+                return True
+        return False  # it died
+
+    pool = ThreadPoolExecutor(len(processes))
+    watched = [pool.submit(until_ready, i) for i in range(len(processes))]
+    wait(watched, timeout=0.75 * seconds)
+    ready = [future.done() and future.result() for future in watched]
+    for process, is_ready in zip(processes, ready, strict=True):
+        if not is_ready and process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    pool.shutdown()
+    outcomes = []
+    for i, process in enumerate(processes):
+        begin = time.monotonic()
+        outcome = finish(process, min(each, end - begin), begin, "".join(said[i]))
+        if not ready[i] and process.returncode == -signal.SIGKILL:
+            outcome = outcome._replace(status="timed out")
+        outcomes.append(outcome)
+    return outcomes
 
 
 def run_step(step: Step, seconds: float, part: Path) -> Outcome:
     """Run a step's commands one after the other, also after one that failed."""
+    begin = time.monotonic()
+    limit = min(step.seconds, seconds)
     outcomes: list[Outcome] = []
-    for command in step.commands(part):
-        left = min(step.seconds, seconds) - sum(outcome.seconds for outcome in outcomes)
+    if step.waits:
+        outcomes = run_in_turn(step.commands(part), limit, step.each)
+    for command in [] if step.waits else step.commands(part):
+        left = limit - (time.monotonic() - begin)
         if left < 2:
             outcomes.append(Outcome("timed out", 0.0, f"not reached: {' '.join(command)}"))
         else:
             outcomes.append(run_command(command, min(left, step.each)))
     worst = next((o.status for o in outcomes if o.status != "passed"), "passed")
-    return Outcome(worst, sum(o.seconds for o in outcomes), "\n".join(o.output for o in outcomes))
+    output = "\n".join(o.output for o in outcomes)
+    return Outcome(worst, time.monotonic() - begin, output)
 
 
 def rehearse_step(step: Step, seconds: float, part: Path) -> Outcome:
@@ -252,9 +312,13 @@ def run(
         part = path.with_name(f"{path.stem}-{step.name.replace(' ', '-')}.part")
         part.unlink(missing_ok=True)
         outcome = execute(step, left, part) if left > 5 else Outcome("no time left", 0.0, "")
-        # also what was measured before a step died
-        found = json.loads(part.read_text()) if part.is_file() else {}
-        part.unlink(missing_ok=True)
+        found: dict[str, Any] = {}
+        for file in sorted(path.parent.glob(f"{part.stem}*.part")):
+            results = json.loads(file.read_text())  # also what was measured before a step died
+            for collected in ("figures", "errors"):
+                results[collected] = found.get(collected, []) + results.get(collected, [])
+            found |= results
+            file.unlink()
         return step, outcome, found
 
     for group in in_turn(steps):

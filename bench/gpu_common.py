@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+READY = "ready to be timed"
 Truth = Sequence[Tensor] | None
 
 
@@ -29,10 +31,13 @@ class Bench:
     Args:
         path: where they are kept; what an earlier process of the step left there stays.
         tiny: a rehearsal: small sizes, float32, on the CPU.
+        waits: what takes time to compile is run once, beside other such processes, and timed when
+            it is this process' turn (``take_turn``).
     """
 
-    def __init__(self, path: Path, tiny: bool) -> None:
-        self.path, self.tiny = path, tiny
+    def __init__(self, path: Path, tiny: bool, waits: bool = False) -> None:
+        self.path, self.tiny, self.waits = path, tiny, waits
+        self._waiting: list[Callable[[], None]] = []
         self.device = torch.device("cpu" if tiny else "cuda")
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.report: dict[str, Any] = {"figures": []}
@@ -42,14 +47,14 @@ class Bench:
     def draw(self, *shape: int, grad: bool = False) -> Tensor:
         return torch.randn(shape, dtype=self.dtype, device=self.device, requires_grad=grad)
 
-    def compile(self, function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """torch.compile, but for a rehearsal. A shape that Dynamo would run uncompiled, and that
         would be recorded as compiled, is an error."""
         if self.tiny:
             return function
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        return torch.compile(function, dynamic=False, mode=mode)
+        return torch.compile(function, dynamic=False)
 
     def save(self, **facts: Any) -> None:
         self.report.update(facts)
@@ -87,11 +92,30 @@ class Bench:
         """
         try:
             agreement = self.agreement(call, check or call, truth)
-            times, graph = self.milliseconds(call)
         except Exception as error:
             return self.fail(f"{group}, {name}", error)
-        told = agreement | {"cuda_graph": graph, "informs": informs}
-        self.keep(group, name, times, flops=flops, bytes=bytes, **told)
+
+        def take_time() -> None:
+            try:
+                times, graph = self.milliseconds(call)
+            except Exception as error:
+                return self.fail(f"{group}, {name}", error)
+            told = agreement | {"cuda_graph": graph, "informs": informs}
+            self.keep(group, name, times, flops=flops, bytes=bytes, **told)
+
+        if self.waits:
+            self._waiting.append(take_time)
+        else:
+            take_time()
+
+    def take_turn(self) -> None:
+        """Say "ready" and, once a line comes in, take the times that wait."""
+        if not self.waits:
+            return
+        print(READY, flush=True)
+        sys.stdin.readline()
+        for take_time in self._waiting:
+            take_time()
 
     def keep(self, group: str, name: str, times: Sequence[float], **told: Any) -> None:
         """Add a figure: the median of the times in milliseconds, and how far they are apart."""

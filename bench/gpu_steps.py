@@ -173,7 +173,8 @@ def prompt_attention(bench: Bench, compiled: bool = False) -> None:
     from pgn_fast import ops
 
     cases = [
-        *itertools.product(("B/32", "B/16", "L/14"), (64,), (50, 200), (None, 1)),
+        *itertools.product(("B/16", "B/32", "L/14"), (64,), (50, 200), (None,)),
+        ("B/16", 64, 50, 1),
         ("B/16", 1, 50, None),
         ("B/16", 512, 50, None),
     ]
@@ -389,13 +390,15 @@ MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
 COMPILED = [name for name in MEASUREMENTS if name.startswith("compiled-")]
 
 
-def measure(name: str, path: Path, tiny: bool = False) -> None:
-    """Run one measurement; its results are in ``path``, as far as it came."""
+def measure(name: str, path: Path, tiny: bool = False, waits: bool = False) -> None:
+    """Run one measurement; its results are in ``path``, as far as it came. See ``Bench``."""
     torch.manual_seed(0)
-    bench = Bench(path, tiny)
+    bench = Bench(path, tiny, waits)
     MEASUREMENTS[name](bench)
+    bench.take_turn()
     bench.save()
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], Path(sys.argv[2]), "--tiny" in sys.argv[3:])
+    flags = sys.argv[3:]
+    measure(sys.argv[1], Path(sys.argv[2]), "--tiny" in flags, "--waits" in flags)

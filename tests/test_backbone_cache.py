@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import pgn_fast
 from pgn_fast.backbone import cache
+from pgn_fast.backbone.engine import FastBackbone
 from pgn_fast.backbone.options import FastOptions
+from pgn_fast.models.heads import ZeroShotHead
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -141,3 +143,17 @@ def test_threads_fold_once(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
     assert len(found) == 8 and all(relative(x, expected) <= 5e-6 for x in found)
     assert len(folds) == len(backbone.blocks)
+
+
+def test_a_backbone_that_moved_unseen_runs_by_its_new_devices_kernels() -> None:
+    """A compiler traces a model that was moved after its last forward, and looks at nothing."""
+    backbone = vit()
+    found = FastBackbone(backbone).cache
+    found.backend_for("frozen_linear", torch.float32)
+    backbone.to("meta")
+    assert found.backend_for("frozen_linear", torch.float32) == "reference"
+
+
+def test_class_embeddings_go_to_the_backbones_device() -> None:
+    head = ZeroShotHead(vit(num_classes=0).to("meta"), torch.randn(4, 64), 1.0)
+    assert head.class_embeddings.device.type == "meta"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import re
 import sys
@@ -54,7 +55,7 @@ def test_rehearsal_walks_through_every_step(gpu, tmp_path):
         if "with its optimizer" not in figure["group"]:
             assert figure["error"] < 1e-4 and figure["repeats"], figure
     names = {figure["name"] for figure in report["figures"]}
-    assert {"timm", "pgn_fast", "pgn_fast.capture", "timm, torch.compile reduce-overhead"} <= names
+    assert {"timm", "pgn_fast", "pgn_fast.capture", "timm, torch.compile"} <= names
     assert set(report["assumptions"]) == {
         *gpu.gpu_steps.ASSUMED_SHARES,
         *gpu.gpu_steps.ASSUMED_RATES,
@@ -112,6 +113,28 @@ def test_what_times_nothing_runs_side_by_side_and_all_else_alone(gpu, tmp_path):
 
     report = gpu.run(steps, 60, tmp_path / "report.json", execute)
     assert [step["status"] for step in report["steps"].values()] == ["passed"] * 5
+
+
+def test_commands_that_wait_get_ready_together_and_run_in_turn(gpu, tmp_path):
+    """Each says when its turn begins and ends; one dies, and one is never ready."""
+    ready = f"print({gpu.gpu_common.READY!r}, flush=True); input()"
+    turn = f"{ready}; from time import *; print(time()); sleep(0.3); print(time())"
+    commands = [python(turn), python("raise SystemExit('died')"), python(turn)]
+    *found, late = gpu.run_in_turn([*commands, python("import time; time.sleep(60)")], 8, 4)
+    assert [outcome.status for outcome in found] == ["passed", "failed", "passed"]
+    assert late.status == "timed out" and "died" in found[1].output
+    turns = [[float(line) for line in found[i].output.split()[-2:]] for i in (0, 2)]
+    assert turns[0][0] < turns[0][1] < turns[1][0] < turns[1][1]
+
+
+def test_what_waits_is_timed_at_its_turn(gpu, tmp_path, monkeypatch):
+    bench = gpu.gpu_common.Bench(tmp_path / "part", tiny=True, waits=True)
+    calls = []
+    bench.record("a group", "one", lambda: calls.append(1) or torch.ones(1))
+    assert bench.report["figures"] == [] and calls
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    bench.take_turn()
+    assert [figure["name"] for figure in bench.report["figures"]] == ["one"]
 
 
 def test_steps_without_time_are_named_as_such(gpu, tmp_path):

@@ -186,7 +186,7 @@ def test_other_streams(device, method) -> None:
             logits = model(pixels)
             found = [logits, *gradients(model, logits)]
         torch.cuda.current_stream().wait_stream(stream)
-        assert_near(found, expected, 1e-6)
+        assert_near(found, expected, 2e-5)  # cuDNN may take another algorithm
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_export_of_a_model_on_the_device(device, tmp_path, format) -> None:
         pytest.importorskip("onnxruntime")
     model = made("vpt-deep", device).eval()
     if device.type == "cuda":
-        with pytest.raises(UserError, match=r"this one is on cuda: model\.cpu\(\)"):
+        with pytest.raises(UserError, match=r"on cuda:0; .*: pass model\.float\(\)\.cpu\(\)"):
             export(model, tmp_path / f"model.{format}", format)
         assert is_on(device, *model.parameters())
         model.cpu()

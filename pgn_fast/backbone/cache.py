@@ -48,7 +48,7 @@ class _Shared:
                 self.backbone
             )
             self.folded: dict[tuple[Any, ...], list[BlockWeights]] = {}
-            self.backends: dict[tuple[str, torch.dtype, str | None], str] = {}
+            self.backends: dict[tuple[str, torch.device, torch.dtype, str | None], str] = {}
             self.watch = Watch(self.backbone)
             self.look_at_all = False  # at the next forward, instead of a part of the bytes
 
@@ -245,7 +245,8 @@ class BackboneCache:
     def backend_for(self, op: str, dtype: torch.dtype) -> str:
         """Which backend runs an op: the named one if it can, else the fastest with a kernel, else
         "reference": eager PyTorch, which compilers see through."""
-        known, key = self._shared.backends, (op, dtype, self.backend)
+        # a compiler looks at nothing that has changed: a backbone may have moved before it came
+        known, key = self._shared.backends, (op, self.device, dtype, self.backend)
         if key not in known:
             sizes = self.sizes(op)
             known[key] = dispatch.resolve(op, self.device, (dtype,), sizes, self.backend)[0]

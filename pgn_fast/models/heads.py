@@ -57,7 +57,8 @@ class ZeroShotHead(nn.Module):
         self._projector = (backbone if projects else None,)
         self.logit_scale = float(logit_scale)
         self.class_embeddings: Tensor
-        normalized = F.normalize(class_embeddings.detach(), dim=-1)
+        like = next(backbone.parameters())
+        normalized = F.normalize(class_embeddings.detach().to(like.device), dim=-1)
         self.register_buffer("class_embeddings", normalized)
 
     def forward(self, pooled: Tensor) -> Tensor:
