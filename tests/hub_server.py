@@ -6,17 +6,22 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 
 class Hub:
-    """Files by repository; ``gated`` and ``private`` ones are refused as the hub refuses them."""
+    """Files by repository; ``gated`` and ``private`` ones are refused as the hub refuses them.
+
+    ``faults``: what is done instead of an answer with a file, by repository.
+    """
 
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
+        self.faults: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
         self.created: list[dict] = []
         self.messages: list[str] = []
         self.pull_requests = 0
@@ -33,7 +38,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def _send(self, code, body=b"", **headers):
+    def send(self, code, body=b"", **headers):
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
             headers.setdefault("Content_Type", "application/json")
@@ -54,18 +59,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(self.path.split("?")[0])
         if "/resolve/" not in path:
-            return self._send(200, b"a hub")
+            return self.send(200, b"a hub")
         repo, _, rest = path[1:].partition("/resolve/")
         name = rest.partition("/")[2]
+        if repo in self.hub.faults:
+            return self.hub.faults[repo](self)
         if repo in self.hub.gated:
-            return self._send(403, b"", X_Error_Code="GatedRepo")
+            return self.send(403, b"", X_Error_Code="GatedRepo")
         if repo not in self.hub.files:
-            return self._send(401, b"", X_Error_Code="RepoNotFound")
+            return self.send(401, b"", X_Error_Code="RepoNotFound")
         content = self.hub.files[repo].get(name)
         if content is None:
-            return self._send(404, b"", X_Error_Code="EntryNotFound")
+            return self.send(404, b"", X_Error_Code="EntryNotFound")
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
-        return self._send(200, content, ETag=etag, X_Repo_Commit=self.hub.commit(repo))
+        return self.send(200, content, ETag=etag, X_Repo_Commit=self.hub.commit(repo))
 
     def do_POST(self):
         length = int(self.headers.get("Content-Length") or 0)
@@ -80,16 +87,16 @@ class _Handler(BaseHTTPRequestHandler):
             )
             self.hub.created.append(asked)
             self.hub.files.setdefault(repo, {})
-            return self._send(200, {"url": f"{self._address()}/{repo}"})
+            return self.send(200, {"url": f"{self._address()}/{repo}"})
         if path == "/api/validate-yaml":
-            return self._send(200, {"errors": [], "warnings": []})
+            return self.send(200, {"errors": [], "warnings": []})
         repo = path.removeprefix("/api/models/").rsplit("/", 2)[0]
         if "/preupload/" in path:
             files = [
                 {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
                 for f in json.loads(body)["files"]
             ]
-            return self._send(200, {"files": files})
+            return self.send(200, {"files": files})
         if "/commit/" in path:
             for line in body.decode().splitlines():
                 entry = json.loads(line)
@@ -107,8 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
             if "create_pr=1" in self.path:
                 self.hub.pull_requests += 1
                 answer["pullRequestUrl"] = f"{self._address()}/{repo}/discussions/1"
-            return self._send(200, answer)
-        return self._send(404, {"error": f"no such route {path}"})
+            return self.send(200, answer)
+        return self.send(404, {"error": f"no such route {path}"})
 
     def _chunks(self) -> bytes:
         found = b""

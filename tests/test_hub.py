@@ -83,6 +83,102 @@ def test_what_the_hub_refuses_is_one_sentence(server, tmp_path, capsys):
         pgn_fast.VPT(tiny_vit(), 3, num_prompts=1).push_to_hub("just-a-name")
 
 
+def truncated(handler):
+    handler.send_response(200)
+    for name, value in {
+        "Content-Length": "99999",
+        "ETag": '"x"',
+        "X-Repo-Commit": "a" * 40,
+    }.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    if handler.command == "GET":
+        handler.wfile.write(b"{")
+    handler.close_connection = True
+
+
+FAULTS = {
+    "400": (lambda h: h.send(400, b"<html>no</html>"), "answers, but not with it: .*400"),
+    "no headers of the hub": (lambda h: h.send(200, b"{}"), "answers, but not with it: "),
+    "revision": (
+        lambda h: h.send(404, b"", X_Error_Code="RevisionNotFound"),
+        "the repository has no such revision",
+    ),
+    "in a circle": (lambda h: h.send(302, b"", Location=h.path), "answers, but not with it: .*20"),
+    "half": (truncated, "answers, but not with it: .*complete"),
+    "out of the cache": (
+        lambda h: h.send(200, b"{}", ETag='"x"', X_Repo_Commit="../../../../outside"),
+        "answers, but not with it: .*pointer path",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_hub_that_answers_wrongly_is_one_sentence(fault, server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's between its attempts
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
+    answer, said = FAULTS[fault]
+    server.files["me/pets"] = {}
+    server.faults["me/pets"] = answer
+    assert cli.main(["verify", "me/pets", "--no-scores"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(f"pgn-fast verify: error: .*me/pets: .*{said}", told) and len(told) < 500
+    assert cli.main(["train", "digits", "--model", "me/pets", "--output", str(tmp_path / "r")]) == 2
+    assert re.search(f"pgn-fast train: error: .*me/pets: .*{said}", capsys.readouterr().err)
+    assert not list(tmp_path.rglob("outside*"))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("me/" + "x" * 100, "there is no folder me/xxx"),
+        ("mé/gööd", "there is no folder mé/gööd"),
+        ("my pets/good ones", "there is no folder my pets/good ones"),
+        ("me/pets@a b", "there is no folder me/pets@a b"),
+        ("https://huggingface.co/me/pets", "there is no folder"),
+    ],
+)
+def test_what_is_no_repositorys_id_is_a_folder(name, said, server, capsys):
+    assert cli.main(["verify", name]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "hub" not in error.replace("huggingface", "") and error[-1] == "\n"
+    assert error.count("\n") == 1
+
+
+def test_a_folder_comes_before_a_repository_of_its_name(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "pets").mkdir(parents=True)
+    server.files["me/pets"] = {"README.md": b"of the hub"}
+    for words in (["verify", "me/pets"], ["train", "digits", "--model", "me/pets"]):
+        assert cli.main(words) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "me/pets" in error and "repository" not in error
+    assert cli.main(["train", "digits", "--model", "local-dir:"]) == 2
+    assert "after it comes the path of a folder" in capsys.readouterr().err
+
+
+def test_an_adapter_of_a_stranger_is_one_sentence(server, capsys):
+    pgn_fast.VPT("pgn_demo_vit", 3, num_prompts=1).push_to_hub("me/pets")
+    config = json.loads(server.files["me/pets"][CONFIG_FILE])
+    for wrong in (
+        b"",
+        b"{nope",
+        b"[1]",
+        b"[" * 100_000,
+        b"\xff\xfe{",
+        b"{" + b" " * 5_000_000 + b"}",
+        {**config, "base_model_name_or_path": "/etc/passwd"},
+        {**config, "base_model_name_or_path": "file:///etc/passwd"},
+        {**config, "base_model_name_or_path": "evil/\u202eother\x1b[31m"},
+        {**config, "method": {"a": 1}},
+    ):
+        raw = wrong if isinstance(wrong, bytes) else json.dumps(wrong).encode()
+        server.files["me/pets"][CONFIG_FILE] = raw
+        assert cli.main(["verify", "me/pets", "--no-scores"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "adapter_config.json" in error and "\x1b" not in error
+
+
 def test_a_pickle_in_a_repository_is_not_opened(server):
     pgn_fast.VPT(tiny_vit(), 3, num_prompts=1).push_to_hub("me/pets")
     server.files["me/pets"][WEIGHTS_FILE] = b"PK\x03\x04 not safetensors"

@@ -90,7 +90,7 @@ def push_adapter(
     contents: dict[str, Any] = {f: str(folder / f) for f in (CONFIG_FILE, WEIGHTS_FILE)}
     contents[CARD_FILE] = str(card).encode()
     api = HfApi(endpoint=constants.ENDPOINT, token=token)
-    with hub.asked(repo_id):
+    with hub.asked(repo_id, uploads=True):
         api.create_repo(repo_id, private=private, exist_ok=True)
         done = api.create_commit(
             repo_id,

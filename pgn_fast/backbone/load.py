@@ -125,6 +125,8 @@ def parse_name(name: str, *, recorded: bool = False) -> BackboneName:
             )
         return _timm_name(rest) or BackboneName("hub", rest)
     if colon and prefix == "local-dir":
+        if not rest:
+            raise UserError("backbone: 'local-dir:': after it comes the path of a folder")
         return BackboneName("folder", rest)
     if timm.is_model(name):
         return BackboneName("timm", name)
@@ -206,19 +208,21 @@ def _create_timm(
         )
     _refuse(name, timm.model_entrypoint(bare).__module__)
     _refuse_before_download(bare)
+    weights = f"backbone: the pretrained weights of {name!r}"
     try:
         # weights from a file: the hub has nothing to say
         if not pretrained or kwargs.get("checkpoint_path"):
             return timm.create_model(name, pretrained=False, **kwargs)
-        with hub.asked(f"backbone: the pretrained weights of {name!r}"):
+        with hub.asked(weights):
             return timm.create_model(name, pretrained=True, **kwargs)
     except TypeError as error:
         raise ValueError(f"backbone: {name} does not take {kwargs} ({error})") from error
     except Exception as error:
         if not pretrained:
             raise
+        told = str(error).removeprefix(f"{weights}: ")
         raise RuntimeError(
-            f"backbone: the pretrained weights of {name!r} could not be loaded ({error}). Without "
+            f"{weights} could not be loaded ({told}). Without "
             "a network, give a local file: `pretrained_path` in training, or a model of "
             f"timm.create_model({name!r}, pretrained_cfg_overlay=dict(file=...), pretrained=True)"
         ) from error
