@@ -95,17 +95,20 @@ def rows_are_alike() -> bool:
         )
 
 
+def tolerance() -> float:
+    return 0 if rows_are_alike() else 1e-4
+
+
 def assert_same_bits(one: Path, other: Path) -> None:
     """The same run; to the last digits where the libraries round by the size of a batch."""
-    tolerance = 0 if rows_are_alike() else 1e-4
     for mine, theirs in zip(losses(one), losses(other), strict=True):
         assert {k: float(v) for k, v in mine.items()} == pytest.approx(
-            {k: float(v) for k, v in theirs.items()}, rel=tolerance, abs=0
+            {k: float(v) for k, v in theirs.items()}, rel=tolerance(), abs=0
         )
     for name in ("best", "last"):
         mine, theirs = (read_adapter(folder / name)[1] for folder in (one, other))
         for key in mine:
-            torch.testing.assert_close(mine[key], theirs[key], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(mine[key], theirs[key], rtol=tolerance(), atol=tolerance())
 
 
 @pytest.fixture
@@ -208,8 +211,11 @@ def test_a_cached_run_is_the_uncached_one_to_the_bit(world, counted, changes):
     assert counted() == views * (images - 1) + cached["validation"]["images"]
     plain = train(configure(world, **changes, cache="off"), world / "plain")
     assert_same_bits(world / "cached", world / "plain")
-    for part in ("train", "validation", "unreadable"):
-        assert cached[part] == plain[part]
+    assert cached["train"] == plain["train"] and cached["unreadable"] == plain["unreadable"]
+    assert cached["validation"].pop("loss") == pytest.approx(
+        plain["validation"].pop("loss"), rel=tolerance(), abs=0
+    )
+    assert cached["validation"] == plain["validation"]
     assert len(cached["unreadable"]["images"]) == 1
 
 
