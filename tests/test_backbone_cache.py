@@ -154,6 +154,13 @@ def test_a_backbone_that_moved_unseen_runs_by_its_new_devices_kernels() -> None:
     assert found.backend_for("frozen_linear", torch.float32) == "reference"
 
 
+def test_a_compiler_does_not_trace_the_choice_of_kernels() -> None:
+    model = vpt(vit())
+    cache._shared_of(model.backbone).backends.clear()  # as after a move to another device
+    found = torch._dynamo.explain(model)(IMAGES)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
 def test_class_embeddings_go_to_the_backbones_device() -> None:
     head = ZeroShotHead(vit(num_classes=0).to("meta"), torch.randn(4, 64), 1.0)
     assert head.class_embeddings.device.type == "meta"

@@ -97,14 +97,51 @@ def test_cards_with_less_shared_memory_fall_back(machine, gpu, dtype, head_width
 
 def test_the_first_backend_of_a_preference_that_takes_the_sizes_runs(machine, monkeypatch):
     machine("L4")
-    row = replace(dispatch.OPS["prompt_attention"], preference={"cuda": ("cuda", "triton")})
+    row = replace(dispatch.OPS["prompt_attention"], preference={"sm_89": ("cuda", "triton")})
     monkeypatch.setitem(dispatch.OPS, "prompt_attention", row)
     monkeypatch.setattr(dispatch, "_kernel", lambda backend, op: backend)
+    monkeypatch.setattr(devices, "launcher_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "HALF", (torch.float32,))  # whose tiles are the largest
     tensor = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32)
     chosen = lambda width: dispatch.select_kernel(
         "prompt_attention", "auto", tensor, head_width=width
     )
     assert [chosen(64), chosen(128)] == ["cuda", "triton"]
+
+
+def test_what_was_measured_on_a_hopper_is_its_default_alone(machine, monkeypatch):
+    machine("H100", "A100")
+    launcher = [None]
+    monkeypatch.setattr(devices, "launcher_missing", lambda: launcher[0])
+
+    def runs(op, device, dtype):
+        forget()
+        return dispatch.resolve(op, torch.device(device), (dtype,))
+
+    for op in ("prompt_attention", "prompted_patch_embed", "add_layer_norm"):
+        for dtype in (torch.bfloat16, torch.float16):
+            assert runs(op, "cuda:0", dtype) == ("triton", None)
+            assert runs(op, "cuda", dtype)[0] == "triton"
+        assert runs(op, "cuda:0", torch.float32)[0] == "reference"
+        assert runs(op, "cuda:1", torch.bfloat16)[0] == "reference"
+    assert runs("mix_prompts", "cuda:0", torch.bfloat16)[0] == "reference"
+    launcher[0] = "no C compiler"
+    found = runs("prompt_attention", "cuda:0", torch.bfloat16)
+    assert found == ("reference", "no C compiler")
+    named = dispatch.resolve(
+        "prompt_attention", torch.device("cuda:0"), (torch.half,), {}, "triton"
+    )
+    assert named == ("triton", None)
+
+
+def test_what_triton_needs_to_compile_its_launchers(monkeypatch):
+    missing = devices.launcher_missing.__wrapped__
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    assert "install gcc or set CC" in missing()
+    monkeypatch.setenv("CC", "clang-19")
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: "/nowhere")
+    assert "Python.h is not in /nowhere" in missing()
 
 
 @pytest.mark.skipif(cuda_host.missing() is not None, reason=str(cuda_host.missing()))

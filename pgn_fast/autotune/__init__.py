@@ -124,7 +124,8 @@ def _whole_model(
 def _first_other_choice(rows: list[dict[str, Any]], device: torch.device) -> str | None:
     """The first dtype in which what was found is not what runs by default."""
     for row in rows:
-        default = row["backend"] in dispatch.row(row["op"]).preference.get(device.type, ())
+        dtype = getattr(torch, row["dtype"])
+        default = row["backend"] in dispatch.shipped_preference(row["op"], device, dtype)
         if row["verdict"] == ("slower" if default else "preferred"):
             return str(row["dtype"])
     return None

@@ -159,7 +159,9 @@ _op = register_op(
     fake=_fake,
     plain=reference.add_layer_norm,
     # one Triton program holds a row
-    row=OpRow(_examples, {"cpu": ("cpu",)}, largest={"triton": {"columns": 16384}}),
+    row=OpRow(
+        _examples, {"cpu": ("cpu",), "sm_90": ("triton",)}, largest={"triton": {"columns": 16384}}
+    ),
     check=_check,
     setup_context=_setup_context,
     backward=_backward,

@@ -7,6 +7,9 @@ user, ``explain()`` and a benchmark read. Limits that no device changes are in a
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sysconfig
 from collections.abc import Mapping
 
 import torch
@@ -38,6 +41,25 @@ def missing(backend: str, device: torch.device) -> str | None:
             "the Triton kernels need compute capability 8.0 or later, "
             f"{_name(index)} has {major}.{minor}"
         )
+    return None
+
+
+def kind(device: torch.device) -> str:
+    """What a shipped preference is for: a device's type or, of a GPU that is here, "sm_90"."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return device.type
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return "sm_{}{}".format(*_capability(index))
+
+
+@functools.cache
+def launcher_missing() -> str | None:
+    """Why Triton cannot compile what launches its kernels from Python; None where it can."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler at first use: install gcc or set CC"
+    headers = sysconfig.get_path("include")
+    if not os.path.isfile(os.path.join(headers, "Python.h")):
+        return f"Triton needs Python's headers at first use, and Python.h is not in {headers}"
     return None
 
 

@@ -23,7 +23,8 @@ from . import devices, measured
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-HALF_OR_FLOAT = (torch.float32, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+HALF_OR_FLOAT = (torch.float32, *HALF)
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class OpRow:
 
     Attributes:
         examples: calls of the public function at a model's sizes, see ``examples.py``.
-        preference: by device type, the backends to try first; the first that accepts the inputs
-            runs, and the reference comes after all. An order is data: bench/results holds the runs
-            that justify it, and a backend is listed only where it beats eager PyTorch. CUDA
-            devices have none yet: no kernel has been measured on one.
+        preference: by ``devices.kind``, the backends to try first; the first that accepts the
+            inputs runs, and the reference comes after all. An order is data: bench/results holds
+            the runs that justify it, and a backend is listed only where it beats eager PyTorch. Of
+            GPUs an H200 alone has been measured, in half precision.
         dtypes: what the kernels take.
         largest: by backend, the largest size of each name that its kernels hold, of those that the
             op gives ``select_kernel``. Limits that depend on the device are in ``devices``.
@@ -90,6 +91,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@torch.compiler.assume_constant_result  # a compiler would trace the search into files
 def resolve(
     op: str,
     device: torch.device,
@@ -130,13 +132,23 @@ def _resolve(
             return requested, None
     preferred = measured.preference(op, device, dtypes[0])
     if preferred is None:
-        preferred = row(op).preference.get(device.type, ())
+        preferred = shipped_preference(op, device, dtypes[0])
     for name in preferred:
         refused = _unsupported_reason(name, op, device, dtypes, sizes)
+        if refused is None and name == "triton" and not _interpreted():
+            # named, it may still find every launcher in its cache
+            refused = devices.launcher_missing()
         if refused is None:
             return name, reason
         reason = reason or refused
     return "reference", reason or f"{op}: no backend is faster than eager PyTorch on {device.type}"
+
+
+def shipped_preference(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """The backends that this package tries first where nothing has been measured, see ``OpRow``."""
+    if device.type == "cuda" and dtype not in HALF:
+        return ()
+    return row(op).preference.get(devices.kind(device), ())
 
 
 def unsupported_reason(

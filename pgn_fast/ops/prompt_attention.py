@@ -338,7 +338,7 @@ _op = register_op(
     _forward("prompt_attention"),
     fake=_fake,
     plain=reference.prompt_attention,
-    row=OpRow(_examples, {"cpu": ("cpu",)}, largest=_LARGEST, eager=_eager),
+    row=OpRow(_examples, {"cpu": ("cpu",), "sm_90": ("triton",)}, largest=_LARGEST, eager=_eager),
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -323,7 +323,9 @@ _op = register_op(
     _kernel,
     fake=_fake,
     plain=reference.prompted_patch_embed,
-    row=OpRow(_examples, {"cpu": ("cpu",)}, largest={"cuda": {"channels": 64}}),
+    row=OpRow(
+        _examples, {"cpu": ("cpu",), "sm_90": ("triton",)}, largest={"cuda": {"channels": 64}}
+    ),
     setup_context=_setup_context,
     backward=_backward,
 )
