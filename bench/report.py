@@ -320,6 +320,7 @@ BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
     "inversion": plain_table("inversion"),
     "server": plain_table("server"),
     "gpu_models": lambda kept: report_gpu.models(groups(kept, "gpu"), figure),
+    "gpu_graphs": lambda kept: report_gpu.graphs(groups(kept, "gpu"), figure),
     "gpu_ops": lambda kept: report_gpu.ops(groups(kept, "gpu"), figure),
 }
 

@@ -40,26 +40,45 @@ def over(ours: Row, peer: Row | None) -> str:
 
 
 def models(found: Groups, figure: Callable[[Row], str]) -> list[str]:
-    """A step, and how many times as fast it is as timm's blocks in a CUDA graph and compiled."""
+    """A step of each, all as CUDA graphs, and how many times as fast Triton's kernels make it as
+    timm's blocks are, eager and compiled."""
     lines: list[str] = []
     for (device, dtype), cases in machines(found).items():
-        wanted = {c: g for c, g in cases.items() if c.endswith(MODES) and "pgn_fast" in g}
+        wanted = {c: g for c, g in cases.items() if c.endswith(MODES) and "pgn_fast, triton" in g}
         if not wanted:
             continue
         lines += [
             *title(device, dtype, next(iter(wanted.values()))),
-            "| step | ours | over timm | timm compiled | by Triton | by CUDA C++ | float8 |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            "| step | timm | timm compiled | ours, eager PyTorch | ours, CUDA C++ | ours, Triton "
+            "| over timm | over compiled |",
+            "| --- |" + " ---: |" * 7,
         ]
         for case, group in wanted.items():
-            ours = group["pgn_fast"]
-            compiled = fastest(group, lambda name: name.startswith("timm, torch.compile"))
-            others = ("pgn_fast, triton", "pgn_fast, cuda", "pgn_fast, fp8 weights")
-            cells = [figure(group[name]) if name in group else "" for name in others]
-            cells = [over(ours, group.get("timm")), over(ours, compiled), *cells]
-            lines.append(f"| {case} | {figure(ours)} | {' | '.join(cells)} |")
+            eager = "pgn_fast, reference" if "pgn_fast, reference" in group else "pgn_fast"
+            names = ("timm", "timm, torch.compile", eager, "pgn_fast, cuda", "pgn_fast, triton")
+            cells = [figure(group[name]) if name in group else "" for name in names]
+            cells += [over(group["pgn_fast, triton"], group.get(name)) for name in names[:2]]
+            lines.append(f"| {_in_words(case)} | {' | '.join(cells)} |")
         lines.append("")
     return lines[:-1] or ["Nothing has been measured yet."]
+
+
+def graphs(found: Groups, figure: Callable[[Row], str]) -> list[str]:
+    """Whole steps with their optimizer: with a launch for each kernel, and replayed."""
+    lines = ["| step | launched | one CUDA graph | ratio |", "| --- | ---: | ---: | ---: |"]
+    for (_, _, case), group in found.items():
+        if "pgn_fast.capture" in group and "eager" in group:
+            ours, eager = group["pgn_fast.capture"], group["eager"]
+            cells = f"{figure(eager)} | {figure(ours)} | {over(ours, eager)}"
+            lines.append(f"| {_in_words(case)} | {cells} |")
+    return lines
+
+
+def _in_words(case: str) -> str:
+    """ "VPT vit_base_patch16_224, B=64, P=50, inference" as people say it."""
+    method, _, rest = case.partition(" ")
+    name = {"VPT": "VPT-Deep"}.get(method, method)
+    return f"{name} {rest}".replace("vit_base_patch", "B/").replace("_224", "")
 
 
 def ops(found: Groups, figure: Callable[[Row], str]) -> list[str]:

@@ -89,38 +89,19 @@ def test_gpu_tables_show_ours_over_the_fastest_peer(report):
         row = lambda who, s: report.Row("gpu", case, who, s, dtype="bfloat16", machine=machine)
         return [row(who, s) for who, s in seconds.items()]
 
-    step = {"timm": 0.010, "pgn_fast": 0.005, "pgn_fast, triton": 0.006}
-    step |= {"timm, torch.compile": 0.009, "timm, torch.compile reduce-overhead": 0.008}
+    step = {"timm": 0.010, "pgn_fast": 0.006, "pgn_fast, triton": 0.005}
+    step |= {"timm, torch.compile": 0.008}
     attention = {"cat, flash": 3e-5, "cat, cudnn": 2e-5, "triton": 1e-5}
-    found = kept("VPT, B=8, training step", step) + kept("prompt_attention, forward", attention)
+    users = {"eager": 0.02, "pgn_fast.capture": 0.005}
+    found = kept("VPT vit_base_patch16_224, B=8, training step", step)
+    found += kept("prompt_attention, forward", attention)
+    found += kept("VPT vit_base_patch16_224, B=8, step with its optimizer", users)
     *_, line = report.BLOCKS["gpu_models"](found)
-    assert line == "| VPT, B=8, training step | 5 ms | 2.00× | 1.60× | 6 ms |  |  |"
+    assert line == (
+        "| VPT-Deep B/16, B=8, training step | 10 ms | 8 ms | 6 ms |  | 5 ms | 2.00× | 1.60× |"
+    )
     *_, line = report.BLOCKS["gpu_ops"](found)
     assert line == "| prompt_attention, forward | 20 µs | cat, cudnn | 10 µs | 2.00× |  |  |"
+    *_, line = report.BLOCKS["gpu_graphs"](found)
+    assert line == "| VPT-Deep B/16, B=8, step with its optimizer | 20 ms | 5 ms | 4.00× |"
     assert report.BLOCKS["gpu_ops"]([]) == ["Nothing has been measured yet."]
-
-
-def test_accuracy_on_photos_stands_against_blocks_and_shared_runs_tell_no_time(report):
-    def kept(name, parameters, **more):
-        facts = {"interval": 1.0, "trained parameters": parameters, "seconds": 9.0}
-        facts |= {"peak bytes": 2e6} | more
-        return report.Row(
-            "real", "x", name, 70.0, "%", rounds=5, facts=facts, machine={"device": "a"}
-        )
-
-    found = [
-        kept("linear", 5, **{"runs side by side": 16}),
-        kept("VPT-Deep, P=10", 90),
-        kept("VPT-Deep in the last 1, P=10", 10),
-        kept("VPT-Deep in the last 4, P=10", 40),
-        kept("PGN, P=8", 7),
-    ]
-    assert [line.split(" | ")[0] for line in report.BLOCKS["real_blocks"](found)[2:]] == [
-        "| none (linear)",
-        "| the last",
-        "| the last 4",
-        "| all 12",
-    ]
-    linear, deep, *_ = report.BLOCKS["real"](found)[2:]
-    assert linear == "| linear | 5 | 70.0 ± 1.0 | 5 |  | 2 |"
-    assert deep == "| VPT-Deep, P=10 | 5 | 70.0 ± 1.0 | 90 | 9 | 2 |"
