@@ -13,20 +13,21 @@ Groups = Mapping[tuple[str, str, str], Mapping[str, Row]]
 
 def table(found: Groups) -> list[str]:
     """Accuracy on photos, with what seeds and test images leave open, and its cost."""
-    lines = [
-        "| method | seeds | top-1 (%) | trained parameters | seconds | peak memory (MB) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    # of runs that shared a machine the seconds say nothing
+    alone = lambda row: row.facts.get("runs side by side", 1) == 1
+    timed = any(alone(row) for group in found.values() for row in group.values())
+    names = ["seeds", "top-1 (%)", "validation (%)", "trained parameters"]
+    names += ["seconds"] * timed + ["peak memory (MB)"]
+    lines = [f"| method | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     for group in found.values():
         for name, row in group.items():
             f = row.facts
-            # of runs that shared a machine it says nothing
-            seconds = f"{f['seconds']:.0f}" if f.get("runs side by side", 1) == 1 else ""
-            peak = "" if f["peak bytes"] is None else f"{f['peak bytes'] / 1e6:.0f}"
-            lines.append(
-                f"| {name} | {row.rounds} | {_top1(row)} | "
-                f"{f['trained parameters']:,} | {seconds} | {peak} |"
-            )
+            cells = [str(row.rounds), _top1(row), f"{f['validation']:.1f}"]
+            cells.append(f"{f['trained parameters']:,}")
+            if timed:
+                cells.append(f"{f['seconds']:.0f}" if alone(row) else "")
+            cells.append("" if f["peak bytes"] is None else f"{f['peak bytes'] / 1e6:.0f}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

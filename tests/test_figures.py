@@ -105,3 +105,30 @@ def test_gpu_tables_show_ours_over_the_fastest_peer(report):
     *_, line = report.BLOCKS["gpu_graphs"](found)
     assert line == "| VPT-Deep B/16, B=8, step with its optimizer | 20 ms | 5 ms | 4.00× |"
     assert report.BLOCKS["gpu_ops"]([]) == ["Nothing has been measured yet."]
+
+
+def test_accuracy_on_photos_stands_against_blocks_and_shared_runs_tell_no_time(report):
+    def kept(name, parameters, **more):
+        facts = {"interval": 1.0, "trained parameters": parameters, "seconds": 9.0}
+        facts |= {"peak bytes": 2e6, "validation": 71.0} | more
+        return report.Row(
+            "real", "x", name, 70.0, "%", rounds=5, facts=facts, machine={"device": "a"}
+        )
+
+    found = [
+        kept("linear", 5, **{"runs side by side": 16}),
+        kept("VPT-Deep, P=10", 90),
+        kept("VPT-Deep in the last 1, P=10", 10),
+        kept("VPT-Deep in the last 4, P=10", 40),
+        kept("PGN, P=8", 7),
+    ]
+    assert [line.split(" | ")[0] for line in report.BLOCKS["real_blocks"](found)[2:]] == [
+        "| none (linear)",
+        "| the last",
+        "| the last 4",
+        "| all 12",
+    ]
+    heading, _, linear, deep, *_ = report.BLOCKS["real"](found)
+    assert "seconds" in heading and "seconds" not in report.BLOCKS["real"](found[:1])[0]
+    assert linear == "| linear | 5 | 70.0 ± 1.0 | 71.0 | 5 |  | 2 |"
+    assert deep == "| VPT-Deep, P=10 | 5 | 70.0 ± 1.0 | 71.0 | 90 | 9 | 2 |"
