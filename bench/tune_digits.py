@@ -3,10 +3,11 @@
     python bench/tune_digits.py --rows bench/results/tune.jsonl
 
 For VPT-Deep and PGN, of the sizes of the demonstration: a search of ``--seconds``, as ``pgn-fast
-tune digits --budget 3m --method vpt-deep --num-prompts 32 --epochs 20 --val-fraction 0.2`` makes it, then
-runs of ``pgn-fast train`` with what it found and with the rates of ``pgn_fast.demo.recipes``. Both have
-the same images, epochs and seeds; each seed carves validation images of its own, by which its run
-chooses its best epoch, and its test images are read once. The search has the first seed.
+tune digits --budget 3m --method vpt-deep --num-prompts 32 --epochs 20 --val-fraction 0.2`` makes
+it, then runs of ``pgn-fast train`` with what it found and with the rates of
+``pgn_fast.demo.recipes``. Both have the same images, epochs and seeds; each seed carves validation
+images of its own, by which its run chooses its best epoch, and its test images are read once. The
+search has the first seed.
 """
 
 from __future__ import annotations
