@@ -199,7 +199,8 @@ class Peak:
         """In bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _resident("VmHWM") - self._before
+        # the kernel counts pages in batches: a process that has not grown may seem to have shrunk
+        return max(0, _resident("VmHWM") - self._before)
 
 
 def _resident(key: str) -> int:
