@@ -1,9 +1,13 @@
-"""Where the CPU time of training input goes: decoding, transforms, batching, on 2,000 photos.
+"""Where the time of training input goes, on 2,000 photos: of an image, and of a training step.
 
     python bench/profile_input.py [--images 2000] [--size 500 375] [--model-size 224]
+    python bench/profile_input.py --train vit_tiny_patch16_224 --rows bench/results/input.jsonl
 
-Times are CPU time of one thread (``time.process_time``), so that a busy machine does not distort
-them. Photos are made up: smooth fields with some grain, which JPEG compresses as it does photos.
+The first prints what decoding, transforms and batching take of an image, in CPU time of one thread
+(``time.process_time``), so that a busy machine does not distort it. The second trains VPT-Deep on
+the photos for an epoch, with ``--stats``, one thread and two processes that read images; the
+weights are random. Photos are made up: smooth fields with some grain, which JPEG compresses as it
+does photos.
 """
 
 from __future__ import annotations
@@ -16,24 +20,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rows
+import timm
 import torch
 from PIL import Image
 
 from pgn_fast.images import read_image
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.loader import collate, eval_transform, pixels_to_keep, train_transform
+from pgn_fast.train.loop import train
 from pgn_fast.train.seeding import seeded
+
+WORKERS = 2
 
 
 def write_photos(folder: Path, count: int, size: tuple[int, int]) -> list[Path]:
-    """JPEGs of quality 90, of which only a few hundred differ in their fields."""
+    """JPEGs of quality 90, in the folders of two classes."""
     rng = np.random.default_rng(0)
     paths = []
     for i in range(count):
         coarse = rng.integers(0, 256, (9, 12, 3), np.uint8)
         field = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.int16)
         grain = rng.integers(-12, 13, field.shape, np.int16)
-        paths.append(folder / f"{i}.jpg")
+        paths.append(folder / "ab"[i % 2] / f"{i}.jpg")
+        paths[-1].parent.mkdir(exist_ok=True)
         Image.fromarray((field + grain).clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
     return paths
 
@@ -45,13 +55,53 @@ def per_image(work: Callable[[Any], Any], items: list[Any]) -> tuple[float, list
     return 1000 * (time.process_time() - began) / len(items), results
 
 
+def split_of_a_step(photos: Path, model: str, batch_size: int) -> list[rows.Row]:
+    """What ``--stats`` tells of an epoch: the phases of a step, and the share outside of forward
+    and backward."""
+    with tempfile.TemporaryDirectory() as name:
+        weights = Path(name) / "weights.pt"
+        torch.save(timm.create_model(model).state_dict(), weights)
+        config = TrainConfig.make(
+            data=str(photos),
+            model=model,
+            pretrained_path=str(weights),
+            method="vpt-deep",
+            num_prompts=10,
+            head_init="zero",
+            epochs=1,
+            batch_size=batch_size,
+            workers=WORKERS,
+            stats=True,
+        )
+        told = train(config, Path(name) / "run")["stats"]
+    case = f"VPT-Deep P=10, {model}, B={batch_size}, {WORKERS} workers"
+    row = lambda who, value, unit: rows.Row("input", case, who, value, unit, rounds=told["steps"])
+    found = [row(phase, ms / 1000, "s") for phase, ms in told["phases_ms"].items()]
+    share = told["outside_forward_backward"]
+    return [*found, row("outside of forward and backward", share, "%")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375))
     parser.add_argument("--model-size", type=int, default=224)
+    parser.add_argument("--train", nargs="+", metavar="MODEL", help="timm's names")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines to write, of --train")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.train:
+        found = []
+        with tempfile.TemporaryDirectory() as folder:
+            write_photos(Path(folder), args.images, tuple(args.size))
+            for model in args.train:
+                found += split_of_a_step(Path(folder), model, args.batch_size)
+        for one in found:
+            print(f"{one.case}: {one.contender} {one.value:.4g} {one.unit}")
+        if args.rows:
+            rows.write(args.rows, found)
+        return
     pixels = {
         "input_size": (3, args.model_size, args.model_size),
         "interpolation": "bicubic",
