@@ -289,6 +289,19 @@ def cache_table(kept: list[Row]) -> list[str]:
     return lines
 
 
+def tune_table(kept: list[Row]) -> list[str]:
+    """What a search found beside what was chosen by hand."""
+    lines = ["| | rates | seeds | top-1 (%) | rate | decay |", "| --- | --- |" + " ---: |" * 4]
+    for (_, _, case), group in groups(kept, "tune").items():
+        for who, row in group.items():
+            f = row.facts
+            score = f"{row.value:.2f} ± {f['sd']:.2f}"
+            lines.append(
+                f"| {case} | {who} | {row.rounds} | {score} | {f['lr']:g} | {f['weight_decay']:g} |"
+            )
+    return lines
+
+
 def demo_table(kept: list[Row]) -> list[str]:
     """Accuracy, size and cost of each method in the demonstration."""
     lines = [
@@ -315,6 +328,8 @@ BLOCKS: dict[str, Callable[[list[Row]], list[str]]] = {
     "tasks": plain_table("tasks"),
     "storage": storage_table,
     "cache": cache_table,
+    "tune": tune_table,
+    "input": plain_table("input"),
     "real": lambda kept: report_real.table(groups(kept, "real")),
     "real_blocks": lambda kept: report_real.blocks(groups(kept, "real")),
     "inversion": plain_table("inversion"),

@@ -1,7 +1,7 @@
 """The one schema of every stored figure: a JSON object a line, ``bench/results/*.jsonl``.
 
-suite      "ops", "models", "memory", "server", "inversion", "demo", "tasks", "tune", "watch" or
-           "gpu"
+suite      "ops", "models", "memory", "server", "inversion", "demo", "tasks", "tune", "input",
+           "watch" or "gpu"
 case       what was measured, with its sizes, in words; rows of one case are comparable
 contender  who did it: "eager", "compile", "timm", "official", "cpu", "ours", ...
 value      the figure: a median where it is a time

@@ -31,15 +31,15 @@ def world(tmp_path_factory):
     return root
 
 
-def _rank(rank, world, port, words, output):
-    """One process of a run, as a launcher starts it."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+
+
+def _rank(rank, world, port, words, output, launcher):
+    """One process of a run, as a launcher starts it; port None: none is told."""
+    os.environ |= dict(zip(launcher, map(str, (rank, rank, world)), strict=True))
+    if port is not None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with open(f"{output}.{rank}", "w") as file, redirect_stdout(file), redirect_stderr(file):
         code = main(words)
@@ -55,15 +55,12 @@ def start(tmp_path, monkeypatch):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pgn_fast.train.loop", "timm", "yaml"])
 
-    def begin(count, *words):
+    def begin(count, *words, launcher=TORCHRUN, meet=True):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        words = list(map(str, words))
-        ranks = [
-            context.Process(target=_rank, args=(rank, count, port, words, tmp_path / "printed"))
-            for rank in range(count)
-        ]
+        given = (port if meet else None, list(map(str, words)), tmp_path / "printed", launcher)
+        ranks = [context.Process(target=_rank, args=(rank, count, *given)) for rank in range(count)]
         for process in ranks:
             process.start()
         return ranks
@@ -73,8 +70,8 @@ def start(tmp_path, monkeypatch):
 
 @pytest.fixture
 def finished(start, tmp_path):
-    def run(count, *words):
-        ranks = start(count, *words)
+    def run(count, *words, **options):
+        ranks = start(count, *words, **options)
         for process in ranks:
             process.join()
         printed = (tmp_path / "printed.0").read_text()
@@ -114,6 +111,22 @@ def test_two_processes_are_one(world, tmp_path, finished):
     words = ["eval", tmp_path / "1", world / "data", "--device", "cpu"]
     alone, both = finished(1, *words), finished(2, *words)
     assert "9 of 9 images" in alone and alone == both
+
+
+def test_srun_starts_the_run_that_torchrun_does(world, tmp_path, start, finished):
+    words = flags(world, "--method", "vpt-shallow", "-b", "4", "--output")
+    finished(2, *words, tmp_path / "torchrun")
+    finished(2, *words, tmp_path / "srun", launcher=SRUN)
+    one, two = (read_adapter(tmp_path / name / "last")[1] for name in ("torchrun", "srun"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+    # without the address it is one sentence, and nothing is created
+    for rank in start(2, *words, tmp_path / "lost", launcher=SRUN, meet=False):
+        rank.join()
+        assert rank.exitcode == 2
+    assert "MASTER_ADDR" in (tmp_path / "printed.0").read_text()
+    assert "Traceback" not in (tmp_path / "printed.0").read_text()
+    assert not (tmp_path / "lost").exists()
 
 
 def test_a_killed_process_ends_the_others_and_the_run_resumes(world, tmp_path, start, finished):

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as torchrun, SLURM or MPI started."""
+"""The processes of a run: one, or as many as torchrun or SLURM started."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..errors import as_user_error, brief
 class Processes:
     """Joins the process group that the launcher describes in the environment, where there is one.
 
-    timm reads the environment: torchrun's variables, SLURM's, MPI's. Each process gets the
-    accelerator of its local rank.
+    timm reads the environment: torchrun's variables, or SLURM's with MASTER_ADDR and MASTER_PORT.
+    Each process gets the accelerator of its local rank.
     """
 
     def __init__(self, device: torch.device) -> None:
