@@ -1,8 +1,9 @@
 """The image API under load: the packaged backbone behind ``pgn-fast serve``, on this machine.
 
-    python bench/bench_server.py [--seconds 10] [--rounds 5] [--rows FILE.jsonl]
+    python bench/bench_server.py [--photos] [--seconds 10] [--rounds 5] [--rows FILE.jsonl]
 
-or ``pytest bench/bench_server.py``. Server and load are processes of their own that share the
+or ``pytest bench/bench_server.py``; ``--photos`` is the same load of a ViT-Ti/16 and JPEGs of 224
+pixels. Server and load are processes of their own that share the
 machine's cores; the load generator writes prepared bytes, so that it costs a few per cent of what
 the server does. Measured are
 
@@ -24,22 +25,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import io
 import json
 import os
-import random
 import re
-import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +42,10 @@ import numpy as np
 import pytest
 import rows
 import torch
+from http_load import PHOTOS, TINY, Traffic, closed_load, open_load, server
 from level import LEVEL
-from PIL import Image
 from rows import Row
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgn_fast import demo
 from pgn_fast.backbone.engine import FastBackbone
@@ -61,22 +55,8 @@ from pgn_fast.backbone.schedule import NO_PROMPTS
 from pgn_fast.serve import load_served_model
 from pgn_fast.serve.settings import ServerSettings, usable_cores
 
-IMAGES = 32  # a call, and a batch
-
-
-def prepared_call(images: int) -> bytes:
-    """The bytes of one HTTP call: noise PNGs of the model's size, which compress the worst."""
-    rng = np.random.default_rng(0)
-    encoded = []
-    for levels in rng.integers(0, 256, (images, 32, 32, 3), np.uint8):
-        file = io.BytesIO()
-        Image.fromarray(levels).save(file, "PNG", compress_level=1)
-        encoded.append(base64.b64encode(file.getvalue()).decode())
-    body = json.dumps({"images": encoded, "encoding": "base64"}).encode()
-    return (
-        b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(body)
-    ) + body
+Figures = dict[str, Any]
+BATCH = 32  # of direct calls
 
 
 @dataclass(frozen=True)
@@ -87,108 +67,6 @@ class Saturation:
     cpu_per_image: float
     load_share: float
     others_share: float
-
-
-class Connection:
-    """A kept-alive connection that sends prepared calls."""
-
-    async def open(self, port: int) -> Connection:
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", port)
-        return self
-
-    async def send(self, call: bytes) -> int:
-        self.writer.write(call)
-        head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
-        length = int(re.search(rb"content-length: (\d+)", head)[1])
-        await self.reader.readexactly(length)
-        return int(head.split()[1])
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-async def closed_load(
-    port: int, call: bytes, connections: int, seconds: float
-) -> tuple[float, int]:
-    """Calls a second, and calls, when every connection sends as soon as it may; all succeed."""
-    answered = 0
-
-    async def work() -> None:
-        nonlocal answered
-        connection = await Connection().open(port)
-        while time.perf_counter() < end:
-            status = await connection.send(call)
-            assert status == 200, f"the server answered {status} below saturation"
-            answered += 1
-        connection.close()
-
-    began = time.perf_counter()
-    end = began + seconds
-    await asyncio.gather(*(work() for _ in range(connections)))
-    return answered / (time.perf_counter() - began), answered
-
-
-async def open_load(
-    port: int, call: bytes, rate: float, seconds: float
-) -> tuple[Counter[int], list[float], float]:
-    """Statuses, seconds of the answered calls, and all seconds, of calls that arrive at random.
-
-    A call's time begins when it should have been sent, so that a slow server, or a slow load
-    generator, is not forgiven for the calls that it delayed.
-    """
-    statuses: Counter[int] = Counter()
-    latencies: list[float] = []
-    idle: list[Connection] = []
-    rng = random.Random(0)
-
-    async def arrive(due: float) -> None:
-        connection = idle.pop() if idle else await Connection().open(port)
-        try:
-            status = await connection.send(call)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            # the server closes connections that were idle for seconds; the call is sent again
-            connection = await Connection().open(port)
-            status = await connection.send(call)
-        idle.append(connection)
-        statuses[status] += 1
-        if status == 200:
-            latencies.append(time.perf_counter() - due)
-
-    began = due = time.perf_counter()
-    calls = []
-    while due - began < seconds:
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        calls.append(asyncio.create_task(arrive(due)))
-        due += rng.expovariate(rate)
-    await asyncio.gather(*calls)
-    elapsed = time.perf_counter() - began
-    for connection in idle:
-        connection.close()
-    return statuses, latencies, elapsed
-
-
-@contextmanager
-def server(*flags: str) -> Iterator[tuple[int, int]]:
-    """(port, process id) of ``pgn-fast serve --model pgn_demo_vit``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["serve", "--model", demo.NAME, "--device", "cpu", "--port", str(port), *flags]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pgn_fast.cli", *words], stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(1800):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz").close()
-                break
-            except OSError:
-                assert process.poll() is None, "the server did not start"
-                time.sleep(0.1)
-        yield port, process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def direct_rate(
@@ -242,7 +120,9 @@ def stage_seconds(port: int) -> dict[str, float]:
     }
 
 
-def saturate(port: int, pid: int, call: bytes, connections: int, seconds: float) -> Saturation:
+def saturate(
+    port: int, pid: int, call: bytes, images: int, connections: int, seconds: float
+) -> Saturation:
     """The server's best, and where the cores' time goes meanwhile."""
     began, busy = time.perf_counter(), busy_seconds()
     server, load = cpu_seconds(pid), time.process_time()
@@ -250,16 +130,16 @@ def saturate(port: int, pid: int, call: bytes, connections: int, seconds: float)
     server, load = cpu_seconds(pid) - server, time.process_time() - load
     cores_seconds = (time.perf_counter() - began) * usable_cores()
     return Saturation(
-        images_per_second=rate * IMAGES,
-        cpu_per_image=server / (calls * IMAGES),
+        images_per_second=rate * images,
+        cpu_per_image=server / (calls * images),
         load_share=load / cores_seconds,
         others_share=max(0.0, busy_seconds() - busy - server - load) / cores_seconds,
     )
 
 
 def overload(
-    port: int, pid: int, call: bytes, rate: float, rounds: int, seconds: float
-) -> dict[str, Any]:
+    port: int, pid: int, call: bytes, images: int, rate: float, rounds: int, seconds: float
+) -> Figures:
     """Round after round of more calls than the server can answer; memory after each."""
     statuses: Counter[int] = Counter()
     latencies: list[float] = []
@@ -282,7 +162,7 @@ def overload(
         "rounds": rounds,
         "seconds_a_round": seconds,
         "statuses": dict(statuses),
-        "answered_images_per_second": round(len(latencies) * IMAGES / lasted, 1),
+        "answered_images_per_second": round(len(latencies) * images / lasted, 1),
         "p99_ms_of_the_answered": round(float(np.percentile(latencies, 99)) * 1e3, 1),
         "resident_mb": {
             "before": round(before, 1),
@@ -293,53 +173,49 @@ def overload(
     }
 
 
-def measure(seconds: float, rounds: int = 5, overloads: int = 10) -> dict[str, Any]:
-    """All figures; about ``seconds * (rounds * 5 + 4) + overloads * 6`` seconds of wall time."""
-    model, cores = demo.backbone(), usable_cores()
-    call, single = prepared_call(IMAGES), prepared_call(1)
+def at_saturation(traffic: Traffic, port: int, pid: int, seconds: float, rounds: int) -> Figures:
+    """The server beside direct calls, in turn; where the cores' time goes."""
+    model, cores = load_backbone(traffic.model, **model_args(traffic)), usable_cores()
     # (callers, threads) of each way
     ways = {
         "one thread": (1, 1),
         f"torch with {cores} threads": (1, cores),
         f"{cores} callers": (cores, 1),
     }
-    one_pass = load_served_model(model, name=demo.NAME).passes["features"]
-    levels = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
-    images = torch.randn(IMAGES, 3, 32, 32)
+    one_pass = load_served_model(model, name=traffic.model).passes["features"]
+    shape = (BATCH, 3, traffic.pixels, traffic.pixels)
+    levels, images = torch.randint(0, 256, shape, dtype=torch.uint8), torch.randn(shape)
     direct: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     passes, saturated = [], []
-    with server() as (port, pid):
-        connections = 2 * ServerSettings.model_workers + 2
-        asyncio.run(closed_load(port, call, connections, 1.0))
-        for _ in range(rounds):
-            for way, (callers, threads) in ways.items():
-                direct[way].append(direct_rate(model, images, callers, threads, seconds))
-            saturated.append(saturate(port, pid, call, connections, seconds))
-            passes.append(direct_rate(one_pass, levels, cores, 1, seconds)[0])
-        stages = stage_seconds(port)
-        single_rate, _ = asyncio.run(closed_load(port, single, 32, seconds))
-
-        served = statistics.median(run.images_per_second for run in saturated)
-        capacity = served / IMAGES
-        statuses, latencies, _ = asyncio.run(open_load(port, call, 0.7 * capacity, 3 * seconds))
-        storms = overload(port, pid, call, 10 * capacity, overloads, min(3.0, seconds))
+    # so many calls that a batch more than there are workers is always on its way
+    workers = ServerSettings.model_workers
+    connections = max(2 * workers + 2, (workers + 1) * BATCH // traffic.images)
+    call = traffic.call()
+    asyncio.run(closed_load(port, call, connections, 1.0))
+    for _ in range(rounds):
+        for way, (callers, threads) in ways.items():
+            direct[way].append(direct_rate(features(model), images, callers, threads, seconds))
+        saturated.append(saturate(port, pid, call, traffic.images, connections, seconds))
+        passes.append(direct_rate(one_pass, levels, cores, 1, seconds)[0])
+    stages = stage_seconds(port)
+    served = statistics.median(run.images_per_second for run in saturated)
     # (images a second, CPU seconds an image) of each way, and of the fastest
     medians = {
         way: tuple(map(statistics.median, zip(*r, strict=True))) for way, r in direct.items()
     }
-    best, best_cpu = max(medians.values())
-    best_by_round = [max(way[i][0] for way in direct.values()) for i in range(rounds)]
+    _, best_cpu = max(medians.values())
+    by_round = [
+        run.images_per_second / max(way[i][0] for way in direct.values())
+        for i, run in enumerate(saturated)
+    ]
     served_cpu = statistics.median(run.cpu_per_image for run in saturated)
     return {
         "direct_images_per_second": {way: round(rate, 1) for way, (rate, _) in medians.items()},
         "direct_cpu_us_per_image": round(best_cpu * 1e6, 1),
         "pass_images_per_second": round(statistics.median(passes), 1),
         "server_images_per_second": round(served, 1),
-        "server_over_best_direct": round(served / best, 3),
-        "server_over_best_direct_by_round": [
-            round(run.images_per_second / rate, 3)
-            for run, rate in zip(saturated, best_by_round, strict=True)
-        ],
+        "server_over_best_direct": round(statistics.median(by_round), 3),
+        "server_over_best_direct_by_round": [round(ratio, 3) for ratio in by_round],
         "server_over_pass": round(served / statistics.median(passes), 3),
         "server_cpu_us_per_image": round(served_cpu * 1e6, 1),
         "direct_cpu_over_server_cpu": round(best_cpu / served_cpu, 3),
@@ -347,24 +223,66 @@ def measure(seconds: float, rounds: int = 5, overloads: int = 10) -> dict[str, A
             "load_generator": round(statistics.median(run.load_share for run in saturated), 3),
             "others": [round(run.others_share, 3) for run in saturated],
         },
+        "stage_ms_per_call_at_saturation": {s: round(t * 1e3, 2) for s, t in stages.items()},
+    }
+
+
+def beside_saturation(
+    traffic: Traffic, port: int, pid: int, images_per_second: float, seconds: float, overloads: int
+) -> Figures:
+    """Calls of one image, latency below saturation, and what far more calls than that do."""
+    call, capacity = traffic.call(), images_per_second / traffic.images
+    single_rate, _ = asyncio.run(closed_load(port, traffic.call(1), 32, seconds))
+    statuses, latencies, _ = asyncio.run(open_load(port, call, 0.7 * capacity, 3 * seconds))
+    return {
         "single_image_calls_per_second": round(single_rate, 1),
-        "stage_ms_per_call_of_32_at_saturation": {s: round(t * 1e3, 2) for s, t in stages.items()},
         "at_0.7_of_saturation": {
             "calls_per_second": round(0.7 * capacity, 2),
             "statuses": dict(statuses),
             "p50_ms": round(float(np.percentile(latencies, 50)) * 1e3, 1),
             "p99_ms": round(float(np.percentile(latencies, 99)) * 1e3, 1),
         },
-        "at_10_times_saturation": storms,
+        "at_10_times_saturation": overload(
+            port, pid, call, traffic.images, 10 * capacity, overloads, min(3.0, seconds)
+        ),
     }
 
 
-def as_rows(told: dict[str, Any], rounds: int) -> list[Row]:
+def measure(traffic: Traffic, seconds: float, rounds: int = 5, overloads: int = 10) -> Figures:
+    """All figures; no overloads: those at saturation alone.
+
+    About ``seconds * rounds * 5 + 4 * seconds + overloads * 6`` seconds of wall time.
+    """
+    with server(traffic.model) as (port, pid):
+        told = at_saturation(traffic, port, pid, seconds, rounds)
+        if overloads:
+            rate = told["server_images_per_second"]
+            told |= beside_saturation(traffic, port, pid, rate, seconds, overloads)
+    return told
+
+
+def model_args(traffic: Traffic) -> dict[str, Any]:
+    return {} if traffic.model == demo.NAME else {"pretrained": False}
+
+
+def features(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the server is asked for, by timm's own operations."""
+    return lambda x: model.forward_head(model.forward_features(x), pre_logits=True)
+
+
+def as_rows(traffic: Traffic, told: Figures, rounds: int) -> list[Row]:
     """The figures that the pages show."""
-    calls = f"{demo.NAME}, PNGs of 32 x 32 in calls of {IMAGES}"
     rates = {f"direct calls, {way}": r for way, r in told["direct_images_per_second"].items()}
     rates["server"] = told["server_images_per_second"]
-    kept = [Row("server", calls, who, r, "images/s", rounds=rounds) for who, r in rates.items()]
+    kept = [
+        Row("server", traffic.case, who, rate, "images/s", rounds=rounds)
+        for who, rate in rates.items()
+    ]
+    for name in ("server over best direct", "direct CPU over server CPU"):
+        ratio = told[name.replace(" ", "_").replace("CPU", "cpu")]
+        kept.append(Row("server", traffic.case, name, ratio, "ratio", rounds=rounds))
+    if "at_10_times_saturation" not in told:
+        return kept
     storms = told["at_10_times_saturation"]
     memory = storms["resident_mb"]["after_each_counted_round"]
     usual = told["at_0.7_of_saturation"]["p99_ms"] / 1e3
@@ -418,9 +336,9 @@ def bench_passes(measure, quick, arch, size, images, compiled) -> None:
 def bench_server(benchmark, quick, record) -> None:
     """A short round that holds the promises which do not depend on machine noise."""
     seconds, overloads = (0.5, 2) if quick else (1.0, 2) if LEVEL == "chosen" else (3.0, 6)
-    settings = {"seconds": seconds, "rounds": 1, "overloads": overloads}
+    settings = {"traffic": TINY, "seconds": seconds, "rounds": 1, "overloads": overloads}
     told = benchmark.pedantic(measure, kwargs=settings, rounds=1, iterations=1)
-    for row in as_rows(told, rounds=1):
+    for row in as_rows(TINY, told, rounds=1):
         record(row)
     overload = told["at_10_times_saturation"]
     assert set(overload["statuses"]) == {200, 503}
@@ -428,15 +346,27 @@ def bench_server(benchmark, quick, record) -> None:
     assert memory["after_each_counted_round"][-1] - memory["after_the_first_round"] < 50
 
 
+def bench_photos(benchmark, quick, record) -> None:
+    """The same load of a model and of images as people serve them."""
+    settings = {"traffic": PHOTOS, "rounds": 1, "overloads": 0}
+    settings["seconds"] = 0.5 if quick else 1.0 if LEVEL == "chosen" else 5.0
+    told = benchmark.pedantic(measure, kwargs=settings, rounds=1, iterations=1)
+    for row in as_rows(PHOTOS, told, rounds=1):
+        record(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each round (10)")
     parser.add_argument("--rounds", type=int, default=5, help="of direct calls and server (5)")
+    parser.add_argument("--overloads", type=int, default=10, help="0: at saturation alone (10)")
+    parser.add_argument("--photos", action="store_true", help="a ViT-Ti/16 and JPEGs of 224 pixels")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="write the figures as JSON lines")
     args = parser.parse_args()
-    told = measure(args.seconds, args.rounds)
+    traffic = PHOTOS if args.photos else TINY
+    told = measure(traffic, args.seconds, args.rounds, args.overloads)
     if args.rows:
-        rows.write(args.rows, as_rows(told, args.rounds))
+        rows.write(args.rows, as_rows(traffic, told, args.rounds))
     print(json.dumps(told, indent=2))
 
 
