@@ -175,8 +175,7 @@ class BackboneCache:
     def folds(self) -> bool:
         """Whether copies of the weights are made: not where a compiler or torch.jit.trace records
         what runs, nor where it could not be seen that the weights were written."""
-        recorded = torch.compiler.is_compiling() or leaves_this_package()
-        return not recorded and self._shared.copies_unsupported_reason is None
+        return self.casts and self.copies_unsupported_reason is None
 
     @property
     def casts(self) -> bool:

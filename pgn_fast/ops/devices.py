@@ -32,7 +32,7 @@ def missing(backend: str, device: torch.device) -> str | None:
     """
     if not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _index(device)
     if backend == "cuda":
         return _native.cuda_missing or _cuda_archs.missing_code(built_archs(), _capability(index))
     if _capability(index) < _cuda_archs.OLDEST:
@@ -48,7 +48,7 @@ def kind(device: torch.device) -> str:
     """What a shipped preference is for: a device's type or, of a GPU that is here, "sm_90"."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return device.type
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _index(device)
     return "sm_{}{}".format(*_capability(index))
 
 
@@ -107,6 +107,10 @@ def attention_shared_bytes(width: int, dtype: torch.dtype, backward: bool) -> in
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that a block may ask for on this device, in bytes."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @functools.cache
