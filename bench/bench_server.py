@@ -286,10 +286,11 @@ def as_rows(traffic: Traffic, told: Figures, rounds: int) -> list[Row]:
     storms = told["at_10_times_saturation"]
     memory = storms["resident_mb"]["after_each_counted_round"]
     usual = told["at_0.7_of_saturation"]["p99_ms"] / 1e3
-    kept.append(Row("server", "p99 at 0.7 of saturation", "server", usual))
+    kept.append(Row("server", f"{traffic.case}: p99 at 0.7 of saturation", "server", usual))
     overloaded = storms["p99_ms_of_the_answered"] / 1e3
-    kept.append(Row("server", "p99 of the answered at 10 times saturation", "server", overloaded))
-    case = f"resident memory over {storms['rounds']} overloads, highest - lowest"
+    case = f"{traffic.case}: p99 of the answered at 10 times saturation"
+    kept.append(Row("server", case, "server", overloaded))
+    case = f"{traffic.case}: resident memory over {storms['rounds']} overloads, highest - lowest"
     kept.append(Row("server", case, "server", 1e6 * (max(memory) - min(memory)), "bytes"))
     return kept
 
