@@ -18,6 +18,7 @@ from pgn_fast.train import loop, run
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.step import Stepper
 from pgn_fast.train.tune import METHODS, tune
+from pgn_fast.train.tune_trial import Trial
 
 pytest.importorskip("optuna")
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def test_halving_pauses_and_the_best_is_whole(world, done):
     assert len(epochs) == 5 and all(row == [1, 3, 9][: len(row)] for row in epochs)
     assert any(len(row) < 3 for row in epochs) and any(len(row) == 3 for row in epochs)
     whole = [trial for trial in found.trials if "9" in trial.scores]
-    assert found.best is max(whole, key=lambda trial: trial.best)
+    assert found.best is max(whole, key=lambda trial: (trial.best, -trial.losses["9"]))
     # scores of validation images, the test images once
     assert found.summary["validation"]["top1"] == pytest.approx(found.best.best)
     assert found.summary["test"]["images"] == 18
@@ -133,6 +134,50 @@ def test_a_search_that_was_killed_finds_the_same(world, done, tmp_path, monkeypa
     # and once more: nothing is left to do
     again = search(world, tmp_path / "tune", resume=True)
     assert again.summary == found.summary
+
+
+def test_of_equal_scores_the_lower_loss_is_better():
+    """Also for Optuna's halving and sampler, which take one number a trial."""
+
+    def trial(score, loss):
+        return Trial(0, {}, {"3": 10.0, "9": score}, {"3": 1.0, "9": loss})
+
+    ordered = [trial(99.0, float("nan")), trial(99.0, 7.0), trial(99.0, 0.5), trial(99.0, 0.4)]
+    # one image of a million more beats any loss
+    ordered.append(trial(99.0 + 1e-4, 1e9))
+    ranks = [one.rank() for one in ordered]
+    assert ranks == sorted(ranks) and len(set(ranks)) == len(ranks)
+    assert ordered[0].rank(3) == ordered[4].rank(3) < ranks[0]
+
+
+def test_the_loss_decides_between_trials_of_one_score(world, tmp_path, monkeypatch):
+    """All have a top-1 of 50: of every rung a third goes on, not everyone, and the best wins."""
+    fit = run.Run.fit
+
+    def leveled(self, until=None):
+        record = fit(self, until)
+        record.best_score = 50.0
+        return record
+
+    monkeypatch.setattr(run.Run, "fit", leveled)
+    found = search(world, tmp_path / "tune", trials=6, given={"method": "linear"})
+    assert {trial.best for trial in found.trials} == {50.0}
+    assert any(len(trial.scores) < 3 for trial in found.trials)
+    whole = [trial for trial in found.trials if "9" in trial.scores]
+    assert found.best is min(whole, key=lambda trial: trial.losses["9"])
+    assert json.loads((tmp_path / "tune" / "tune.json").read_text())["settings"]["ranking"] == (
+        "top1, then loss"
+    )
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_several_processes_are_refused_whoever_started_them(world, tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(UserError, match=r"tune runs in one process, and 3 were started: .*srun"):
+        search(world, tmp_path / "tune")
+    assert not (tmp_path / "tune").exists()
+    monkeypatch.setenv(name, "1")
+    assert search(world, tmp_path / "tune", trials=1, given={"epochs": 1}).summary["test"]
 
 
 def test_more_trials_go_on_from_where_it_stood(world, tmp_path):
@@ -193,6 +238,10 @@ def test_a_trial_that_fails_is_no_end(world, tmp_path, monkeypatch):
     [
         ({"trials": None}, "needs a `budget`"),
         ({"given": {"val_fraction": 0}}, "give `val_fraction` above 0"),
+        (
+            {"given": {"val_interval": 2}},
+            "`val_interval` 2: trials are judged after 1 of `epochs` 9",
+        ),
         ({"given": {"init_from": "runs/x"}}, "tune chooses a method's start itself"),
         ({"methods": ("vpt-deeep",)}, "`method` is 'vpt-deeep'"),
     ],

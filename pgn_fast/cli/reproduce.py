@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..train.distributed import Processes
     from ..train.reproduce.estimates import Machine, describe, measure
     from ..train.reproduce.plans import make_plan
     from ..train.reproduce.tables import write_tables
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         print(in_flags(describe(plan, output, machine)), end="")
         return 0
     method = "pgn" if args.paper == "pgn" else args.method
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    first = Processes(device).first
     say: Any = print if first else lambda line: None
     results: dict[str, Result | None] = {experiment.data.name: None for experiment in plan}
     for experiment in plan:

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as torchrun or SLURM started."""
+"""The processes of a run: one, or as many as torchrun, SLURM or MPI started."""
 
 from __future__ import annotations
 
@@ -13,20 +13,30 @@ from timm.utils.distributed import (
     world_info_from_env,
 )
 
-from ..errors import as_user_error, brief
+from ..errors import UserError, as_user_error, brief
+
+
+def refuse_many(what: str) -> None:
+    """Raises UserError: a launcher that timm knows has started ``what`` as several processes."""
+    if (world := world_info_from_env()[2]) > 1:
+        raise UserError(
+            f"{what} runs in one process, and {world} were started: start it without torchrun or "
+            "mpirun, and under SLURM with srun --ntasks=1."
+        )
 
 
 class Processes:
     """Joins the process group that the launcher describes in the environment, where there is one.
 
-    timm reads the environment: torchrun's variables, or SLURM's with MASTER_ADDR and MASTER_PORT.
-    Each process gets the accelerator of its local rank.
+    timm reads the environment: torchrun's variables, or SLURM's or MPI's with MASTER_ADDR and
+    MASTER_PORT. Each process gets the accelerator of its local rank.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.world, self.rank, self.device = 1, 0, device
-        if is_distributed_env():
-            _, self.rank, self.world = world_info_from_env()
+        self.device = device
+        self._local_rank, self.rank, self.world = world_info_from_env()
+        if self.world == 1:
+            self.rank = 0
 
     @property
     def first(self) -> bool:
@@ -46,6 +56,10 @@ class Processes:
         return self
 
     def _join(self) -> dict[str, Any]:
+        if not is_distributed_env():
+            # timm reads MPI's variables too, but begins by torchrun's and SLURM's only
+            numbers = {"RANK": self.rank, "LOCAL_RANK": self._local_rank, "WORLD_SIZE": self.world}
+            os.environ |= {name: str(number) for name, number in numbers.items()}
         try:
             return init_distributed_device_so(self.device.type)
         except RuntimeError as error:

@@ -3,7 +3,8 @@
 Optuna proposes and judges: its TPE sampler from the scores so far, its successive halving after an
 epoch's share of the run, then after more of it. A trial is an ordinary run that pauses there and
 goes on to the bit. Scores are of the validation images; the test images are touched once, by the
-best trial, at the end.
+best trial, at the end. Of equal scores the lower validation loss is better: a few hundred images
+give many trials the same top-1, which then says nothing, while their losses still differ.
 
 The search is a function of its seed and of the scores alone, and scores are kept on disk: after a
 kill it is played again up to where it was, without training anything twice.
@@ -13,11 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from ..errors import TrainingStopped, UserError
 from ..methods import find_method
 from .config import TrainConfig
 from .data import load_splits
+from .distributed import refuse_many
 from .loop import run
 from .methods import load_backbone_for
 from .parts import Parts, assemble
@@ -35,6 +36,7 @@ from .run import Run
 from .signals import Interrupted
 from .state import FREE
 from .tune_report import plot_trials
+from .tune_trial import Trial
 
 METHODS = ("linear", "vpt-shallow", "vpt-deep", "pgn")
 PROMPTS = (4, 8, 16, 32)
@@ -50,28 +52,6 @@ DRAWN = 8
 STATE = "tune.json"
 
 T = TypeVar("T")
-
-
-@dataclass
-class Trial:
-    """What is known of one trial.
-
-    Attributes:
-        given: the fields of ``TrainConfig`` that it tries.
-        scores: epochs, as a string -> the best validation score by then, larger is better.
-        failed: why it could not be trained to its end; None otherwise.
-    """
-
-    number: int
-    given: dict[str, Any]
-    scores: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    failed: str | None = None
-
-    @property
-    def best(self) -> float:
-        """The score at the end of what was trained."""
-        return max(self.scores.values(), default=float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -121,8 +101,7 @@ def tune(
             another search; nothing was created.
         TrainingStopped: a signal asked to stop, or no trial could be trained.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("tune runs in one process; start it without torchrun.")
+    refuse_many("tune")
     if seconds is None and trials is None:
         raise UserError("tune needs a `budget`, such as 20m, or a number of `trials`.")
     search = _Search(dict(given), output, tuple(methods), device or torch.device("cpu"), show)
@@ -161,6 +140,11 @@ class _Search:
             self.rungs.append(self.rungs[-1] * REDUCTION)
         if self.rungs[-1] < epochs:
             self.rungs.append(epochs)
+        if self.base.val_interval > first:
+            raise UserError(
+                f"`val_interval` {self.base.val_interval}: trials are judged after {first} of "
+                f"`epochs` {epochs} first; give {first} or less."
+            )
 
     # --- what is kept
 
@@ -191,6 +175,7 @@ class _Search:
     def _settings(self) -> dict[str, Any]:
         given = {k: v for k, v in self.given.items() if k not in FREE}
         about = {"given": given, "methods": self.methods, "optuna": _optuna().__version__}
+        about["ranking"] = f"{self.base.eval_metric}, then loss"
         return dict(_plain(about))
 
     def _save(self) -> None:
@@ -234,7 +219,7 @@ class _Search:
                 study.tell(asked, state=states.FAIL if trial.failed else states.PRUNED)
                 shutil.rmtree(self._folder(trial), ignore_errors=True)
             else:
-                study.tell(asked, trial.best)
+                study.tell(asked, trial.rank())
             self._say_judged(trial, pruned)
             number += 1
 
@@ -284,7 +269,7 @@ class _Search:
                 self._train(trial, epochs)
             if trial.failed is not None:
                 return False
-            asked.report(trial.scores[str(epochs)], epochs)
+            asked.report(trial.rank(epochs), epochs)
             if epochs < self.rungs[-1] and asked.should_prune():
                 return True
         return False
@@ -302,7 +287,8 @@ class _Search:
         """Go on with a trial until it has had so many epochs, and keep its score."""
         start = time.perf_counter()
         try:
-            trial.scores[str(epochs)] = self._run(trial, lambda run: run.fit(epochs).best_score)
+            record = self._run(trial, lambda run: run.fit(epochs))
+            trial.note(epochs, record.best_score, record.history[record.best_epoch - 1])
         except Interrupted:
             raise
         except TrainingStopped as error:
@@ -333,7 +319,7 @@ class _Search:
         if not pool:
             reasons = "; ".join(sorted({trial.failed or "" for trial in self.trials}))
             raise TrainingStopped(f"no trial could be trained: {reasons}")
-        best = max(pool, key=lambda trial: (trial.best, -trial.number))
+        best = max(pool, key=lambda trial: (trial.rank(), -trial.number))
         folder = self._folder(best)
         try:
             summary = json.loads((folder / "summary.json").read_text())
@@ -361,7 +347,8 @@ class _Search:
             return
         epochs = max(map(int, trial.scores))
         ended = f"stopped after {epochs} epochs" if pruned else f"all {epochs} epochs"
-        self._say(f"trial {trial.number}: {tried}: {trial.best:.2f}, {ended}")
+        loss = trial.losses[str(epochs)]
+        self._say(f"trial {trial.number}: {tried}: {trial.best:.2f} (loss {loss:.4f}), {ended}")
 
 
 class _BudgetSpent(Exception):

@@ -12,7 +12,7 @@ from .._files import write_files
 from .config import TrainConfig
 
 if TYPE_CHECKING:
-    from .tune import Trial
+    from .tune_trial import Trial
 
 
 def plot_trials(path: Path, trials: Sequence[Trial], best: Trial, base: TrainConfig) -> None:
