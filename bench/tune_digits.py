@@ -63,7 +63,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             found = tune(given, folder / "tune", seconds=args.seconds)
-            spent = sum(trial.seconds for trial in found.trials)
+            spent = sum(trial.spent for trial in found.trials)
             others = range(1, args.seeds)
             tuned = [finish(found.given, seed, folder / "tuned") for seed in others]
             hand = [finish(given | rates, seed, folder / "hand") for seed in range(args.seeds)]

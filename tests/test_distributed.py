@@ -33,6 +33,7 @@ def world(tmp_path_factory):
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+MPIRUN = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE")
 
 
 def _rank(rank, world, port, words, output, launcher):
@@ -113,15 +114,20 @@ def test_two_processes_are_one(world, tmp_path, finished):
     assert "9 of 9 images" in alone and alone == both
 
 
-def test_srun_starts_the_run_that_torchrun_does(world, tmp_path, start, finished):
+def test_other_launchers_start_the_run_that_torchrun_does(world, tmp_path, start, finished):
     words = flags(world, "--method", "vpt-shallow", "-b", "4", "--output")
     finished(2, *words, tmp_path / "torchrun")
-    finished(2, *words, tmp_path / "srun", launcher=SRUN)
-    one, two = (read_adapter(tmp_path / name / "last")[1] for name in ("torchrun", "srun"))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    one = read_adapter(tmp_path / "torchrun" / "last")[1]
+    for name, launcher in (("srun", SRUN), ("mpirun", MPIRUN)):
+        finished(2, *words, tmp_path / name, launcher=launcher)
+        two = read_adapter(tmp_path / name / "last")[1]
+        assert all(torch.equal(one[key], two[key]) for key in one)
 
-    # without the address it is one sentence, and nothing is created
-    for rank in start(2, *words, tmp_path / "lost", launcher=SRUN, meet=False):
+
+@pytest.mark.parametrize("launcher", [SRUN, MPIRUN], ids=["srun", "mpirun"])
+def test_a_launcher_that_tells_no_address_is_one_sentence(world, tmp_path, start, launcher):
+    words = flags(world, "--method", "vpt-shallow", "-b", "4", "--output")
+    for rank in start(2, *words, tmp_path / "lost", launcher=launcher, meet=False):
         rank.join()
         assert rank.exitcode == 2
     assert "MASTER_ADDR" in (tmp_path / "printed.0").read_text()

@@ -17,8 +17,9 @@ from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.train import loop, run
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.step import Stepper
-from pgn_fast.train.tune import METHODS, tune
-from pgn_fast.train.tune_trial import Trial
+from pgn_fast.train.tune import tune
+from pgn_fast.train.tune_space import METHODS
+from pgn_fast.train.tune_trial import Trial, affordable
 
 pytest.importorskip("optuna")
 CPU = torch.device("cpu")
@@ -65,24 +66,40 @@ def search(world, output, **options):
 
 def trials(output):
     """What a search has tried and found, but for what a clock says."""
-    told = json.loads((output / "tune.json").read_text())["trials"]
-    return [{k: v for k, v in trial.items() if k != "seconds"} for trial in told]
+
+    def timeless(pairs):
+        return {k: v for k, v in pairs if k != "seconds"}
+
+    text = (output / "tune.json").read_text()
+    return json.loads(text, object_pairs_hook=timeless)["trials"]
+
+
+def steps_of(output):
+    """Three an epoch, of nine epochs with another seed."""
+    return sum(3 * max(map(int, t["scores"])) + 27 * len(t["again"]) for t in trials(output))
 
 
 @pytest.fixture(scope="module")
 def done(world, tmp_path_factory):
     """A search that nothing disturbed."""
     output = tmp_path_factory.mktemp("done") / "tune"
-    return output, search(world, output)
+    return output, search(world, output, trials=9)
 
 
 def test_halving_pauses_and_the_best_is_whole(world, done):
     output, found = done
     epochs = [sorted(map(int, trial["scores"])) for trial in trials(output)]
-    assert len(epochs) == 5 and all(row == [1, 3, 9][: len(row)] for row in epochs)
+    assert len(epochs) == 9 and all(row == [1, 3, 9][: len(row)] for row in epochs)
     assert any(len(row) < 3 for row in epochs) and any(len(row) == 3 for row in epochs)
     whole = [trial for trial in found.trials if "9" in trial.scores]
-    assert found.best is max(whole, key=lambda trial: (trial.best, -trial.losses["9"]))
+    whole.sort(key=lambda trial: (-trial.best, trial.losses["9"]))
+    # the best three were repeated with another seed, and the best in the mean has won
+    finalists = whole[:3]
+    assert len(finalists) > 1 and [t for t in found.trials if t.again] == sorted(
+        finalists, key=lambda trial: trial.number
+    )
+    means = {trial.number: (trial.best + trial.again["43"]["score"]) / 2 for trial in finalists}
+    assert means[found.best.number] == max(means.values())
     # scores of validation images, the test images once
     assert found.summary["validation"]["top1"] == pytest.approx(found.best.best)
     assert found.summary["test"]["images"] == 18
@@ -111,9 +128,11 @@ def test_only_the_best_trial_sees_the_test_images(world, tmp_path, monkeypatch):
     assert seen.count("test") == 1 and seen[-1] == "test"
 
 
-@pytest.mark.parametrize("at", [1, 9, 30])
+@pytest.mark.parametrize("at", [1, 30, -30])
 def test_a_search_that_was_killed_finds_the_same(world, done, tmp_path, monkeypatch, at):
+    """From the end: among the repeats."""
     step, calls = Stepper.step, []
+    at = at if at > 0 else steps_of(done[0]) + at
 
     def killed(self, *args):
         calls.append(1)
@@ -123,17 +142,44 @@ def test_a_search_that_was_killed_finds_the_same(world, done, tmp_path, monkeypa
 
     monkeypatch.setattr(Stepper, "step", killed)
     with pytest.raises(KeyboardInterrupt):
-        search(world, tmp_path / "tune")
-    found = search(world, tmp_path / "tune", resume=True)
+        search(world, tmp_path / "tune", trials=9)
+    found = search(world, tmp_path / "tune", trials=9, resume=True)
     whole = done[1]
     assert found.best.given == whole.best.given and found.summary["test"] == whole.summary["test"]
     assert trials(tmp_path / "tune") == trials(done[0])
     # nothing but the epoch that was cut off was trained twice
-    steps = sum(3 * max(map(int, trial["scores"])) for trial in trials(done[0]))
+    steps = steps_of(done[0])
     assert steps <= len(calls) - 1 <= steps + 3
     # and once more: nothing is left to do
-    again = search(world, tmp_path / "tune", resume=True)
+    again = search(world, tmp_path / "tune", trials=9, resume=True)
     assert again.summary == found.summary
+
+
+def test_finals_take_what_the_budget_leaves_and_are_of_two_at_least():
+    one = {"score": 1.0, "loss": 1.0, "seconds": 5.0}
+    row = [Trial(n, {}, {"9": 50.0 - n}, {"9": 1.0}, seconds=10.0) for n in range(3)]
+    assert affordable(row, 1, None) == row and affordable(row, 1, 29.0) == row[:2]
+    assert affordable(row, 1, 19.0) == affordable(row[:1], 1, None) == []
+    # one that was repeated before costs nothing
+    row[0].again["1"] = one
+    assert affordable(row, 1, 10.0) == row[:2] and affordable(row, 1, -1.0) == []
+    assert row[0].spent == 15.0 and row[0].mean_rank() < row[1].mean_rank() < row[0].rank()
+    # one that could not be trained with another seed comes last
+    row[1].again["1"] = one | {"score": float("-inf"), "loss": float("inf")}
+    assert row[1].mean_rank() == float("-inf")
+
+
+def test_a_later_winner_takes_the_place_of_the_earlier_one(world, tmp_path, monkeypatch):
+    short = {"given": {"epochs": 1}}
+    search(world, tmp_path / "tune", trials=1, **short)
+    monkeypatch.setattr(Trial, "mean_rank", lambda self: self.number)
+    found = search(world, tmp_path / "tune", trials=4, resume=True, **short)
+    assert found.best.number > 0 and not list((tmp_path / "tune").glob(".*"))
+    kept = json.loads((tmp_path / "tune" / "summary.json").read_text())
+    assert kept["config"]["lr"] == found.summary["config"]["lr"] == found.best.given["lr"]
+    own = tmp_path / "tune" / "trials" / f"{found.best.number:04d}" / "best"
+    mine, theirs = (read_adapter(folder)[1] for folder in (own, tmp_path / "tune" / "best"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_of_equal_scores_the_lower_loss_is_better():
@@ -164,7 +210,8 @@ def test_the_loss_decides_between_trials_of_one_score(world, tmp_path, monkeypat
     assert {trial.best for trial in found.trials} == {50.0}
     assert any(len(trial.scores) < 3 for trial in found.trials)
     whole = [trial for trial in found.trials if "9" in trial.scores]
-    assert found.best is min(whole, key=lambda trial: trial.losses["9"])
+    finalists = sorted(whole, key=lambda trial: trial.losses["9"])[:3]
+    assert [trial for trial in whole if trial.again] == [t for t in whole if t in finalists]
     assert json.loads((tmp_path / "tune" / "tune.json").read_text())["settings"]["ranking"] == (
         "top1, then loss"
     )

@@ -22,7 +22,9 @@ examples:
 
 Flags of pgn-fast train hold for every trial; what is given is not searched: --method, --lr,
 --weight-decay, --num-prompts, --method-kwargs. Trials are judged by validation images, pause and go
-on to the bit (successive halving, by Optuna); the test images are touched once, by the best.
+on to the bit (successive halving, by Optuna); of equal scores the lower loss is better. The best
+three are trained again with another seed, and the best in the mean of both wins; the test images
+are touched once, by that one.
 In --output: tune.json and tune.png (all trials), best/ (the adapter), summary.json.
 """
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..train.tune import METHODS, tune
+    from ..train.tune import tune
+    from ..train.tune_space import METHODS
 
     if args.recipe:
         raise UserError(f"--recipe {args.recipe} sets what tune searches: use pgn-fast train.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ class Record:
     best_digest: str = ""
     unreadable: list[str] = field(default_factory=list)
     kept: list[list[float]] = field(default_factory=list)
+
+    @property
+    def best_loss(self) -> float:
+        """The validation loss of the best epoch; infinite where none was validated."""
+        return self.history[self.best_epoch - 1]["validation_loss"] if self.best_epoch else math.inf
 
 
 def resume_config(

@@ -3,8 +3,8 @@
 Optuna proposes and judges: its TPE sampler from the scores so far, its successive halving after an
 epoch's share of the run, then after more of it. A trial is an ordinary run that pauses there and
 goes on to the bit. Scores are of the validation images; the test images are touched once, by the
-best trial, at the end. Of equal scores the lower validation loss is better: a few hundred images
-give many trials the same top-1, which then says nothing, while their losses still differ.
+best trial, at the end. The best trials are repeated with another seed, and so on other validation
+images where these are carved, and the winner is the best in the mean.
 
 The search is a function of its seed and of the scores alone, and scores are kept on disk: after a
 kill it is played again up to where it was, without training anything twice.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,15 +37,9 @@ from .run import Run
 from .signals import Interrupted
 from .state import FREE
 from .tune_report import plot_trials
-from .tune_trial import Trial
+from .tune_space import METHODS, propose
+from .tune_trial import FINALISTS, Trial, affordable
 
-METHODS = ("linear", "vpt-shallow", "vpt-deep", "pgn")
-PROMPTS = (4, 8, 16, 32)
-# blocks that get prompts in VPT-Deep, from the last one down: below them everything is kept
-SHARES = {"all": 1.0, "half": 0.5, "quarter": 0.25}
-DECAYS = (0.0, 1e-4, 1e-2)
-# times the method's own rate
-RATES = (0.1, 10.0)
 # of the trials go on after each rung, with as many times the epochs
 REDUCTION = 3
 # trials whose values are drawn before any is proposed from scores
@@ -107,6 +102,7 @@ def tune(
     search = _Search(dict(given), output, tuple(methods), device or torch.device("cpu"), show)
     search.load(resume)
     search.go(seconds, trials)
+    search.repeat(seconds)
     return search.finish()
 
 
@@ -131,8 +127,9 @@ class _Search:
         splits = load_splits(self.base)
         if splits.validation is None:
             raise UserError("tune chooses by validation images: give `val_fraction` above 0.")
-        self.splits, self.backbone = splits, load_backbone_for(self.base)
+        self.splits, self.backbone = {self.base.seed: splits}, load_backbone_for(self.base)
         self.trials: list[Trial] = []
+        self.finalists: list[Trial] = []
         epochs = self.base.epochs
         first = max(1, round(epochs / REDUCTION**2))
         self.rungs = [first]
@@ -187,8 +184,9 @@ class _Search:
         self.output.mkdir(parents=True, exist_ok=True)
         write_files({self.output / STATE: (json.dumps(content, indent=1) + "\n").encode()})
 
-    def _folder(self, trial: Trial) -> Path:
-        return self.output / "trials" / f"{trial.number:04d}"
+    def _folder(self, trial: Trial, seed: int) -> Path:
+        again = "" if seed == self.base.seed else f"-seed{seed}"
+        return self.output / "trials" / f"{trial.number:04d}{again}"
 
     # --- the search
 
@@ -207,7 +205,7 @@ class _Search:
                 # first of all each method as it is by default
                 study.enqueue_trial({"method": tried[number], "rate": 1.0, "layers": "all"})
             asked = study.ask()
-            trial = self._known(number, self._propose(asked))
+            trial = self._known(number, propose(asked, self.given, self.methods, self.backbone))
             try:
                 pruned = self._climb(asked, trial, seconds)
             except _BudgetSpent:
@@ -217,33 +215,11 @@ class _Search:
             if trial.failed is not None or pruned:
                 states = optuna.trial.TrialState
                 study.tell(asked, state=states.FAIL if trial.failed else states.PRUNED)
-                shutil.rmtree(self._folder(trial), ignore_errors=True)
+                shutil.rmtree(self._folder(trial, self.base.seed), ignore_errors=True)
             else:
                 study.tell(asked, trial.rank())
             self._say_judged(trial, pruned)
             number += 1
-
-    def _propose(self, asked: Any) -> dict[str, Any]:
-        """The fields of ``TrainConfig`` that a trial tries; those that are given are not tried."""
-        given, tried = self.given, dict[str, Any]()
-        method = given.get("method") or asked.suggest_categorical("method", self.methods)
-        tried["method"] = method
-        row = find_method(method)
-        if "lr" not in given and "lr_base" not in given:
-            usual = row.training.get("lr", TrainConfig.lr)
-            factor = asked.suggest_float("rate", *RATES, log=True)
-            tried["lr"] = float(f"{usual * factor:.3g}")
-        if "weight_decay" not in given:
-            tried["weight_decay"] = asked.suggest_categorical("decay", DECAYS)
-        if "num_prompts" in row.options.values() and "num_prompts" not in given:
-            tried["num_prompts"] = asked.suggest_categorical("P", PROMPTS)
-        if method == "vpt-deep" and "method_kwargs" not in given:
-            share = SHARES[asked.suggest_categorical("layers", list(SHARES))]
-            depth = len(self.backbone.blocks)
-            first = depth - max(1, round(share * depth))
-            if first > 0:
-                tried["method_kwargs"] = {"layers": list(range(first, depth))}
-        return tried
 
     def _known(self, number: int, given: dict[str, Any]) -> Trial:
         """The trial of that number, as an earlier process left it or new."""
@@ -277,18 +253,53 @@ class _Search:
     def _check_budget(self, trial: Trial, epochs: int, seconds: float | None) -> None:
         if seconds is None or self.trials[0] is trial:
             return  # one trial there has to be
-        left = seconds - sum(one.seconds for one in self.trials)
+        left = seconds - sum(one.spent for one in self.trials) - self._reserve(seconds)
         done = max(map(int, trial.scores), default=0)
         needed = trial.seconds / done * (epochs - done) if done else 0.0
         if left <= 0 or needed > left:
             raise _BudgetSpent
+
+    def _whole(self) -> list[Trial]:
+        """The trials that had all epochs, the best first."""
+        whole = [trial for trial in self.trials if str(self.rungs[-1]) in trial.scores]
+        return sorted(whole, key=lambda trial: (-trial.rank(), trial.number))
+
+    def _reserve(self, seconds: float) -> float:
+        """What is kept of the budget for the repeats: a third of it at most."""
+        dearest = max((trial.seconds for trial in self._whole()), default=0.0)
+        counts = [n for n in range(2, FINALISTS + 1) if n * dearest <= seconds / 3]
+        return dearest * max(counts, default=0)
+
+    def repeat(self, seconds: float | None) -> None:
+        """Train the best trials once more with the next seed, as many as the budget allows."""
+        seed = self.base.seed + 1
+        left = None if seconds is None else seconds - sum(one.spent for one in self.trials)
+        self.finalists = affordable(self._whole()[:FINALISTS], seed, left)
+        for trial in self.finalists:
+            if str(seed) in trial.again:
+                continue
+            start = time.perf_counter()
+            score, loss = -math.inf, math.inf
+            try:
+                record = self._run(trial, lambda run: run.fit(), seed)
+                score, loss = record.best_score, record.best_loss
+            except Interrupted:
+                raise
+            except TrainingStopped as error:
+                self._say(f"trial {trial.number} with seed {seed}: {error}")
+            spent = round(time.perf_counter() - start, 3)
+            trial.again[str(seed)] = {"score": score, "loss": loss, "seconds": spent}
+            self._save()
+            shutil.rmtree(self._folder(trial, seed), ignore_errors=True)
+            self._say(f"trial {trial.number} with seed {seed}: {score:.2f} (loss {loss:.4f})")
 
     def _train(self, trial: Trial, epochs: int) -> None:
         """Go on with a trial until it has had so many epochs, and keep its score."""
         start = time.perf_counter()
         try:
             record = self._run(trial, lambda run: run.fit(epochs))
-            trial.note(epochs, record.best_score, record.history[record.best_epoch - 1])
+            trial.scores[str(epochs)] = record.best_score
+            trial.losses[str(epochs)] = record.best_loss
         except Interrupted:
             raise
         except TrainingStopped as error:
@@ -296,31 +307,37 @@ class _Search:
         trial.seconds += round(time.perf_counter() - start, 3)
         self._save()
 
-    def _run(self, trial: Trial, work: Callable[[Run], T], show: bool = False) -> T:
+    def _run(self, trial: Trial, work: Callable[[Run], T], seed: int | None = None) -> T:
+        seed = self.base.seed if seed is None else seed
         # a folder that is named holds what some methods can keep, and is no claim that all can
         place = self.given.get("cache", "auto")
         named = place not in ("auto", "off")
         fields = self.given | trial.given | ({"cache": "auto"} if named else {})
-        config = TrainConfig.make(**fields)
+        config = TrainConfig.make(**fields | {"seed": seed})
+        if seed not in self.splits:
+            self.splits[seed] = load_splits(config)
         keep = Path(place) if named else self.output / "frozen"
         own = find_method(config.method).trains_backbone
         backbone = load_backbone_for(config) if own else self.backbone
 
         def parts() -> Parts:
-            return dataclasses.replace(assemble(config, self.splits, backbone), keep=keep)
+            return dataclasses.replace(assemble(config, self.splits[seed], backbone), keep=keep)
 
-        folder = self._folder(trial)
-        return run(config, folder, parts, self.device, folder.exists(), show, work)
+        folder = self._folder(trial, seed)
+        return run(config, folder, parts, self.device, folder.exists(), False, work)
 
     def finish(self) -> Found:
         """Take the best trial to its end, and to the test images."""
-        whole = [trial for trial in self.trials if str(self.rungs[-1]) in trial.scores]
-        pool = whole or [trial for trial in self.trials if trial.scores]
-        if not pool:
+        begun = [trial for trial in self.trials if trial.scores]
+        if not begun:
             reasons = "; ".join(sorted({trial.failed or "" for trial in self.trials}))
             raise TrainingStopped(f"no trial could be trained: {reasons}")
-        best = max(pool, key=lambda trial: (trial.rank(), -trial.number))
-        folder = self._folder(best)
+        whole = self._whole()
+        best = max(
+            self.finalists or whole[:1] or begun,
+            key=lambda trial: (trial.mean_rank(), trial.rank(), -trial.number),
+        )
+        folder = self._folder(best, self.base.seed)
         try:
             summary = json.loads((folder / "summary.json").read_text())
         except FileNotFoundError:
@@ -328,9 +345,7 @@ class _Search:
                 self._say(f"no trial had all epochs: number {best.number} is finished")
             summary = self._run(best, lambda run: (run.fit(), run.finish())[1])
         for name in ("best", "summary.json", "args.yaml"):
-            copy = shutil.copytree if (folder / name).is_dir() else shutil.copy2
-            if not (self.output / name).exists():
-                copy(folder / name, self.output / name)
+            _replace(folder / name, self.output / name)
         plot_trials(self.output / "tune.png", self.trials, best, self.base)
         shutil.rmtree(self.output / "frozen", ignore_errors=True)
         given = {k: v for k, v in self.given.items() if k != "method"} | best.given
@@ -367,6 +382,16 @@ def _optuna() -> Any:
         raise UserError("tune needs the package optuna: pip install 'pgn_fast[tune]'.") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copy a file or a folder, in the place of what an earlier end of the search has left."""
+    beside = target.with_name(f".{target.name}.new")
+    for path in (beside, target):
+        if path.is_dir():
+            shutil.rmtree(path)
+    (shutil.copytree if source.is_dir() else shutil.copy2)(source, beside)
+    beside.replace(target)
 
 
 def _plain(values: Any) -> Any:
