@@ -1,13 +1,13 @@
 """Where the time of training input goes, on 2,000 photos: of an image, and of a training step.
 
     python bench/profile_input.py [--images 2000] [--size 500 375] [--model-size 224]
-    python bench/profile_input.py --train vit_tiny_patch16_224 --rows bench/results/input.jsonl
+    python bench/profile_input.py --train vit_tiny_patch16_224 pgn_demo_vit --rows input.jsonl
 
 The first prints what decoding, transforms and batching take of an image, in CPU time of one thread
 (``time.process_time``), so that a busy machine does not distort it. The second trains VPT-Deep on
 the photos for an epoch, with ``--stats``, one thread and two processes that read images; the
-weights are random. Photos are made up: smooth fields with some grain, which JPEG compresses as it
-does photos.
+weights of timm's models are random. Photos are made up: smooth fields with some grain, which JPEG
+compresses as it does photos.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import timm
 import torch
 from PIL import Image
 
+from pgn_fast.backbone.load import DEMO_NAME
 from pgn_fast.images import read_image
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.loader import collate, eval_transform, pixels_to_keep, train_transform
@@ -58,13 +59,13 @@ def per_image(work: Callable[[Any], Any], items: list[Any]) -> tuple[float, list
 def split_of_a_step(photos: Path, model: str, batch_size: int) -> list[rows.Row]:
     """What ``--stats`` tells of an epoch: the phases of a step, and the share outside of forward
     and backward."""
+    given: dict[str, Any] = {"model": model}
     with tempfile.TemporaryDirectory() as name:
-        weights = Path(name) / "weights.pt"
-        torch.save(timm.create_model(model).state_dict(), weights)
+        if model != DEMO_NAME:  # which is no model of timm's, and has its weights in the package
+            given["pretrained_path"] = str(Path(name) / "weights.pt")
+            torch.save(timm.create_model(model).state_dict(), given["pretrained_path"])
         config = TrainConfig.make(
             data=str(photos),
-            model=model,
-            pretrained_path=str(weights),
             method="vpt-deep",
             num_prompts=10,
             head_init="zero",
@@ -72,13 +73,18 @@ def split_of_a_step(photos: Path, model: str, batch_size: int) -> list[rows.Row]
             batch_size=batch_size,
             workers=WORKERS,
             stats=True,
+            **given,
         )
         told = train(config, Path(name) / "run")["stats"]
     case = f"VPT-Deep P=10, {model}, B={batch_size}, {WORKERS} workers"
-    row = lambda who, value, unit: rows.Row("input", case, who, value, unit, rounds=told["steps"])
+    facts = {"step ms": told["step_ms"], "photos": sum(1 for _ in photos.glob("*/*.jpg"))}
+    row = lambda who, value, unit: rows.Row(
+        *("input", case, who, value, unit), rounds=told["steps"], dtype="float32", facts=facts
+    )
     found = [row(phase, ms / 1000, "s") for phase, ms in told["phases_ms"].items()]
-    share = told["outside_forward_backward"]
-    return [*found, row("outside of forward and backward", share, "%")]
+    share = 100 * told["phases_ms"]["loader"] / told["step_ms"]
+    found.append(row("loader's share", share, "%"))
+    return [*found, row("outside of forward and backward", told["outside_forward_backward"], "%")]
 
 
 def main() -> None:
@@ -96,11 +102,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_photos(Path(folder), args.images, tuple(args.size))
             for model in args.train:
-                found += split_of_a_step(Path(folder), model, args.batch_size)
-        for one in found:
-            print(f"{one.case}: {one.contender} {one.value:.4g} {one.unit}")
-        if args.rows:
-            rows.write(args.rows, found)
+                made = split_of_a_step(Path(folder), model, args.batch_size)
+                for one in made:
+                    print(f"{one.case}: {one.contender} {one.value:.4g} {one.unit}", flush=True)
+                found += made
+                if args.rows:  # what is measured is kept, whatever becomes of the next model
+                    rows.write(args.rows, found)
         return
     pixels = {
         "input_size": (3, args.model_size, args.model_size),
