@@ -12,6 +12,7 @@ import triton_cases as cases
 
 pytest.importorskip("triton", reason="the Triton kernels need Triton")
 
+import triton
 import triton.language as tl
 from pgn_fast.kernels import (
     _common,
@@ -172,6 +173,33 @@ def test_offsets_beyond_two_to_the_31(device):
         )
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
+
+
+@triton.jit
+def _rows_kernel(row_ptr, inside_ptr, b_ptr, p_ptr, block, R, P, BLOCK: tl.constexpr):
+    r, inside, b, p = _common.rows_of(block, R, P, BLOCK)
+    step = tl.arange(0, BLOCK)
+    tl.store(row_ptr + step, r)
+    tl.store(inside_ptr + step, inside)
+    tl.store(b_ptr + step, b)
+    tl.store(p_ptr + step, p)
+
+
+@pytest.mark.parametrize(
+    "B, P",
+    [(1, 1), (3, 7), (2**31 - 1, 1), (715827882, 3), (1, 2**31 - 20), (2**28, 8), (2**29, 9)],
+)
+def test_rows_are_told_apart_on_both_sides_of_two_to_the_31(B, P, device):
+    """Images and rows within them, in 32 bits as far as these hold the number of rows."""
+    R, BLOCK = B * P, 32
+    for block in {0, (R - 1) // BLOCK // 2, (R - 1) // BLOCK}:
+        found = [torch.zeros(BLOCK, dtype=torch.int64, device=device) for _ in range(4)]
+        _rows_kernel[(1,)](*found, block, R, P, BLOCK=BLOCK)
+        r, inside, b, p = (x.cpu() for x in found)
+        rows = block * BLOCK + torch.arange(BLOCK)
+        assert torch.equal(r, rows) and torch.equal(inside.bool(), rows < R)
+        clamped = rows.clamp(max=R - 1)
+        assert torch.equal(b, clamped // P) and torch.equal(p, clamped % P)
 
 
 @pytest.fixture

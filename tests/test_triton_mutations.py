@@ -37,8 +37,13 @@ MUTANTS = {
     ),
     "rows of the next range are counted twice": (
         "mix_prompts",
-        "end = tl.minimum(first + rows_per_split, R)",
-        "end = tl.minimum(first + rows_per_split + 1, R)",
+        "end = tl.minimum(first + blocks_per_split,",
+        "end = tl.minimum(first + blocks_per_split + 1,",
+    ),
+    "the last row is left out": (
+        "_common",
+        "row = first + tl.minimum(step, left - 1)",
+        "row = first + tl.minimum(step, left - 2)",
     ),
     "strides of image and head are swapped": (
         "prompt_attention",
@@ -79,7 +84,7 @@ MUTANTS = {
 
 
 # the op that a file is a part of, where it is not the op's own
-PART_OF = {"_attention": "prompt_attention"}
+PART_OF = {"_attention": "prompt_attention", "_common": "mix_prompts"}
 
 
 def load(file: str, text: str, folder: Path) -> tuple[str, ModuleType]:

@@ -30,6 +30,44 @@ def test_compiled_kernels_cost_what_the_table_says():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_no_kernel_divides_in_64_bits():
+    assert not [name for name, figures in TABLE["kernels"].items() if figures["long_divisions"]]
+
+
+# the launchers at 2^31 rows, on tensors without memory: what the interpreter cannot show, since it
+# has no types that must agree
+FROM_2_TO_THE_31 = """
+import torch, triton_aot as aot
+from pgn_fast.kernels import mix_prompts, prompted_patch_embed
+
+def mixed(*_):
+    logits, library = aot._empty(2**28, 8, 40), aot._empty(40, 64)
+    prompts = mix_prompts.mix_prompts(logits, library, "softmax")
+    mix_prompts.mix_prompts_backward(prompts, logits, library, "softmax")
+
+def patched(*_):
+    images, weight = aot._empty(2**27, 3, 32, 32), aot._empty(64, 3, 8, 8)
+    arguments = images, weight, None, None, weight[:0, 0, 0], None, None, None, [], [], "softmax"
+    prompted_patch_embed.prompted_patch_embed(*arguments, "append")
+
+aot.CASES.update(mix_prompts=mixed, prompted_patch_embed=patched)
+for op in "mix_prompts", "prompted_patch_embed":
+    for launch in aot.launches(op, torch.float32):
+        print(launch.name(op, 90), aot.compile_launch(launch, 90)["long_divisions"])
+"""
+
+
+@pytest.mark.slow
+def test_from_2_to_the_31_rows_on_kernels_count_in_64_bits():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "tools")
+    command = [sys.executable, "-c", FROM_2_TO_THE_31]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    divisions = [int(line.rpartition(" ")[2]) for line in done.stdout.splitlines()]
+    assert len(divisions) == 5 and min(divisions) > 0, done.stdout
+
+
 def test_table_has_no_spill_where_it_counts():
     """Half precision on Hopper is what the library is fast with: no tile of it may spill."""
     spilling = [
@@ -77,6 +115,7 @@ def figures(**changes: int) -> dict[str, int]:
         ({"stack": 8}, "stack 0 -> 8"),
         ({"spills": 1}, "spills 0 -> 1"),
         ({"shared": 1200}, "shared 1000 -> 1200"),
+        ({"long_divisions": 2}, "long_divisions 0 -> 2"),
         ({"wgmma": 0}, "lost its wgmma instructions"),
     ],
 )

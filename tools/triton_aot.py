@@ -5,7 +5,8 @@
 The launchers themselves run, on tensors without memory ("meta") at the paper's sizes, and each
 launch is caught with the very arguments that the GPU would get, once for every tile that tuning
 may choose. It is compiled to a cubin for sm_80 and sm_90, whose resources are held to a committed
-table: a kernel that begins to spill, loses its tensor-core instructions or grows is an error.
+table: a kernel that begins to spill or to divide in 64 bits, loses its tensor-core instructions or
+grows is an error.
 ``--gates`` compiles for every architecture that people have (Ada, Blackwell) and asks only that the
 first tile of each kernel, the one that runs where nothing was measured, fits the card.
 Must run without TRITON_INTERPRET: interpreted kernels cannot be compiled.
@@ -43,7 +44,7 @@ ARCHITECTURES = (80, 90)
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # how much a figure may grow over the table before it is an error
-GROWTH = {"registers": 1.1, "shared": 1.1, "stack": 1.0, "spills": 1.0}
+GROWTH = {"registers": 1.1, "shared": 1.1, "stack": 1.0, "spills": 1.0, "long_divisions": 1.0}
 _CUOBJDUMP = Path(triton.__path__[0], "backends/nvidia/bin/cuobjdump")
 _POINTERS = {
     torch.float32: "*fp32",
@@ -172,7 +173,7 @@ def launches(op: str, dtype: torch.dtype, ones: bool = False) -> list[Launch]:
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, int]:
     """Compile one launch for ``sm_<arch>``; registers, bytes of stack and shared memory, and the
-    numbers of spill and tensor-core instructions."""
+    numbers of spill and tensor-core instructions and of 64-bit divisions."""
     kernel, arguments, _ = launch
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}

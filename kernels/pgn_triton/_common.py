@@ -43,6 +43,24 @@ def cast(x, dtype: tl.constexpr):
         return x.to(dtype)
 
 
+@triton.jit
+def rows_of(block, R, P, BLOCK: tl.constexpr):
+    """Rows of block number ``block`` of (B, P) tensors, R = B * P rows in all.
+
+    Returns, [BLOCK] each: the rows, int64; which of them are below R; image and row within it.
+    Rows past the last have its image and row, so whoever does not store them needs no mask.
+
+    Divided in 32 bits: the compiler has a function for each division of 64, and calls it. The row
+    within an image stays that narrow; widen it where it meets a stride. From 2^31 rows on, R comes
+    as int64, and all is counted in 64 bits: slower, and right.
+    """
+    first = tl.minimum(block, R - 1) * BLOCK  # the block's number, in R's type
+    step = tl.arange(0, BLOCK)
+    left = R - first  # not first + BLOCK, which may be past 2^31 where R is not
+    row = first + tl.minimum(step, left - 1)
+    return first.to(tl.int64) + step, step < left, (row // P).to(tl.int64), row % P
+
+
 def dot_precision() -> str:
     """How kernels multiply float32: exactly, unless the user allowed torch itself TF32."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

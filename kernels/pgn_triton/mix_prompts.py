@@ -26,6 +26,7 @@ from ._common import (
     dot_precision,
     launch_tuned,
     on_their_device,
+    rows_of,
     split_rows,
     sum_splits,
     tile,
@@ -126,10 +127,9 @@ def _forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    _, inside, b, p = rows_of(tl.program_id(0), R, P, BLOCK_R)
+    p = p.to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = tl.minimum(r, R - 1)  # rows past R repeat row R - 1, and are not stored
-    b, p = rows // P, rows % P
     mixture, _ = _mix_rows(
         b * logits_b + p * logits_p,
         logits_ptr,
@@ -146,7 +146,7 @@ def _forward_kernel(
     tl.store(
         prompts_ptr + (b * prompts_b + p * prompts_p)[:, None] + d[None, :],
         cast(mixture, prompts_ptr.dtype.element_ty),
-        mask=(r[:, None] < R) & (d[None, :] < D),
+        mask=inside[:, None] & (d[None, :] < D),
     )
 
 
@@ -171,11 +171,10 @@ def _row_terms_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r, inside, b, p = rows_of(tl.program_id(0), R, P, BLOCK_R)
+    p = p.to(tl.int64)
     d_block = tl.program_id(1)
     d = d_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = tl.minimum(r, R - 1)
-    b, p = rows // P, rows % P
     mixture, lse = _mix_rows(
         b * logits_b + p * logits_p,
         logits_ptr,
@@ -194,9 +193,9 @@ def _row_terms_kernel(
         mask=d[None, :] < D,
         other=0.0,
     ).to(tl.float32)
-    tl.store(inner_ptr + d_block.to(tl.int64) * R + r, tl.sum(mixture * g, axis=1), mask=r < R)
+    tl.store(inner_ptr + d_block.to(tl.int64) * R + r, tl.sum(mixture * g, axis=1), mask=inside)
     if d_block == 0:
-        tl.store(lse_ptr + r, lse, mask=r < R)
+        tl.store(lse_ptr + r, lse, mask=inside)
 
 
 @triton.jit
@@ -222,10 +221,9 @@ def _grad_logits_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r, inside, b, p = rows_of(tl.program_id(0), R, P, BLOCK_R)
+    p = p.to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    rows = tl.minimum(r, R - 1)
-    b, p = rows // P, rows % P
     grad_row = (b * grad_b + p * grad_p)[:, None]
     grad_weights = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -244,9 +242,10 @@ def _grad_logits_kernel(
     ).to(tl.float32)
     if SOFTMAX:
         inner = tl.zeros([BLOCK_R], tl.float32)
-        for block in range(INNERS):
-            inner += tl.load(inner_ptr + block * R + rows)
-        weights = tl.exp(z - tl.load(lse_ptr + rows)[:, None])
+        for _ in range(INNERS):
+            inner += tl.load(inner_ptr + r, mask=inside, other=0.0)
+            inner_ptr += R
+        weights = tl.exp(z - tl.load(lse_ptr + r, mask=inside, other=0.0)[:, None])
         grad_z = weights * (grad_weights - inner[:, None])
     else:
         weights = tl.sigmoid(z)
@@ -254,7 +253,7 @@ def _grad_logits_kernel(
     tl.store(
         grad_logits_ptr + r[:, None] * K + k[None, :],
         cast(grad_z, grad_logits_ptr.dtype.element_ty),
-        mask=(r[:, None] < R) & (k[None, :] < K),
+        mask=inside[:, None] & (k[None, :] < K),
     )
 
 
@@ -268,7 +267,7 @@ def _grad_library_kernel(
     P,
     K,
     D,
-    rows_per_split,
+    blocks_per_split,
     logits_b,
     logits_p,
     grad_b,
@@ -281,30 +280,30 @@ def _grad_library_kernel(
 ):
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(2).to(tl.int64)
-    first = split * rows_per_split
-    end = tl.minimum(first + rows_per_split, R)
+    split = tl.program_id(2)
+    first = split * blocks_per_split
+    end = tl.minimum(first + blocks_per_split, (R - 1) // BLOCK_R + 1)
     grad_library = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for start in range(first, end, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        b, p = r // P, r % P
+    for block in range(first, end):
+        r, inside, b, p = rows_of(block, R, P, BLOCK_R)
+        p = p.to(tl.int64)
         z = tl.load(
             logits_ptr + (b * logits_b + p * logits_p)[None, :] + k[:, None],
-            mask=(r[None, :] < end) & (k[:, None] < K),
+            mask=inside[None, :] & (k[:, None] < K),
             other=float("-inf"),
         ).to(tl.float32)  # [BLOCK_K, BLOCK_R]
         if SOFTMAX:
-            weights = tl.exp(z - tl.load(lse_ptr + r, mask=r < end, other=0.0)[None, :])
+            weights = tl.exp(z - tl.load(lse_ptr + r, mask=inside, other=0.0)[None, :])
         else:
             weights = tl.sigmoid(z)
         g = tl.load(
             grad_ptr + (b * grad_b + p * grad_p)[:, None] + d[None, :],
-            mask=(r[:, None] < end) & (d[None, :] < D),
+            mask=inside[:, None] & (d[None, :] < D),
             other=0.0,
         )  # [BLOCK_R, BLOCK_D]
         grad_library = dot(cast(weights, g.dtype), g, grad_library, PRECISION)
     tl.store(
-        partial_ptr + (split * K + k[:, None]) * D + d[None, :],
+        partial_ptr + (split.to(tl.int64) * K + k[:, None]) * D + d[None, :],
         grad_library,
         mask=(k[:, None] < K) & (d[None, :] < D),
     )
@@ -418,7 +417,7 @@ def mix_prompts_backward(
             P,
             K,
             D,
-            rows_per_split,
+            rows_per_split // blocks["BLOCK_R"],
             *strides,
             **flags,
             **config.options(),

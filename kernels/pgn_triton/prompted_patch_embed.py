@@ -32,6 +32,7 @@ from ._common import (
     dot_precision,
     launch_tuned,
     on_their_device,
+    rows_of,
     tile,
 )
 from .mix_prompts import mix_prompts_into
@@ -111,12 +112,11 @@ def _patch_kernel(
     K: tl.constexpr = C * PATCH_H * PATCH_W
     # column blocks of the same patches are neighbors: the pixels are then read once from memory
     d_blocks = tl.cdiv(D, BLOCK_N)
-    m = (tl.program_id(0) // d_blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    _, inside, b, n = rows_of(tl.program_id(0) // d_blocks, M, N, BLOCK_M)
     d = (tl.program_id(0) % d_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(m, M - 1)  # rows past M repeat row M - 1, and are not stored
-    b, n = rows // N, rows % N
-    pixel = b * image_b + (n // columns) * PATCH_H * image_y
+    pixel = b * image_b + (n // columns).to(tl.int64) * PATCH_H * image_y
     pixel += (n % columns) * (PATCH_W * C if CHANNELS_LAST else PATCH_W)
+    n = n.to(tl.int64)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -147,7 +147,7 @@ def _patch_kernel(
     tl.store(
         out_ptr + (b * L + first_row + n)[:, None] * D + d[None, :],
         cast(acc, out_ptr.dtype.element_ty),
-        mask=(m[:, None] < M) & (d[None, :] < D),
+        mask=inside[:, None] & (d[None, :] < D),
     )
 
 
