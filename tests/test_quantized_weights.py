@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from small_world import tiny_vit
+from test_backbone_launches import Launches
 from torch import Tensor
 
 import pgn_fast
@@ -259,3 +260,37 @@ def test_float8_scales(monkeypatch):
     assert torch.equal(Float8Linear(weight, b)(x)[3], b)
     codes, scale = quantized.to_float8(x[:3])
     assert codes.float().abs().amax(dim=1).eq(448).all() and scale.shape == (3, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_float8_codes_are_those_of_the_formula(dtype):
+    """Bit for bit, whatever a row holds; five operations, three of them over all elements."""
+
+    def formula(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.float()
+        scale = (x.abs().amax(dim=1, keepdim=True) / 448).clamp(torch.finfo(torch.float32).tiny)
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 64, generator=generator) * torch.logspace(-7, 4, 4096)[:, None]
+    x = x.to(dtype)
+    x[0], x[1, 5], x[2, 6], x[3, :9] = 0, torch.nan, torch.inf, -torch.inf
+    x[4], x[5], x[6] = 1e-45, torch.finfo(dtype).tiny, -torch.finfo(dtype).max
+    with Launches() as launched:
+        codes, scale = quantized.to_float8(x)
+    expected, expected_scale = formula(x)
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+    assert launched.seen.total() == 5 + (dtype == torch.float64)
+
+
+def test_float8_linears_launch_few_operations(monkeypatch):
+    """Two roundings of five, the product and the bias; no copy to another dtype in bfloat16."""
+    product = lambda x, x_scale, weight, weight_scale: x.new_zeros(
+        len(x), len(weight), dtype=torch.bfloat16
+    )
+    monkeypatch.setattr(quantized, "scaled_product", product)  # one operation, as on a GPU
+    x, weight, b = (t.bfloat16() for t in linear())
+    with Launches() as launched:
+        Float8Linear(weight, b)(x.view(4, 50, 96))
+    assert launched.seen.total() == 12
