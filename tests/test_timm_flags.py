@@ -7,20 +7,27 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
-from small_world import tiny_config, tiny_vit_kwargs, write_images
-from timm.utils import ModelEmaV3
+from small_world import SIZES, tiny_config, tiny_vit, tiny_vit_kwargs, write_images
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from pgn_fast.adapters import read_adapter
 from pgn_fast.cli import build_parser, main
 from pgn_fast.cli._timm import ALREADY_SO, REFUSED
+from pgn_fast.models import FineTuned
 from pgn_fast.train import checkpoints, loop
 from pgn_fast.train.average import Average
 from pgn_fast.train.config import TrainConfig
+from pgn_fast.train.distributed import Processes
 from pgn_fast.train.objective import Objective
+from pgn_fast.train.recipe import make_optimizer
+from pgn_fast.train.step import Stepper
 
 CPU = torch.device("cpu")
+HEAD = ("head.weight", "head.bias")
 LIST = json.loads((Path(__file__).parent / "fixtures" / "timm_train_flags.json").read_text())
 ARGUMENTS = [a for a in LIST["arguments"] if a["flags"][0].startswith("-")]
 
@@ -113,8 +120,9 @@ class Stopped(BaseException):
         {"method": "pgn", "grad_accum_steps": 2, "bn_momentum": 0.3, "sched": "plateau"},
         {"amp": True, "amp_dtype": "float16", "opt": "lamb", "sched": "poly", "cutmix": 0.0},
         {"method": "full", "cutmix_minmax": (0.2, 0.8), "aa": "rand-m3-n1", "opt": "lion"},
+        {"sched": "plateau", "epochs": 5, "lr_noise": (0.2, 1.0), "mixup_off_epoch": 0},
     ],
-    ids=["cross-entropy", "bce", "pgn", "float16", "full"],
+    ids=["cross-entropy", "bce", "pgn", "float16", "full", "plateau with noise"],
 )
 def test_kill_and_resume_is_exact_with_all_of_them(world, tmp_path, monkeypatch, changes):
     config = configure(world, **{**EVERYTHING, **changes})
@@ -185,6 +193,35 @@ def test_the_average_is_timms_over_what_is_trained():
         assert torch.equal(model[1].weight, whole.module[1].weight)
         assert not torch.equal(model[1].weight, now)
     assert torch.equal(model[1].weight, now)
+
+
+@pytest.mark.parametrize("mode", ["layer decay", "agc"])
+def test_fine_tuning_steps_as_timms_own_model(mode):
+    """The rates of layers, and which gradients are clipped adaptively, go by the model's shape."""
+    changes = {"layer_decay": 0.5} if mode == "layer decay" else {"clip_grad": 0.01}
+    config = TrainConfig.make(
+        method="full", opt="sgd", lr=0.1, smoothing=0.1, clip_mode="agc", **changes
+    )
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=3, **SIZES)
+    ours = FineTuned(tiny_vit(), 3)
+    ours.preprocessing = {"input_size": (3, 16, 16)}
+    state = plain.state_dict()
+    ours.load_state_dict({k if k in HEAD else f"backbone.{k}": v for k, v in state.items()})
+    stepper = Stepper(config, ours, Objective(config, 3, CPU), Processes(CPU), lambda x: x)
+    stepper.optimizer = make_optimizer(ours, config)
+    theirs = make_optimizer(plain, config)
+    for optimizer in (stepper.optimizer, theirs):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * group.get("lr_scale", 1.0)
+    images, labels = torch.randn(6, 3, 16, 16), torch.arange(6) % 3
+    stepper.step([(images, labels)], 0, 1)
+    torch.nn.functional.cross_entropy(plain(images), labels, label_smoothing=0.1).backward()
+    if mode == "agc":
+        dispatch_clip_grad(model_parameters(plain, exclude_head=True), 0.01, mode="agc")
+    theirs.step()
+    for name, value in plain.state_dict().items():
+        key = name if name in HEAD else f"backbone.{name}"
+        torch.testing.assert_close(ours.state_dict()[key], value, msg=name)
 
 
 def test_settings_come_from_a_file_and_go_into_one(world, tmp_path, capsys):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from .._stored import plain_name
@@ -97,6 +98,18 @@ class FineTuned(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone, as the backbone names them."""
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
+        """From a parameter's name to its layer, as the backbone counts them, the head last: what
+        timm's layer decay goes by."""
+        prefix = "backbone."
+        names = {name: name.removeprefix(prefix) for name, _ in self.named_parameters()}
+        layers = group_with_matcher(
+            iter([(name, None) for name in names.values()]),
+            self.backbone.group_matcher(coarse=coarse),
+            reverse=True,
+        )
+        return lambda name: (float(layers[names[name]]),)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, C)."""

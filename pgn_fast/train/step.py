@@ -220,7 +220,10 @@ class Stepper:
         from timm.utils import dispatch_clip_grad
 
         self.scaler.unscale_(self.optimizer)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        kept: set[Tensor] = set()
+        if self.config.clip_mode == "agc":  # timm's train.py never does so to the classifier
+            kept = set(self.model.head.parameters())
+        trained = [p for p in self.model.parameters() if p.requires_grad and p not in kept]
         dispatch_clip_grad(trained, self.config.clip_grad, mode=self.config.clip_mode)
 
 
