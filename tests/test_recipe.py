@@ -122,10 +122,11 @@ def test_schedules_are_timms_from_any_position(sched):
         assert schedule.rate == whole[position]
 
 
-def test_plateau_waits_across_a_resume():
+@pytest.mark.parametrize("noise", [None, (0.2, 0.9)])
+def test_plateau_waits_across_a_resume(noise):
     def run(resume_at=None):
         config = TrainConfig.make(
-            sched="plateau", epochs=12, lr=1.0, patience_epochs=2, warmup_epochs=0
+            sched="plateau", epochs=12, lr=1.0, patience_epochs=2, warmup_epochs=0, lr_noise=noise
         )
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule = recipe.Schedule(config, optimizer, 1)
@@ -143,6 +144,21 @@ def test_plateau_waits_across_a_resume():
         return found
 
     assert run() == run(resume_at=5) and len(set(run())) > 2
+
+
+@pytest.mark.parametrize("worse", [0.0, 3e-5])
+def test_plateau_takes_a_loss_that_no_longer_falls_for_one(worse):
+    config = TrainConfig.make(
+        sched="plateau", epochs=9, lr=1.0, patience_epochs=2, warmup_epochs=0, eval_metric="loss"
+    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = recipe.Schedule(config, optimizer, 1)
+    found = []
+    for epoch in range(9):
+        found.append(schedule.rate)
+        # every second epoch is not validated
+        schedule.end_epoch(epoch, -1.0 - worse * epoch if epoch % 2 == 0 else None)
+    assert found[0] == 1.0 and found[-1] < 0.2
 
 
 def test_lr_base_is_scaled_to_the_images_of_a_step():

@@ -106,6 +106,7 @@ class Schedule:
         from timm.scheduler import create_scheduler_v2
 
         self._follows_score = config.sched == "plateau"
+        self._smaller = config.eval_metric == "loss"
         by_epoch = self._follows_score or not config.sched_on_updates
         assert config.warmup_epochs is not None
         # whole steps: a warm-up shorter than one step is none, and the first step is never lost
@@ -122,6 +123,7 @@ class Schedule:
                 warmup_epochs=steps if by_epoch else steps / updates_per_epoch,  # type: ignore[arg-type]
                 step_on_epochs=by_epoch,
                 updates_per_epoch=updates_per_epoch,
+                plateau_mode="min" if self._smaller else "max",
                 **config.schedule_options(),
             )
         self.epochs = int(self.epochs)
@@ -138,9 +140,11 @@ class Schedule:
             self._timm.step_update(epoch * self._updates_per_epoch + update)
 
     def end_epoch(self, epoch: int, score: float | None) -> None:
-        """Tell "plateau" the score of the epoch that ended; other schedules need none."""
+        """Tell "plateau" the score of the epoch that ended, larger being better, or None where it
+        was not validated; other schedules need none."""
         if self._timm is not None and self._follows_score:
-            self._timm.step(epoch + 1, score)
+            # torch's threshold is relative to the best, and would be an allowance below zero
+            self._timm.step(epoch + 1, -score if self._smaller and score is not None else score)
 
     @property
     def rate(self) -> float:
@@ -149,11 +153,16 @@ class Schedule:
         return group["lr"] / (group.get("lr_scale") or 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the position does not tell: how long "plateau" has waited."""
-        return self._timm.lr_scheduler.state_dict() if self._follows_score else {}
+        """What the position does not tell: how long "plateau" has waited, and the rates that its
+        noise is on top of."""
+        if not self._follows_score:
+            return {}
+        return {**self._timm.lr_scheduler.state_dict(), "restore_lr": self._timm.restore_lr}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._follows_score and state:
+            state = dict(state)
+            self._timm.restore_lr = state.pop("restore_lr", None)
             self._timm.lr_scheduler.load_state_dict(state)
 
 
