@@ -158,6 +158,8 @@ def test_the_table_has_the_papers_number_beside_ours(finished):
     row = content["rows"]["vtab/dtd"]
     assert "| vtab/dtd | 65.8 | " in text and "arXiv:2203.12119" in text and "Table 13" in text
     assert len(row["scores"]) == 2 and row["chosen"]["num_prompts"] in (1, 2)
+    # a score of other images than the published ones is no score of the paper's table
+    assert "| 2 (of 4 test images; published: 1880) |" in text
 
 
 def test_finished_runs_are_not_run_again(tasks, finished, monkeypatch, capsys):

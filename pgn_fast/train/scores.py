@@ -185,18 +185,19 @@ def multilabel_score(
 
     def means(chosen: Tensor) -> list[float]:
         _, precision, area = figures(chosen)
-        return [100 * float(x.mean()) if len(x) else 0.0 for x in (precision, area)]
+        return [100 * float(x.mean()) for x in (precision, area)]  # nan where no class counts
 
     everything = torch.arange(len(targets))
     known, precision, _ = figures(everything)
     each: list[float | None] = [None] * targets.shape[1]
     for place, value in zip(known.nonzero().flatten().tolist(), precision.tolist(), strict=True):
         each[place] = 100 * value
-    mean, area = means(everything)
+    mean, area = means(everything) if bool(known.any()) else (0.0, 0.0)
     more: dict[str, Any] = {}
-    if details:
+    if details and bool(known.any()):
         intervals = bootstrap(means, len(targets), _RESAMPLES["multilabel"])
         more["intervals"] = dict(zip(("map", "auc"), intervals, strict=True))
+    if details:
         flat = probabilities.flatten(), targets.flatten()
         more["calibration_error"] = 100 * float(metrics.binary_calibration_error(*flat, n_bins=15))
     loss = float(losses.double().mean())
@@ -209,7 +210,8 @@ def bootstrap(
     """For each statistic the values that 2.5 % and 97.5 % of the resamples stay below.
 
     Args:
-        statistics: of the images with these numbers, (count,) int64, some of them repeated.
+        statistics: of the images with these numbers, (count,) int64, some of them repeated; nan
+            where these tell nothing, which is left out.
         count: images. The resamples are the same ones every time.
     """
     generator = torch.Generator().manual_seed(0)
@@ -218,4 +220,4 @@ def bootstrap(
     ]
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     values = torch.tensor(drawn, dtype=torch.float64)  # (resamples, statistics)
-    return values.quantile(ends, dim=0).T.tolist()
+    return values.nanquantile(ends, dim=0).T.tolist()

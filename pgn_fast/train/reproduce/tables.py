@@ -75,7 +75,7 @@ def _markdown(about: Mapping[str, Any], method: str, rows: Mapping[str, Result |
             scores = result.scores if result else []
             lines.append(
                 f"| {row.name} | {_number(published.get(row.name))} | {_mean(scores)} | "
-                f"{len(scores)}{_stopped(result)} |"
+                f"{len(scores)}{_stopped(result)}{_counted(row, result)} |"
             )
         if group and (line := _group_mean(group, members, published, rows)):
             lines.append(line)
@@ -126,3 +126,10 @@ def _mean(scores: Sequence[float]) -> str:
 
 def _stopped(result: Result | None) -> str:
     return f" ({len(result.stopped)} diverged)" if result and result.stopped else ""
+
+
+def _counted(row: DataSet, result: Result | None) -> str:
+    """Where ours is of other test images than the paper's: some are missing, or more are there."""
+    if not result or result.images in (0, row.sizes.test):
+        return ""
+    return f" (of {result.images} test images; published: {row.sizes.test})"

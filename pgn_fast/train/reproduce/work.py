@@ -32,11 +32,13 @@ class Result(NamedTuple):
         scores: test top-1 in percent, one a seed that came to its end.
         stopped: folders of final runs whose loss was not finite.
         chosen: the options that the search chose.
+        images: test images behind a score, the fewest of all runs; 0: not written down.
     """
 
     scores: list[float]
     stopped: list[str]
     chosen: Mapping[str, Any]
+    images: int = 0
 
 
 def run_experiment(
@@ -58,7 +60,7 @@ def run_experiment(
     chosen = choose(experiment, output)
     if chosen:
         say(f"{experiment.data.name}: chosen {_words(chosen)}")
-    scores, stopped = [], []
+    scores, stopped, counts = [], [], []
     for cell in experiment.final:
         cell = dataclasses.replace(cell, options={**chosen, **cell.options})
         summary = _run(cell, output, device, say, show)
@@ -68,7 +70,8 @@ def run_experiment(
             raise UserError(f"{output / cell.folder}: the run has no test images.")
         else:
             scores.append(summary["test"]["top1"])
-    return Result(scores, stopped, chosen)
+            counts.append(summary["test"]["images"])
+    return Result(scores, stopped, chosen, min(counts, default=0))
 
 
 def is_done(cell: Cell, output: Path) -> bool:
