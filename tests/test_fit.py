@@ -7,33 +7,19 @@ import copy
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from given_world import OPTIONS, Batches, model, pictures, tensors
 from small_world import tiny_vit
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    TensorDataset,
+)
 
 import pgn_fast
-from pgn_fast.adapters import backbone_pixels, read_adapter
+from pgn_fast.adapters import read_adapter
 from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.models import LinearProbe
 from pgn_fast.train import checkpoints
-
-OPTIONS = {"batch_size": 6, "lr": 0.05, "workers": 0, "show": False}
-
-
-def model(classes=3):
-    torch.manual_seed(0)
-    return pgn_fast.VPT(tiny_vit(), classes, num_prompts=2)
-
-
-def pictures(count=14):
-    """Noise of three tints and its classes, as PIL images."""
-    rng = np.random.default_rng(0)
-    found = []
-    for i in range(count):
-        levels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        levels[..., i % 3] //= 3
-        found.append((Image.fromarray(levels), i % 3))
-    return found
 
 
 class Columns:
@@ -52,14 +38,6 @@ class Columns:
 
     def __getitem__(self, index):
         return self.rows[index]
-
-
-def tensors(pairs):
-    """The same images as the model's input."""
-    pixels = backbone_pixels(tiny_vit())
-    mean, std = (torch.tensor(pixels[k]).view(3, 1, 1) for k in ("mean", "std"))
-    images = [torch.from_numpy(np.array(x)).permute(2, 0, 1) / 255 for x, _ in pairs]
-    return torch.stack([(x - mean) / std for x in images]), torch.tensor([y for _, y in pairs])
 
 
 def test_a_data_set_trains_and_its_run_is_written(tmp_path):
@@ -102,17 +80,9 @@ def test_every_kind_of_data_gives_the_same_run(tmp_path, kind):
         torch.testing.assert_close(kept["pairs"][key], kept[kind][key], rtol=1e-4, atol=1e-5)
 
 
-class Batches:
-    """A loader that is no torch DataLoader: batches and their number."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
+class Stream(IterableDataset):
     def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
+        return iter(pictures())
 
 
 def iter_safe(data):
@@ -187,7 +157,13 @@ def test_a_new_head_starts_as_the_commands_does_and_others_stay(tmp_path):
         ({"num_prompts": 3}, "num_prompts: the model and the data that are given say it"),
         ({"epoch": 3}, "fit takes no epoch"),
         ({"hflip": 7}, "`hflip` is 7"),
+        ({"sched": "plateau"}, "follows the validation score, and there are no validation images"),
         ({"train": 5}, r"`train` takes a data set with len\(\) and indices.*got int"),
+        ({"train": {"train": []}}, r"is a dict with the keys train; give .* data\['train'\]"),
+        ({"train": iter(pictures())}, "list_iterator can be read once only"),
+        ({"train": Stream()}, "an IterableDataset such as Stream has no indices; give a loader"),
+        ({"train": DataLoader(Stream(), 2)}, "got DataLoader of a data set without len"),
+        ({"train": []}, "`train`: the list has no image"),
         ({"train": [{"picture": 1, "label": 0}]}, "has the keys picture, label; an image is"),
         ({"class_names": ["a", "b"]}, "has 3 classes, the data have 2"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import UserError
 from . import checkpoints
 from .config import TrainConfig
 
@@ -44,3 +45,11 @@ def lost_process(error: RuntimeError) -> str | None:
     ):
         return f"another process of this run has ended ({' '.join(text.split())[:120]})"
     return None
+
+
+def from_worker(error: UserError) -> UserError:
+    """The same error without the traceback that torch puts before one of a loader's process."""
+    text = str(error)
+    if "in DataLoader worker process" not in text:
+        return error
+    return UserError(text.rstrip().rpartition("UserError: ")[2])

@@ -17,7 +17,7 @@ from ..methods import method_of
 from ..models.heads import is_new
 from . import checkpoints
 from .config import TrainConfig
-from .given import given_split
+from .given import given_split, same_classes
 from .loader import preprocessing
 from .loop import run
 from .parts import Parts, seed_everything
@@ -109,18 +109,19 @@ def fit(
         raise UserError(f"fit takes no {', '.join(unknown)}; it takes the options of TrainConfig.")
     given = {**options, **({} if epochs is None else {"epochs": epochs})}
     folder = Path(output or f"runs/{method}")
-    names = class_names or getattr(model, "class_names", None)
-    split = {
-        name: None if data is None else given_split(name, data, names)
-        for name, data in (("train", train), ("validation", val), ("test", test))
-    }
     config = resume_config(folder, given) if resume else None
     config = config or TrainConfig.make(recipe, data=_DATA, method=method, **given)
     facts: Any = model
+    pixels = preprocessing(facts.backbone, config)
+    told = {"num_classes": facts.num_classes, "task": config.task, "pixels": pixels}
+    split: dict[str, Any] = {
+        name: None if data is None and name != "train" else given_split(name, data, **told)
+        for name, data in (("train", train), ("validation", val), ("test", test))
+    }
+    split = same_classes(split, class_names, getattr(model, "class_names", None))
 
     def parts() -> Parts:
         seed_everything(config.seed)
-        assert split["train"] is not None
         classes = split["train"].class_names
         if classes and facts.num_classes and len(classes) != facts.num_classes:
             raise UserError(
@@ -130,7 +131,6 @@ def fit(
         splits = Splits(
             split["train"], split["validation"], split["test"], facts.num_classes, classes
         )
-        pixels = preprocessing(facts.backbone, config)
         # a head that was trained, loaded or given by somebody stays as it is
         return Parts(splits, model, pixels, fresh="head_init" in options or is_new(facts.head))
 

@@ -28,7 +28,7 @@ from ..images import UnreadableImage
 from .config import TrainConfig
 from .evaluation import Autocast
 from .frozen_key import Changing, Digests, Key, describe
-from .given import GivenLoader
+from .given_loader import GivenLoader
 from .loader import Batch, EpochBatches, Samples, stack_labels
 from .signals import Interrupted
 from .split import Split
@@ -169,9 +169,10 @@ class FrozenCache:
     def _filled(self, loader: DataLoader) -> CachedLoader:
         samples, sampler = loader.dataset, loader.batch_sampler
         assert isinstance(samples, Samples)
-        views, augmented = 1, False
+        different = 1
         if isinstance(sampler, EpochBatches):
-            augmented, views = sampler.views > 1, min(sampler.views, self.config.epochs)
+            different = views_of(self.config, self.run.splits.train)
+        augmented, views = different > 1, min(different, self.config.epochs)
         digests = Digests(samples, augmented, loader.num_workers)
         size = sampler.batch_size  # type: ignore[union-attr]
         chunks = [
@@ -181,6 +182,8 @@ class FrozenCache:
         ]
         store = self._store(samples, augmented)
         unreadable = self._fill(store, digests, chunks)
+        if isinstance(sampler, EpochBatches):
+            sampler.views = different  # what was drawn once comes again, in every epoch
         return CachedLoader(self, sampler, store, digests, unreadable)
 
     def _store(self, samples: Samples, augmented: bool) -> TokenStore:

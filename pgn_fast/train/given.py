@@ -1,84 +1,131 @@
-"""People's own data sets and loaders as splits: (image, label) pairs, or dicts of them."""
+"""People's own data sets as splits: (image, label) pairs, or dicts of them."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, IterableDataset
 
-from ..errors import UserError
-from ..images import check_size, upright_rgb
-from .loader import Batch
-from .seeding import seeded
+from ..errors import UserError, brief, shown
+from ..images import UnreadableImage
+from ..words.names import names_for
+from .classes import match_classes
+from .evaluation import check_labels
+from .given_items import LABELS, label_of, pair, picture, unusual
+from .given_loader import GivenLoader
+from .loader import stack_labels
 from .split import Split
 
-_IMAGES = ("image", "pixel_values", "img", "images")
-_LABELS = ("label", "labels", "target", "fine_label")
 
-
-def given_split(name: str, data: Any, class_names: Sequence[str] | None = None) -> Split:
+def given_split(
+    name: str,
+    data: Any,
+    *,
+    num_classes: int = 0,
+    task: str = "multiclass",
+    pixels: Mapping[str, Any] | None = None,
+) -> Split:
     """A split of ``data``: a map-style data set, or a loader of batches.
 
     Args:
         data: with ``len`` and indices: items (image, label), or dicts with image or pixel_values
-            and label or labels, as Hugging Face's; an image is a PIL image, a uint8 array
-            (H, W, 3), or a tensor (3, H, W) that is the model's input as it is. Otherwise a loader
-            of batches of tensors, such as a torch DataLoader.
-        class_names: in label order; None: as the data tell.
+            and label or labels, as Hugging Face's; an image is a PIL image, an array (H, W, 3) or
+            (H, W) of uint8, or a tensor (3, H, W) that is the model's input as it is. Otherwise a
+            loader of batches of tensors, such as a torch DataLoader.
+        num_classes: of the model; 0: not known.
+        task: "multiclass", or "multilabel": labels are vectors.
+        pixels: the preprocessing of the backbone, by timm's names; a tensor that was not
+            normalized so is worth a warning.
 
     Raises:
-        UserError: neither.
+        UserError: neither, no image, or a first item that is not of this kind.
     """
+    _check_kind("val" if name == "validation" else name, data)
     origin = f"{type(data).__name__} given as {name}"
+    names = _names(data)
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
-        if not hasattr(data, "__iter__") or not hasattr(data, "__len__"):
-            raise UserError(
-                f"`{name}` takes a data set with len() and indices, or a loader with len(), got "
-                f"{type(data).__name__}."
-            )
-        loader = GivenLoader(data, origin)
-        count = len(getattr(data, "dataset", data))
-        return Split(name, origin, loader, range(count), _names(data, class_names))
-    images = GivenImages(data, origin)
-    if len(images):
-        images.open(0)  # what cannot be an image is said before anything begins
-    return Split(name, origin, images, range(len(images)), _names(data, class_names))
+        loader = GivenLoader(data, origin, task, pixels)
+        return Split(name, origin, loader, range(loader.count), names)
+    images = GivenImages(data, origin, task)
+    if not len(images):
+        raise UserError(f"`{name}`: the {type(data).__name__} has no image.")
+    _check_first(images, num_classes, pixels)
+    return Split(name, origin, images, range(len(images)), names)
 
 
-def _names(data: Any, given: Sequence[str] | None) -> list[str] | None:
+def _check_first(images: GivenImages, num_classes: int, pixels: Mapping[str, Any] | None) -> None:
+    """Say what cannot be an image, or its label, before anything begins."""
+    title = images.name(0)
+    try:
+        first, label = images.open(0)
+    except UserError:
+        raise
+    except UnreadableImage as error:
+        raise UserError(f"{title} {error}.") from error
+    except Exception as error:  # of any kind: it is somebody else's code
+        raise UserError(
+            f"{title} cannot be read ({type(error).__name__}: {brief(error, 200)}); a data set of "
+            "(image, label) or of dicts is expected."
+        ) from error
+    if num_classes:
+        try:
+            check_labels(stack_labels([label]), num_classes, images.task)
+        except UserError as error:
+            raise UserError(f"{title}: {str(error).removeprefix('data: ')}") from error
+    if isinstance(first, Tensor) and pixels and (said := unusual(first, pixels)):
+        warnings.warn(f"{images.title}: {said}", stacklevel=4)
+
+
+def _check_kind(name: str, data: Any) -> None:
+    """Raises UserError: what can be neither a data set nor a loader, with the way."""
+    kind = type(data).__name__
+    if data is None:
+        raise UserError(f"`{name}` is None; give a data set or a loader.")
+    if isinstance(data, Mapping):
+        raise UserError(
+            f"`{name}` is a {kind} with the keys {brief(', '.join(map(str, data)), 200)}; give "
+            f"one of them, such as data[{shown(next(iter(data), 'train'))}]."
+        )
+    if isinstance(data, IterableDataset):
+        raise UserError(
+            f"`{name}`: an IterableDataset such as {kind} has no indices; give a loader of it with "
+            "a length, such as DataLoader(dataset, batch_size) where the dataset has __len__."
+        )
+    if isinstance(data, Iterator):
+        raise UserError(
+            f"`{name}`: a {kind} can be read once only, and training reads it every epoch; give a "
+            "data set with len() and indices, or a loader with len()."
+        )
+    if not isinstance(data, DataLoader) and hasattr(data, "__getitem__") and hasattr(data, "iloc"):
+        raise UserError(
+            f"`{name}`: a {kind} has no items; give a list of (image, label) made of its rows."
+        )
+    if not (hasattr(data, "__getitem__") or hasattr(data, "__iter__")) or not _has_length(data):
+        raise UserError(
+            f"`{name}` takes a data set with len() and indices, or a loader with len(), got {kind}"
+            + (" of a data set without len()." if isinstance(data, DataLoader) else ".")
+        )
+
+
+def _has_length(data: Any) -> bool:
+    try:
+        len(data)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _names(data: Any) -> list[str] | None:
     """The classes as torchvision's and Hugging Face's data sets tell them."""
     dataset = getattr(data, "dataset", data)
     features = getattr(dataset, "features", None)
-    column = next((features[k] for k in _LABELS if k in features), None) if features else None
-    found = given or getattr(dataset, "classes", None) or getattr(column, "names", None)
+    column = next((features[k] for k in LABELS if k in features), None) if features else None
+    found = getattr(dataset, "classes", None) or getattr(column, "names", None)
     return list(map(str, found)) if found else None
-
-
-def _pair(item: Any, where: str) -> tuple[Any, Any]:
-    """Image and label of an item or batch.
-
-    Raises:
-        UserError: it has none by these names.
-    """
-    if isinstance(item, Mapping):
-        image = next((item[k] for k in _IMAGES if k in item), None)
-        label = next((item[k] for k in _LABELS if k in item), None)
-        if image is None or label is None:
-            raise UserError(
-                f"{where} has the keys {', '.join(map(str, item))}; an image is expected as "
-                f"{' or '.join(_IMAGES[:2])}, its label as {' or '.join(_LABELS[:2])}."
-            )
-        return image, label
-    if isinstance(item, tuple | list) and len(item) >= 2:
-        return item[0], item[1]
-    raise UserError(f"{where} is a {type(item).__name__}; (image, label) or a dict is expected.")
 
 
 @dataclass(frozen=True)
@@ -87,107 +134,61 @@ class GivenImages:
 
     dataset: Any
     title: str
+    task: str = "multiclass"
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def open(self, index: int) -> tuple[Any, Any]:
-        """A PIL image in RGB, or the tensor that the data set made, and the label."""
-        image, label = _pair(self.dataset[int(index)], self.name(index))
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            image = Image.fromarray(image)
-        if isinstance(image, Image.Image):
-            check_size(*image.size)
-            image = upright_rgb(image)
-        return image, _label(label)
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{index}]"
-
-    @property
-    def labels(self) -> Sequence[int] | None:
-        targets = getattr(self.dataset, "targets", None)
-        if targets is None or (len(targets) and np.ndim(targets[0])):
-            return None
-        return [int(t) for t in targets]
-
-
-def _label(given: Any) -> int | Tensor:
-    """A class's number, or a vector (C,) of 0 and 1, float32.
-
-    Raises:
-        ValueError: a vector of anything else, such as the numbers of an image's classes.
-    """
-    if np.ndim(given) == 0:
-        return int(given)
-    plain = given.cpu() if isinstance(given, Tensor) else np.asarray(given)
-    vector = torch.as_tensor(plain, dtype=torch.float32)
-    if vector.ndim != 1 or not bool(((vector == 0) | (vector == 1)).all()):
-        raise ValueError("a label with several classes is a vector of 0 and 1, one place a class")
-    return vector
-
-
-class GivenLoader:
-    """A loader of batches, as the batches of a run; its order follows from seed and epoch."""
-
-    batch_sampler = None
-
-    def __init__(self, loader: Any, title: str) -> None:
-        self.loader, self.title = loader, title
-        self.seed, self.epoch, self.start = 0, 0, 0
-
-    def open(self, index: int) -> tuple[Any, int]:
-        """A loader gives batches only."""
-        raise UserError(f"{self.title} is a loader; its images have no numbers.")
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{index}]"
-
-    labels = None
-
-    def batches(self, seed: int, world: int) -> GivenLoader:
-        """The loader for a run of ``world`` processes.
+        """A PIL image in RGB, or the tensor that the data set made, and the label.
 
         Raises:
-            UserError: every process would see the same images.
+            UserError: no such item or label. Others: an image that cannot be read.
         """
-        sampler = getattr(self.loader, "sampler", None)
-        if world > 1 and not isinstance(sampler, DistributedSampler):
-            raise UserError(
-                f"{self.title}: with {world} processes a loader needs torch's DistributedSampler; "
-                "or give the data set itself, which is divided here."
-            )
-        self.seed = seed
-        return self
+        where = self.name(index)
+        image, label = pair(self.dataset[int(index)], where)
+        return picture(image), label_of(label, self.task, where)
 
-    def set_position(self, epoch: int, batch: int = 0) -> None:
-        """The next pass is that of ``epoch``, from its batch number ``batch`` on."""
-        self.epoch, self.start = epoch, batch
-        sampler: Any = getattr(self.loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
 
-    def __len__(self) -> int:
-        return len(self.loader)
+    # a list beside the data set, such as torchvision's targets, may not be what its items say
+    labels = None
 
-    def __iter__(self) -> Iterator[Batch]:
-        # a loader draws its order from torch's generator when its first batch is asked for
-        with seeded(self.seed, self.epoch):
-            iterator = iter(self.loader)
-            first = list(islice(iterator, 1))
-        for number, item in enumerate(chain(first, iterator)):
-            if number >= self.start:
-                yield self._batch(item, number)
 
-    def _batch(self, item: Any, number: int) -> Batch:
-        images, labels = _pair(item, f"batch {number} of {self.title}")
-        if not isinstance(images, Tensor) or images.ndim != 4:
-            raise UserError(
-                f"batch {number} of {self.title}: images are "
-                f"{tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__}; "
-                "a tensor (B, 3, H, W) is expected."
-            )
-        labels = torch.as_tensor(labels)
-        labels = labels.to(torch.float32 if labels.ndim == 2 else torch.int64)
-        begin = number * len(labels)
-        return Batch(images, labels, torch.arange(begin, begin + len(labels)), [])
+def same_classes(
+    splits: Mapping[str, Split | None], given: Sequence[str] | None, known: Sequence[str] | None
+) -> dict[str, Split | None]:
+    """The splits, their labels counting the same classes, which their data may name otherwise.
+
+    Args:
+        splits: "train" and others, with the class names that their data tell, if any.
+        given: names in the label order of the training data, in the place of their own.
+        known: what the model's logits are called already; None: nothing yet.
+
+    Raises:
+        UserError: a class that the training data, or the model, does not have.
+    """
+    train = splits["train"]
+    assert train is not None
+    order, whose = train.class_names, train.origin
+    if given is None and known is not None:
+        order, whose = list(known), "the model (`class_names` names its classes anew)"
+    names = order
+    if given is not None:
+        names = [str(name) for name in given]
+        if order is not None:
+            names, _ = names_for(names, order, len(order), train.origin)
+    found: dict[str, Split | None] = {}
+    for key, split in splits.items():
+        if split is not None:
+            moved = match_classes(split, order, whose)
+            if moved is not split and isinstance(split.images, GivenLoader):
+                raise UserError(
+                    f"`{key}`: the classes of {split.origin} are not those of {whose} in their "
+                    "order, and a loader's labels are taken as they are. Give its data set, whose "
+                    "labels go by the names."
+                )
+            split = replace(moved, class_names=names)
+        found[key] = split
+    return found

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..models import VPT
 from ..models.heads import initialize_head
 from .config import TrainConfig
 from .distributed import Processes
-from .evaluation import Autocast
+from .evaluation import Autocast, check_labels
 
 # images that the probe looks at, at most
 IMAGES = 20_000
@@ -49,7 +50,14 @@ def start_head(
         return
     init, probe = config.head_init, None
     if init == "probe":
-        features, labels = _features(model, loader, autocast, processes, prepare)
+        check = lambda labels: check_labels(labels, num_classes, config.task)
+        features, labels = _features(model, loader, autocast, processes, prepare, check)
+        if not bool(features.isfinite().all()):
+            raise UserError(
+                "data: the backbone's features of some training images are not finite: look for "
+                "images that hold such numbers, or weights that do; `amp_dtype` bfloat16 reaches "
+                "further than float16."
+            )
         probe = ridge_probe(features, labels, num_classes) if len(labels) > 1 else None
     with torch.no_grad():
         if probe is not None:
@@ -74,6 +82,7 @@ def _features(
     autocast: Autocast,
     processes: Processes,
     prepare: Callable[[Tensor], Tensor],
+    check: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor]:
     """Pooled features (n, D) and labels on the CPU, of the images of all processes."""
     head, training = model.head, model.training
@@ -83,6 +92,7 @@ def _features(
         model.eval()
         count = 0
         for batch in loader:
+            check(batch.labels)
             if len(batch.labels):
                 images = prepare(batch.images.to(autocast.device, non_blocking=True))
                 with autocast():

@@ -172,6 +172,8 @@ class Samples(Dataset):
     def _sample(self, index: int) -> tuple[Tensor, Any, int] | Unreadable:
         try:
             image, label = self.split.images.open(index)
+        except UserError:
+            raise  # a label that cannot be meant is no damaged image
         # other people's data sets answer damaged images with nearly every kind of exception
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -268,14 +270,26 @@ class OrderedBatches(Sampler[list[tuple[int, int]]]):
 def stack_labels(labels: list[Any]) -> Tensor:
     """The labels of a batch: (B,) int64, or (B, C) of multi-label images."""
     if labels and isinstance(labels[0], Tensor):
-        return torch.stack(labels)
+        return _stacked(labels, "labels")
     return torch.tensor(labels, dtype=torch.int64)
+
+
+def _stacked(tensors: list[Tensor], what: str) -> Tensor:
+    """Raises UserError: other shapes, or pictures beside tensors that are the model's input."""
+    kinds = {(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in tensors}
+    if len(kinds) > 1:
+        (one, first), (two, second), *_ = sorted(kinds)
+        raise UserError(
+            f"data: {what} of one batch are tensors {one} of {first} and {two} of {second}; they "
+            "need one shape and dtype (pictures become uint8)."
+        )
+    return torch.stack(tensors)
 
 
 def collate(samples: list[tuple[Tensor, Any, int] | Unreadable]) -> Batch:
     """One batch; unreadable images leave it, by name."""
     good = [s for s in samples if not isinstance(s, Unreadable)]
-    images = torch.stack([s[0] for s in good]) if good else torch.empty(0)
+    images = _stacked([s[0] for s in good], "images") if good else torch.empty(0)
     return Batch(
         images,
         stack_labels([s[1] for s in good]),

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..errors import TrainingStopped
+from ..errors import TrainingStopped, UserError
 from . import checkpoints
 from .config import TrainConfig
 from .distributed import Processes
-from .failures import lost_process, out_of_memory, what_is_kept
+from .failures import from_worker, lost_process, out_of_memory, what_is_kept
 from .parts import Parts, assemble
 from .run import Run
 from .run_folder import RunFolder
@@ -83,6 +83,8 @@ def run(
                 run.trackers.close()
         except torch.OutOfMemoryError as error:
             raise TrainingStopped(out_of_memory(config, output, error)) from error
+        except UserError as error:
+            raise from_worker(error) from error
         except RuntimeError as error:
             if (reason := lost_process(error)) is None:
                 raise

@@ -69,6 +69,11 @@ class Run:
         self.model.to(self.device).train()
         if config.grad_checkpointing:
             self.model.backbone.set_grad_checkpointing(True)
+        if config.sched == "plateau" and self.splits.validation is None:
+            raise UserError(
+                "`sched` plateau follows the validation score, and there are no validation images: "
+                "give some, or another schedule."
+            )
         self.source = Source(config, self.splits, self.pixels, processes)
         self._try_out()
         self._keep_frozen(parts)
@@ -281,6 +286,7 @@ class Run:
         loss_sum, correct, seen = self.processes.sum(
             position.loss_sum, position.correct, position.seen
         )
+        record.images["train"] = int(seen)
         row: dict[str, Any] = {
             "epoch": position.epoch + 1,
             "lr": self.schedule.rate,
@@ -295,6 +301,7 @@ class Run:
             value = math.inf
         elif last or (position.epoch + 1) % self.config.val_interval == 0:
             score = self._evaluate(self.splits.validation)
+            record.images["validation"] = score.images
             self._note_unreadable(score.unreadable, report)
             self._say_notes(report)
             name, found = ("map", score.map) if score.top1 is None else ("top1", score.top1)

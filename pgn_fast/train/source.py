@@ -10,8 +10,7 @@ from typing import Any
 from ..errors import UserError
 from .config import TrainConfig
 from .distributed import Processes
-from .frozen import views_of
-from .given import GivenLoader
+from .given_loader import GivenLoader
 from .loader import (
     Batch,
     EpochBatches,
@@ -72,7 +71,7 @@ class Source:
             world=processes.world,
             accumulate=config.grad_accum_steps,
             at_least=pixels_to_keep(config, self.pixels),
-            views=views_of(config, self.splits.train),
+            views=config.views,
         )
 
     def keep(self, kept: Callable[[Any], Any], split: Split) -> None:
@@ -160,7 +159,7 @@ class Source:
     def _ordered_loader(self, split: Split) -> Any:
         config, processes = self.config, self.processes
         if isinstance(split.images, GivenLoader):
-            return split.images.batches(config.seed, processes.world)
+            return split.images.batches(config.seed, processes.world, once=True)
         return make_loader(
             split,
             eval_transform(self.pixels, normalize=False),

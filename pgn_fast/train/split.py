@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from ..errors import UserError
 from ..images import check_size, read_image, upright_rgb
 
 
@@ -140,8 +141,16 @@ class Relabeled:
     def open(self, index: int) -> tuple[Image.Image, Any]:
         image, label = self.images.open(index)
         if isinstance(label, torch.Tensor):
+            self._check(len(label) == len(self.numbers), index, f"{len(label)} labels")
             return image, label.new_zeros(self.count).scatter_(0, torch.tensor(self.numbers), label)
+        self._check(0 <= label < len(self.numbers), index, f"the label {label}")
         return image, self.numbers[label]
+
+    def _check(self, fits: bool, index: int, what: str) -> None:
+        if not fits:
+            raise UserError(
+                f"{self.name(index)} has {what}; its data set names {len(self.numbers)} classes."
+            )
 
     def name(self, index: int) -> str:
         return self.images.name(index)

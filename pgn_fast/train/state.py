@@ -49,6 +49,7 @@ class Record:
         best_epoch, best_score: from 1; what it was chosen by.
         best_digest: of the tensors in ``best/``, so that another's adapter is not taken for it.
         kept: [score, epoch] of the epochs whose adapters are kept, best first.
+        images: how many the figures of the last epoch are of, by split.
         unreadable: "name: reason" of images that were left out.
     """
 
@@ -56,6 +57,7 @@ class Record:
     best_epoch: int = 0
     best_score: float = float("-inf")
     best_digest: str = ""
+    images: dict[str, int] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     kept: list[list[float]] = field(default_factory=list)
 

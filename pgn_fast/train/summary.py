@@ -63,13 +63,13 @@ def summarize(run: Run, test: Score | None) -> dict[str, Any]:
         else "last epoch",
         "train": {
             "split": splits.train.origin,
-            "images": len(splits.train),
+            "images": record.images.get("train", len(splits.train)),
             **_of_epoch(best, "train"),
         },
         "validation": splits.validation
         and {
             "split": splits.validation.origin,
-            "images": len(splits.validation),
+            "images": record.images.get("validation", len(splits.validation)),
             **_of_epoch(best, "validation"),
         },
         "test": test and splits.test and {"split": splits.test.origin, **test.as_dict()},
