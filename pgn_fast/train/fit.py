@@ -118,7 +118,7 @@ def fit(
         name: None if data is None and name != "train" else given_split(name, data, **told)
         for name, data in (("train", train), ("validation", val), ("test", test))
     }
-    split = same_classes(split, class_names, getattr(model, "class_names", None))
+    split |= same_classes(split, class_names, getattr(model, "class_names", None))
 
     def parts() -> Parts:
         seed_everything(config.seed)
