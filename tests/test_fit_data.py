@@ -162,9 +162,9 @@ def test_labels_go_by_the_names_that_the_data_give_their_classes(tmp_path):
     other = Folder(pictures(), ["ant", "bee", "cat"])
     with pytest.raises(UserError, match="'ant' is none of the 3 of the former"):
         pgn_fast.fit(one, other, output=tmp_path / "c", **OPTIONS)
-    anew = ["an ant", "a bee", "a cat"]
-    pgn_fast.fit(one, other, class_names=anew, output=tmp_path / "c", epochs=1, **OPTIONS)
-    assert one.class_names == anew
+    renamed = ["an ant", "a bee", "a cat"]
+    pgn_fast.fit(one, other, class_names=renamed, output=tmp_path / "c", epochs=1, **OPTIONS)
+    assert one.class_names == renamed
     with pytest.raises(UserError, match="differ in their classes"):
         pgn_fast.fit(model(), train, other, output=tmp_path / "d", **OPTIONS)
     loader = DataLoader(some, 4, collate_fn=lambda rows: tensors(rows))
@@ -183,7 +183,7 @@ def test_a_loader_is_read_anew_and_its_images_are_counted(tmp_path):
     once = Batches(rest)
     once.__class__ = type("Once", (Batches,), {"__iter__": lambda self: self.left})
     once.left = iter(rest)
-    with pytest.raises(UserError, match="gave no batch: a loader has to begin anew"):
+    with pytest.raises(UserError, match="gave no batch: a loader has to begin renamed"):
         pgn_fast.fit(model(), once, output=tmp_path / "once", **OPTIONS)
 
 

@@ -173,7 +173,7 @@ def same_classes(
     assert train is not None
     order, whose = train.class_names, train.origin
     if given is None and known is not None:
-        order, whose = list(known), "the model (`class_names` names its classes anew)"
+        order, whose = list(known), "the model (`class_names` gives its classes other names)"
     names = order
     if given is not None:
         names = [str(name) for name in given]

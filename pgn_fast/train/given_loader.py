@@ -84,7 +84,7 @@ class GivenLoader:
             first = list(islice(iterator, 1))
         if not first:
             raise UserError(
-                f"{self.title} gave no batch: a loader has to begin anew each time it is iterated."
+                f"{self.title} gave no batch: a loader has to begin again each time it is iterated."
             )
         begin = 0
         for number, item in enumerate(chain(first, iterator)):
