@@ -172,7 +172,7 @@ def test_labels_go_by_the_names_that_the_data_give_their_classes(tmp_path):
         pgn_fast.fit(model(), train, loader, output=tmp_path / "d", **OPTIONS)
 
 
-def test_a_loader_is_read_anew_and_its_images_are_counted(tmp_path):
+def test_a_loader_is_read_again_and_its_images_are_counted(tmp_path):
     images, labels = tensors(pictures(9))
     rest = [(images[:4], labels[:4]), (images[4:8], labels[4:8]), (images[8:], labels[8:])]
     loader = DataLoader(TensorDataset(images, labels), 4, drop_last=True)
