@@ -251,3 +251,14 @@ def test_a_copy_that_is_not_whole_is_no_task(world, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(shutil, "copyfile", copied)
     assert main(["tasks", "add", str(tasks), "cats", str(root / "cats")]) == 0
     assert [path.name for path in tasks.iterdir()] == ["cats"]
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [("best", "marks its parent as a training run"), ("\N{GRINNING FACE}" * 100, "400 bytes")],
+)
+def test_names_that_no_folder_of_a_task_has(world, name, reason, tmp_path, capsys):
+    _, _, root = world
+    assert main(["tasks", "add", str(tmp_path / "new"), name, str(root / "cats")]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -10,18 +10,34 @@ from .. import hub
 from .files import CONFIG_FILE, WEIGHTS_FILE
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
+# of a training run: its adapters, and files that it leaves beside them
+RUN_ADAPTERS = ("best", "last")
+_RUN_FILES = ("summary.json", "checkpoint.pt")
 
 
 def find_adapter(folder: str | PathLike[str]) -> Path | None:
     """The adapter in a folder: itself, or the best one of a training run; None: neither.
 
-    One of its two files is enough: what is missing or damaged is told by whoever reads it.
+    One of its two files is enough: what is missing or damaged is told by whoever reads it. A folder
+    of tasks, of which one is called "best", is no training run.
     """
-    for place in (Path(folder), Path(folder) / "best"):
-        # os.path: a folder that may not be looked into holds nothing, and is no error
-        if any(os.path.isfile(place / name) for name in _FILES):
-            return place
-    return None
+    place = Path(folder)
+    if _has_any(place, _FILES):
+        return place
+    best = place / "best"
+    return best if _has_any(best, _FILES) and not _holds_tasks(place) else None
+
+
+def _holds_tasks(folder: Path) -> bool:
+    """Whether adapters lie in it that are none of a training run's."""
+    if _has_any(folder, _RUN_FILES):
+        return False
+    return any(name not in RUN_ADAPTERS for name in adapters_of(folder))
+
+
+def _has_any(folder: Path, names: tuple[str, ...]) -> bool:
+    # os.path: a folder that may not be looked into holds nothing, and is no error
+    return any(os.path.isfile(folder / name) for name in names)
 
 
 def adapters_of(directory: Path) -> dict[str, Path]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# bytes: file systems take 255, of which a copy that is on its way needs some
+_LONGEST = 220
 HELP = "list, add, remove and show the tasks of a directory"
 EPILOG = """\
 A directory of tasks holds one adapter a sub-directory, named after the task, all of them on one
@@ -74,10 +76,21 @@ def _list(args: argparse.Namespace) -> int:
 def _add(args: argparse.Namespace) -> int:
     from ..adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
     from ..adapters.files import OpenAdapter
+    from ..adapters.places import RUN_ADAPTERS
     from ..errors import UserError
     from ._options import adapter_folder
 
     target = _place(args)
+    if args.name in RUN_ADAPTERS:
+        raise UserError(
+            f"NAME is {args.name!r}: a folder of that name marks its parent as a training run; "
+            "choose another name."
+        )
+    if len(os.fsencode(args.name)) > _LONGEST:
+        raise UserError(
+            f"NAME is {len(os.fsencode(args.name))} bytes long; a folder's name has at most "
+            f"{_LONGEST} here."
+        )
     taken = f"{target} is there already: remove the task first, or choose another name"
     if os.path.lexists(target):
         raise UserError(taken)

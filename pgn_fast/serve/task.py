@@ -42,10 +42,16 @@ class Task:
 
 def check_name(name: str) -> None:
     """Refuse what a call could not ask for, or a line of a log could not show (UserError)."""
-    if not name or len(name) > MAX_NAME or not name.isprintable() or set(name) & set("/\\"):
+    if (
+        not name
+        or len(name) > MAX_NAME
+        or not name.isprintable()
+        or set(name) & set("/\\")
+        or not name.strip(".")
+    ):
         raise UserError(
             f"{name[:MAX_NAME]!r} is no name for a task: up to {MAX_NAME} printable characters "
-            "without slashes."
+            "without slashes, not of dots alone."
         )
 
 
