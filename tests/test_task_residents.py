@@ -7,6 +7,7 @@ import json
 import os
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import pgn_fast.cli
 from pgn_fast import VPT, TaskBank
 from pgn_fast.adapters import CONFIG_FILE, WEIGHTS_FILE
 from pgn_fast.models import FineTuned
-from pgn_fast.tasks import UnknownTask
+from pgn_fast.tasks import UnknownTask, residents
 
 
 @pytest.fixture
@@ -424,3 +425,40 @@ def test_a_directory_of_tasks_from_the_command_line(demo, tmp_path, capsys):
     (tasks / "birds" / WEIGHTS_FILE).write_bytes(b"?")
     assert run("list", tasks) == 2
     assert "1 of them damaged" in capsys.readouterr().out
+
+
+def test_a_bank_says_what_it_takes(demo):
+    bank = TaskBank.from_directory(demo[2])
+    batch = torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="source takes a directory, a hub id or a model"):
+        bank.add("new", 3)
+    with pytest.raises(ValueError, match=r"dense tensor .* got ndarray"):
+        bank(batch.numpy(), ["cats", "cats"])
+    for given in (None, 3, iter(["cats", "cats"])):
+        with pytest.raises(ValueError, match="tasks must name one task for each of the 2 images"):
+            bank(batch, given)
+    with pytest.raises(ValueError, match="tasks must be several names, or None for all"):
+        bank.every(batch, "cats")
+    with pytest.raises(ValueError, match="max_bytes must be at least 1"):
+        bank.max_bytes = "5"
+    assert {name: tuple(x.shape) for name, x in bank.every(batch[:0]).items()} == {
+        "cats": (0, 2),
+        "dogs": (0, 4),
+        "owls": (0, 3),
+    }
+
+
+def test_a_name_that_is_not_known_is_looked_for_while_others_answer(demo, monkeypatch):
+    bank = TaskBank.from_directory(demo[2])
+    batch = torch.randn(1, 3, 32, 32)
+
+    def compared(name, names, **options):
+        with ThreadPoolExecutor(1) as other:
+            assert len(other.submit(bank, batch, ["cats"]).result(timeout=20)) == 1
+        assert len(name) < 1000
+        return []
+
+    monkeypatch.setattr(residents.difflib, "get_close_matches", compared)
+    with pytest.raises(UnknownTask) as refusal:
+        bank(batch, ["x" * 1_000_000])
+    assert len(str(refusal.value)) < 500

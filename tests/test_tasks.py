@@ -316,3 +316,30 @@ def test_every_answers_with_the_tasks_as_they_are_when_it_begins(monkeypatch):
     answers = bank.every(images(1))
     assert list(bank.names) == ["0", "1", "2"] and list(answers) == ["0", "1", "2", "3"]
     assert torch.allclose(answers["3"], expected["3"], atol=1e-6)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_single_logit_is_the_same_in_any_order(fast):
+    """A product with one column may add in another order for another row."""
+    vit = backbone()
+    bank, batch = TaskBank(vit, fast=fast), images(14)
+    for n, location in enumerate(("add", "add-1", "below", "prepend")):
+        torch.manual_seed(n)
+        bank.add(location, VPT(vit, 1, num_prompts=3, location=location))
+    names = [("add", "add-1", "below", "prepend")[i % 4] for i in range(14)]
+    answers = bank(batch, names)
+    for seed in range(20):
+        order = torch.randperm(14, generator=torch.Generator().manual_seed(seed)).tolist()
+        moved = bank(batch[order], [names[i] for i in order])
+        assert all(torch.equal(moved[at], answers[i]) for at, i in enumerate(order))
+
+
+def test_a_linear_probe_takes_pixels_as_the_others_do():
+    vit = pgn_fast.load_backbone("pgn_demo_vit")
+    probe = LinearProbe(vit, 3).eval()
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for fast in (True, False):
+        bank = TaskBank(vit, fast=fast)
+        bank.add("probe", probe)
+        answers = torch.stack(bank(pixels, ["probe", "probe"]))
+        assert torch.allclose(answers, probe(pixels), atol=1e-5)

@@ -26,6 +26,9 @@ def check_images(backbone: VisionTransformer, images: Tensor, border: int = 0) -
     Raises:
         ValueError: shape, channels, size, dtype or device do not fit.
     """
+    if not isinstance(images, Tensor) or images.layout != torch.strided:
+        kind = images.layout if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be a dense tensor (B, C, H, W), got {kind}")
     weight = next(backbone.patch_embed.parameters())
     if images.ndim != 4:
         raise ValueError(

@@ -9,6 +9,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from .._stored import plain_name
+from ..backbone.inputs import normalized
 from ..backbone.load import load_backbone
 from ..backbone.schedule import FrozenTokens
 from .checkpoints import AdapterCheckpoints
@@ -53,7 +54,7 @@ class LinearProbe(AdapterCheckpoints):
     def below(self, images: Tensor) -> FrozenTokens:
         """Images (B, 3, H, W) to pooled features (B, D), which the model takes in their place."""
         with torch.no_grad():
-            features = self.backbone.forward_features(images)
+            features = self.backbone.forward_features(normalized(self.backbone, images))
             pooled = self.backbone.forward_head(features, pre_logits=True)
         return FrozenTokens(pooled, self.frozen_blocks)
 
@@ -113,7 +114,7 @@ class FineTuned(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, C)."""
-        features = self.backbone.forward_features(images)
+        features = self.backbone.forward_features(normalized(self.backbone, images))
         return _classify(self.head, self.backbone.forward_head(features, pre_logits=True))
 
     def adapter_state_dict(self) -> dict[str, Tensor]:

@@ -157,27 +157,35 @@ class ServedTasks:
             raise ApiError(400, "no_such_output", str(error)) from None
         with self._changing:
             found = self._find(task)
-            found.calls += 1
+            if found is not None:
+                found.calls += 1
+        if found is None:
+            raise self._unknown(task)
         return Target(found, output, found.preprocessing, found.name, found.class_names)
 
-    def _find(self, name: Any) -> Task:
-        if name in self._tasks:
-            return self._tasks[name]
+    def _find(self, name: str | None) -> Task | None:
         if name is None and len(self._tasks) == 1:
             return next(iter(self._tasks.values()))
-        names = sorted(self._tasks)
+        return None if name is None else self._tasks.get(name)
+
+    def _unknown(self, name: str | None) -> ApiError:
+        """Why there is no task of this name. It compares names: not while others wait."""
+        with self._changing:
+            names = sorted(self._tasks)
         if not names:
-            raise ApiError(400, "no_such_task", "this server has no task at the moment.")
+            return ApiError(400, "no_such_task", "this server has no task at the moment.")
         if name is None:
-            raise ApiError(
+            return ApiError(
                 400,
                 "task_missing",
                 f'this server has {len(names)} tasks; say which one by "task": in the JSON body, '
                 f"or as a form field (-F task=NAME). It has {_listed(names)}.",
             )
-        near = difflib.get_close_matches(name, names[:10_000], n=3, cutoff=0.4)
+        short = len(name) <= MAX_NAME  # no task has a longer one
+        near = difflib.get_close_matches(name, names[:10_000], n=3, cutoff=0.4) if short else []
         hint = f"the nearest are {_listed(near)}" if near else f"it has {_listed(names)}"
-        raise ApiError(400, "no_such_task", f"this server has no task {name[:MAX_NAME]!r}; {hint}.")
+        text = f"this server has no task {name[:MAX_NAME]!r}; {hint}."
+        return ApiError(400, "no_such_task", text)
 
     def release(self, target: Target) -> None:
         with self._changing:
@@ -280,6 +288,8 @@ class ServedTasks:
         """
         with self._changing:
             found = self._find(task)
+        if found is None:
+            raise self._unknown(task)
         return list(found.class_names or map(str, range(found.num_classes)))
 
     def alike(self) -> list[tuple[Preprocessing, list[Task]]]:

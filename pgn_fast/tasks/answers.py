@@ -108,7 +108,7 @@ class Answers:
         for n, (resident, rows) in enumerate(work):
             part = None if mixed is None else self._part(resident, images, rows, mixed)
             if part is None:
-                answers[n] = rows, resident.model(images[rows])
+                answers[n] = rows, self._alone(resident.model, images[rows])
             else:
                 parts[n] = part
         if mixed is not None and parts:
@@ -149,6 +149,17 @@ class Answers:
             return None
         steps = steps_of(schedule, reads, mixed.depth)
         return Part(rows, schedule, steps, reads, outputs)
+
+    def _alone(self, model: Any, images: Tensor) -> Tensor:
+        """Logits of images (B, C, H, W) by their task's own model."""
+        if isinstance(model, LinearProbe):
+            pooled = model.below(images).tokens
+            return torch.cat([model.classify(x[None]) for x in pooled])
+        pixels, schedule = model._prompted(images, model.backend)
+        readout = model.readout
+        tokens = model._encode(pixels, schedule, readout)
+        prompts = readout.prompts_left(schedule)
+        return torch.cat([model._classify(x[None], prompts) for x in tokens])
 
     def _logits(self, model: Any, part: Part, tokens: Tensor) -> Tensor:
         """(B, M, D) to (B, C), one image after the other: its mates then leave no trace in the

@@ -17,7 +17,7 @@ from ..adapters.places import adapters_of, fetch_adapter, find_adapter
 from ..backbone.inputs import check_images
 from ..backbone.load import load_backbone
 from ..backbone.options import FastOptions
-from ..errors import UserError
+from ..errors import UserError, shown
 from ..models import FineTuned, LinearProbe, PromptedViT
 from .answers import Answers
 from .residents import Residents, load, taken
@@ -133,6 +133,11 @@ class TaskBank:
         if isinstance(source, nn.Module):
             model, place = self._checked(name, source), None
         else:
+            if not isinstance(source, str | PathLike):
+                raise ValueError(
+                    f"task {name!r}: source takes a directory, a hub id or a model, got "
+                    f"{shown(source)}"
+                )
             folder = fetch_adapter(source)
             place = find_adapter(folder) or folder
             try:
@@ -161,8 +166,11 @@ class TaskBank:
             ValueError: another number of names than images.
         """
         check_images(self.backbone, images)
-        if isinstance(tasks, str) or len(tasks) != images.shape[0]:
-            given = f"the string {tasks!r}" if isinstance(tasks, str) else f"{len(tasks)} names"
+        several = hasattr(tasks, "__len__") and not isinstance(tasks, str)
+        if not several or len(tasks) != images.shape[0]:
+            given = "the string " * isinstance(tasks, str) + shown(tasks)
+            if several:
+                given = f"{len(tasks)} names"
             raise ValueError(
                 f"tasks must name one task for each of the {images.shape[0]} images, got {given}"
             )
@@ -193,7 +201,11 @@ class TaskBank:
             name -> logits (B, C).
         """
         check_images(self.backbone, images)
+        if isinstance(tasks, str) or not (tasks is None or isinstance(tasks, Iterable)):
+            raise ValueError(f"tasks must be several names, or None for all, got {shown(tasks)}")
         held = self._residents.hold(None if tasks is None else dict.fromkeys(tasks))
+        if images.shape[0] == 0:
+            return {task.name: torch.empty(0, task.num_classes) for task in held}
         at_once = max(1, _AT_ONCE // max(1, images.shape[0]))
         parts = [held[i : i + at_once] for i in range(0, len(held), at_once)]
         with torch.no_grad():

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ from ..adapters import CONFIG_FILE, save_pretrained
 from ..adapters.load import load_on
 from ..adapters.schema import GIVEN
 from ..backbone.schedule import PromptSchedule
-from ..errors import UserError
+from ..errors import UserError, shown
 from .steps import Step
+
+# letters of a name that is not known, by which the nearest are found
+_COMPARED = 200
 
 
 class UnknownTask(UserError, KeyError):
@@ -122,7 +125,7 @@ class Residents:
 
     @max_bytes.setter
     def max_bytes(self, value: int | None) -> None:
-        if value is not None and value < 1:
+        if value is not None and not (isinstance(value, int) and value >= 1):
             raise ValueError(f"max_bytes must be at least 1, or None for no limit, got {value}")
         with self._lock:
             self._max_bytes = value
@@ -142,12 +145,14 @@ class Residents:
     def find(self, name: str) -> Task:
         """The task of a name; UnknownTask offers the nearest names."""
         task = self._tasks.get(name)
-        if task is None:
-            names = [task.name for task in self.tasks()]
-            near = difflib.get_close_matches(str(name), names, n=3)
-            hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
-            raise UnknownTask(f"no task {name!r} among the bank's {len(names)}{hint}")
-        return task
+        return self._unknown(name) if task is None else task
+
+    def _unknown(self, name: Any) -> NoReturn:
+        """Compares names, which takes long where there are many: not while others wait."""
+        names = [task.name for task in self.tasks()]
+        near = difflib.get_close_matches(str(name)[:_COMPARED], names, n=3)
+        hint = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+        raise UnknownTask(f"no task {shown(name)} among the bank's {len(names)}{hint}")
 
     def add(self, name: str, model: Any, source: Path | None) -> None:
         """Make a model known; nothing is added where the name is taken (ValueError)."""
@@ -190,10 +195,13 @@ class Residents:
         them, whatever becomes of their names meanwhile."""
         with self._lock:
             names = sorted(self._tasks) if names is None else names
-            tasks = [self.find(name) for name in names]
+            found = [(name, self._tasks.get(name)) for name in names]
+            tasks = [task for _, task in found if task is not None]
             for task in tasks:
                 if self._recent.get(task.name) is task:
                     self._recent.move_to_end(task.name)
+        if len(tasks) < len(found):
+            self._unknown(next(name for name, task in found if task is None))
         return tasks
 
     def loaded(self, tasks: Iterable[Task]) -> list[Resident]:
