@@ -131,8 +131,12 @@ def test_default_outputs_and_a_column_of_images(client):
     texts = [base64.b64encode(encode(p)).decode() for p in images(2)]
     for shape in ([2], [2, 1]):
         answer = client.post("/v2/models/food/infer", json={"inputs": [tensor(texts, shape)]})
-        (output,) = answer.json()["outputs"]
-        assert (output["name"], output["shape"], len(output["data"])) == ("logits", [2, 3], 6)
+        # all of them, as the protocol says of a call that names none
+        assert [(o["name"], o["shape"], len(o["data"])) for o in answer.json()["outputs"]] == [
+            ("logits", [2, 3], 6),
+            ("probabilities", [2, 3], 6),
+            ("labels", [2], 2),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -212,3 +216,35 @@ def test_two_passes_at_once_are_refused():
         call = {"inputs": [tensor(["AAAA"], [1])], "outputs": outputs}
         answer = client.post("/v2/models/tiny/infer", json=call)
         assert answer.status_code == 400 and "two passes" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"outputs": [{"name": "logits", "parameters": {"classification": 2}}]}, "classification"),
+        (
+            {"outputs": [{"name": "logits", "parameters": {"shared_memory_region": "r"}}]},
+            "shared_memory_region",
+        ),
+        (
+            {"outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]},
+            "binary_data is 'yes'",
+        ),
+    ],
+)
+def test_an_output_in_a_form_that_is_not_known_is_refused(client, changed, message):
+    call = {"inputs": [tensor(["AAAA"], [1])], **changed}
+    answer = client.post("/v2/models/pets/infer", json=call)
+    assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text
+
+
+def test_bytes_that_belong_to_no_input_are_refused(client):
+    text = json.dumps({"inputs": [tensor(["AAAA"], [1])]}).encode()
+    headers = {HEADER: str(len(text))}
+    answer = client.post("/v2/models/pets/infer", content=text + b"left over", headers=headers)
+    assert answer.status_code == 400 and "9 bytes follow the JSON" in answer.json()["error"]
+
+
+def test_a_header_length_of_thousands_of_digits_is_refused(client):
+    answer = client.post("/v2/models/pets/infer", content=b"{}", headers={HEADER: "1" * 5000})
+    assert answer.status_code == 400 and "the body has 2 bytes" in answer.json()["error"]

@@ -105,14 +105,20 @@ class InferForm:
         given = call.get("id")
         self._id = given if isinstance(given, str) else None
         all_binary = _parameters(call).get("binary_data_output") is True
-        outputs = call.get("outputs") or [{"name": known[0]}]
+        outputs = call.get("outputs") or [{"name": name} for name in _by_default(known)]
         if not isinstance(outputs, list):
             raise _bad("outputs must be a list.")
         for output in outputs:
             name = output.get("name") if isinstance(output, dict) else None
             if name not in known:
                 raise _bad(f"output {str(name)[:40]!r}: {self.model} has {', '.join(known)}.")
-            binary = _parameters(output).get("binary_data", all_binary) is True
+            # who asks for classes or shared memory would take something else for them
+            asked = _parameters(output)
+            if unknown := sorted(asked.keys() - {"binary_data", "binary_data_size"}):
+                raise _bad(f"output {name}: the parameter {unknown[0][:40]!r} is not known here.")
+            binary = asked.get("binary_data", all_binary)
+            if not isinstance(binary, bool):
+                raise _bad(f"output {name}: binary_data is {str(binary)[:20]!r}; true or false.")
             self._wanted.append((name, binary))
         if {"features", "logits"} <= {name for name, _ in self._wanted}:
             raise _bad("features and logits are outputs of two passes; ask for one of them.")
@@ -165,6 +171,11 @@ def _metadata(model: str, sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def _by_default(known: list[str]) -> list[str]:
+    """What a call gets that names no output: all, of a model without tasks those of one pass."""
+    return known if "features" not in known else known[:1]
+
+
 def _sizes(sizes: dict[str, int]) -> dict[str, int | None]:
     """The protocol's outputs of a model with these: those of a task are three."""
     if "features" in sizes:
@@ -177,7 +188,8 @@ def _split(request: Request, body: bytes, max_images: int) -> tuple[dict[str, An
     stated = request.headers.get(_HEADER_LENGTH)
     length = len(body)
     if stated is not None:
-        if not (stated.isascii() and stated.isdigit() and int(stated) <= len(body)):
+        digits = stated.isascii() and stated.isdigit() and len(stated) <= 20
+        if not (digits and int(stated) <= len(body)):
             raise _bad(f"{_HEADER_LENGTH} is {stated[:20]!r}, the body has {len(body)} bytes.")
         length = int(stated)
     text = body[:length]
@@ -204,6 +216,8 @@ def _images(call: dict[str, Any], binary: bytes, max_images: int) -> list[bytes]
         )
     size = _parameters(tensor).get("binary_data_size")
     if size is None:
+        if binary:
+            raise _bad(f"{len(binary)} bytes follow the JSON, and no input has binary_data_size.")
         images = _from_json(tensor.get("data"), max_images)
     else:
         if size != len(binary):
