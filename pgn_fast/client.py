@@ -14,7 +14,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlsplit
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .errors import brief
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +68,7 @@ class _Client:
         self.url = url.rstrip("/")
         self._connection = kinds[address.scheme](address.hostname, address.port, timeout=timeout)
         self._path = address.path.rstrip("/")
-        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        self._headers = {} if token is None else {"Authorization": f"Bearer {_checked(token)}"}
         self._timeout = timeout
         self._retries = retries
         self._backoff = backoff
@@ -89,7 +92,8 @@ class _Client:
         if not encoded:
             raise ValueError("there are no images to send: the batch is empty")
         if self._images_per_call is None:
-            self._images_per_call = int(self.model()["limits"]["images_per_call"])
+            with self._understood():
+                self._images_per_call = int(self.model()["limits"]["images_per_call"])
         step = self._images_per_call
         values: list[Tensor] = []
         predictions: list[Any] = []
@@ -97,9 +101,10 @@ class _Client:
             images = [base64.b64encode(data).decode() for data in encoded[at : at + step]]
             call = {"images": images, "encoding": "base64", **fields}
             answer = self._call("POST", "/v1/predict", json.dumps(call).encode())
-            numbers = np.frombuffer(base64.b64decode(answer["values"]), dtype="<f4")
-            values.append(torch.from_numpy(numbers.astype(np.float32)).reshape(answer["shape"]))
-            predictions += answer.get("predictions", [])
+            with self._understood():
+                numbers = np.frombuffer(base64.b64decode(answer["values"]), dtype="<f4")
+                values.append(torch.from_numpy(numbers.astype(np.float32)).reshape(answer["shape"]))
+                predictions += answer.get("predictions", [])
         return torch.cat(values), predictions
 
     def _call(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
@@ -125,11 +130,28 @@ class _Client:
                     ) from error
             else:
                 if status == 200:
-                    return json.loads(text)
+                    with self._understood():
+                        return _object(text)
+                if retry_after > self._timeout:
+                    last = True  # nobody who gave a timeout waits for that
                 if status not in _RETRIED or last:
                     raise _refusal(self.url, status, text, attempts)
                 pause = max(pause, retry_after)
             time.sleep(pause)
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Reads an answer, which may be that of another server."""
+        try:
+            yield
+        except ServerError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ServerError(
+                f"{self.url} answers, but not as pgn-fast serve does ({type(error).__name__}: "
+                f"{brief(error, 100)}). Is the url right?",
+                200,
+            ) from error
 
     def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, float, bytes]:
         """Status, seconds of Retry-After and body of one answer."""
@@ -138,7 +160,8 @@ class _Client:
         answer = self._connection.getresponse()
         text = answer.read()
         wait = answer.headers.get("Retry-After", "")
-        return answer.status, float(wait) if wait.isdigit() else 0.0, text
+        seconds = float(wait) if wait.isascii() and wait.isdigit() else 0.0
+        return answer.status, seconds, text
 
 
 @dataclass(frozen=True)
@@ -160,7 +183,7 @@ class TaskClient(_Client):
         timeout: seconds to wait for one answer.
         retries: how often a call is sent again that got 503 or 429, or lost its connection.
         backoff: seconds before the first repetition, doubled for each next one (and at least what
-            ``Retry-After`` asks for).
+            ``Retry-After`` asks for; where that is more than ``timeout``, nothing is sent again).
 
     Images are encoded ones (bytes), or a uint8 tensor (B, 3, H, W); the server prepares them as the
     task was trained.
@@ -183,7 +206,9 @@ class TaskClient(_Client):
 
     def tasks(self) -> list[str]:
         """Names of the tasks that the server has."""
-        return [task["name"] for task in self._call("GET", "/v1/tasks")["tasks"]]
+        answer = self._call("GET", "/v1/tasks")
+        with self._understood():
+            return [task["name"] for task in answer["tasks"]]
 
     def describe(self) -> dict[str, Any]:
         """Method, classes and preprocessing of the task.
@@ -205,7 +230,9 @@ class TaskClient(_Client):
 
     def predict(self, images: Tensor | Sequence[bytes], topk: int = 1) -> list[list[Prediction]]:
         """The ``topk`` most probable classes of each image, the most probable first."""
-        return [[Prediction(**each) for each in image] for image in self._of_task(images, topk)[1]]
+        found = self._of_task(images, topk)[1]
+        with self._understood():
+            return [[Prediction(**each) for each in image] for image in found]
 
     def _of_task(self, images: Tensor | Sequence[bytes], topk: int) -> tuple[Tensor, list[Any]]:
         fields = {"topk": topk} if self.task is None else {"topk": topk, "task": self.task}
@@ -293,9 +320,12 @@ def encode_plain(images: Tensor | Sequence[bytes]) -> list[bytes]:
         images: uint8 levels (B, 3, H, W), or images that are encoded already, which pass.
 
     Raises:
-        ValueError: a tensor of another shape or dtype.
+        ValueError: a tensor of another shape or dtype, or what is no list of bytes.
     """
     if not isinstance(images, Tensor):
+        bytes_like = bytes | bytearray | memoryview
+        if isinstance(images, bytes_like) or not all(isinstance(x, bytes_like) for x in images):
+            raise ValueError("images must be a list of encoded images (bytes), or a uint8 tensor")
         return list(images)
     if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
         raise ValueError(
@@ -310,6 +340,25 @@ def _png(levels: np.ndarray) -> bytes:
     # canvases are nearly noise: a higher level takes longer and saves nothing
     Image.fromarray(levels).save(file, "PNG", compress_level=1)
     return file.getvalue()
+
+
+def _checked(token: str) -> str:
+    """A token as a header takes it; the end of the line of the file that it was read from is cut.
+
+    Raises:
+        ValueError: it has letters that no header can carry; they are not shown.
+    """
+    token = token.strip()
+    if not token or not token.isascii() or not token.isprintable():
+        raise ValueError("token must be one line of ASCII letters, digits and signs")
+    return token
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    answer = json.loads(text)
+    if not isinstance(answer, dict):
+        raise TypeError("no JSON object")
+    return answer
 
 
 def _refusal(url: str, status: int, text: bytes, attempts: int) -> ServerError:

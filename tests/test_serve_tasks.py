@@ -624,3 +624,70 @@ def test_serve_refuses_in_one_line(folder, flags, reason, capsys):
     assert cli.main(["serve", "--device", "cpu", *words]) == 2
     err = capsys.readouterr().err
     assert reason in err and err.count("\n") == 1
+
+
+def test_a_name_that_is_not_known_keeps_nobody_waiting(tasks, monkeypatch):
+    """The nearest names are looked for while others are answered, and not at all for a text that
+    is longer than any name."""
+    from pgn_fast.serve import tasks as module
+
+    def compared(name, names, **options):
+        found = ThreadPoolExecutor(1).submit(tasks.labels, "deep").result(timeout=10)
+        assert len(name) < 1000 and len(found) == 3
+        return ["deep"]
+
+    monkeypatch.setattr(module.difflib, "get_close_matches", compared)
+    for name, hint in (("dep", "the nearest are 'deep'"), ("x" * 1_000_000, "it has 'deep'")):
+        with pytest.raises(ApiError) as refusal:
+            tasks.target(name, "logits")
+        assert hint in refusal.value.message and len(refusal.value.message) < 500
+
+
+def test_a_task_called_best_hides_no_other(folder, tmp_path):
+    shutil.copytree(folder / "deep", tmp_path / "best")
+    alone = load_served_tasks(tmp_path, watch_s=0)  # as a training run leaves its adapter
+    assert list(alone.tasks()) == [tmp_path.name]
+    shutil.copytree(folder / "deep", tmp_path / "last")
+    assert list(load_served_tasks(tmp_path, watch_s=0).tasks()) == [tmp_path.name]
+    shutil.copytree(folder / "shallow", tmp_path / "cats")
+    both = load_served_tasks(tmp_path, watch_s=0)
+    assert list(both.tasks()) == ["best", "cats", "last"]
+    assert len(both.labels("best")) == 3 and len(both.labels("cats")) == 4
+    (tmp_path / "summary.json").touch()  # a run, in which somebody put more
+    assert list(load_served_tasks(tmp_path, watch_s=0).tasks()) == [tmp_path.name]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"<html>", b"[]", b'{"limits": 3}', b'{"limits": {"images_per_call": 4}}'],
+    ids=["html", "list", "other", "no-values"],
+)
+def test_an_answer_that_is_not_the_servers_is_told(answer):
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": answer})
+
+    told = pytest.raises(ServerError, match="answers, but not as pgn-fast serve does")
+    with serving(app, lifespan="off") as (url, _), TaskClient(url, "pets") as client, told:
+        client.logits([b"image"])
+
+
+def test_a_client_does_not_wait_longer_than_it_was_told():
+    async def app(scope, receive, send):
+        headers = [(b"retry-after", b"86400")]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    told = pytest.raises(ServerError, match="answered 503")
+    with serving(app, lifespan="off") as (url, _), TaskClient(url) as client, told:
+        client.tasks()
+
+
+def test_what_a_client_cannot_send_is_refused_before():
+    for token in ("", "\n", "two\nlines", "t\u00f6ken"):
+        with pytest.raises(ValueError, match="token must be one line of ASCII"):
+            TaskClient("http://127.0.0.1:9", token=token)
+    with TaskClient("http://127.0.0.1:9", token="from-a-file\n") as client:
+        for images_ in (b"one image", ["text"], [1]):
+            with pytest.raises(ValueError, match="list of encoded images"):
+                client.logits(images_)

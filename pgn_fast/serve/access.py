@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hmac
 import ipaddress
 import logging
@@ -124,8 +125,15 @@ class Tokens:
             mode = self._path.stat().st_mode
         except OSError as error:
             raise UserError(f"token file {self._path}: {error.strerror or error}.") from error
-        lines = [line.strip() for line in data.splitlines()]
+        # some editors begin a file with a mark of its encoding
+        lines = [line.strip() for line in data.removeprefix(codecs.BOM_UTF8).splitlines()]
         tokens = [line for line in lines if line and not line.startswith(b"#")]
+        if any(not line.isascii() for line in tokens):
+            raise UserError(
+                f"token file {self._path} has a token with letters that are not ASCII, which "
+                "callers send in different ways. Make another: python -c 'import secrets; "
+                "print(secrets.token_urlsafe())'."
+            )
         if not tokens or len(data) > _MAX_TOKEN_FILE:
             raise UserError(
                 f"token file {self._path} must hold one token a line and at most "
