@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 
 import pytest
@@ -190,3 +191,17 @@ def test_flags_that_need_each_other(world, capsys):
     assert "required: IMAGE" in capsys.readouterr().err
     assert main(["predict", place, str(world / "new"), "--table", "long"]) == 2
     assert "give both, or neither" in capsys.readouterr().err
+
+
+def test_an_adapter_behind_a_link_that_changed_is_another_run(world, capsys):
+    link, elsewhere, output = world / "tasks" / "probe", world / "elsewhere", world / "p.csv"
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    assert predict(world, "--output", output, "--parts", 2) == 0
+    capsys.readouterr()
+    assert predict(world, "--output", output, "--parts", 2) == 0
+    assert capsys.readouterr().err.count("is there already") == 2
+    for file in elsewhere.iterdir():
+        os.utime(file, (1, 1))  # as one that was written at another time
+    assert predict(world, "--output", output, "--parts", 2) == 0
+    assert capsys.readouterr().err.count("is written") == 2

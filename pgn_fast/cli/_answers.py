@@ -75,8 +75,8 @@ class EveryTask:
         table = args.table or "wide"
         self.columns = TaskColumns(kind, args.topk, self._names, args.logits, table)
         # a task that could not be loaded, too: once it can be, the table is another one
-        files = [p for p in fetch_adapter(args.tasks).rglob("adapter_*") if p.is_file()]
-        self.digest = digest_of_files(sorted(files))
+        folders = adapters_in(args.tasks).values()  # and where a link leads to
+        self.digest = digest_of_files([p for f in folders for p in sorted(f.glob("adapter_*"))])
 
     def rows(self, pixels: Tensor, files: Sequence[str]) -> Iterator[Row]:
         parts = pixels.split([c * h * w for c, h, w in self._shapes], dim=1)
