@@ -15,12 +15,16 @@ third of them, paused and resumed, to the end. Then as many runs as there are se
 the training images with the best of these rates to their last epoch, and read the test images
 once. Runs are jobs of ``--jobs`` processes; what was done is found again in ``--work``; rows are
 written after every run, of as many seeds as there are. A run that fails costs itself.
+
+``--continue ROWS --rates FILE`` adds seeds to the rows of an earlier study, on whatever device:
+FILE is the ``rates.json`` of its folder, whose searches are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -35,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import rows
-from real_runs import Order, carry_out
+from real_runs import Order, carry_out, write_photos
 from real_weights import MODEL, convert, widen
 from side_by_side import Job, work_off
 
@@ -126,6 +130,7 @@ class Study:
         facts: for every row.
         chosen: of each search, the fields of ``TrainConfig`` that won, and its score.
         found: contender -> seed -> summary.
+        earlier: contender -> the row of an earlier study, whose seeds are not run again.
     """
 
     work: Path
@@ -137,6 +142,7 @@ class Study:
     facts: dict[str, Any]
     chosen: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)
     found: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
+    earlier: dict[str, rows.Row] = field(default_factory=dict)
     failures: int = 0
 
     def order(self, name: str, run: str, until: int | None = None, **more: Any) -> Order:
@@ -159,16 +165,19 @@ class Study:
 
     def jobs(self) -> Iterator[Job]:
         """What the study begins with."""
-        leaders = [name for name, c in self.contenders.items() if c.rates_of is None]
-        for name in leaders:
-            yield from Search(self, name).jobs()
+        for name, contender in self.contenders.items():
+            if (contender.rates_of or name) in self.chosen:
+                yield from self.finals(name)
+            elif contender.rates_of is None:
+                yield from Search(self, name).jobs()
 
     def finals(self, name: str) -> Iterator[Job]:
         """A run of each seed. Every contender has its first before others have their last; what
         takes long goes earlier."""
         contender = self.contenders[name]
         chosen, _ = self.chosen[contender.rates_of or name]
-        for seed in self.seeds:
+        ran = self.earlier[name].facts["seeds"] if name in self.earlier else []
+        for seed in sorted({*self.seeds} - {*ran}):
             more = {**chosen, "epochs": contender.epochs, "seed": seed}
             order = self.order(name, f"seed{seed}", **more)
             yield Job(seed - contender.epochs / 30, order, partial(self._keep, name, seed))
@@ -180,9 +189,15 @@ class Study:
             return self.failed(f"{name}, seed {seed}", why)
         self.found.setdefault(name, {})[seed] = told
         print(f"{name}, seed {seed}: test {told['test']['top1']:.2f} %", flush=True)
-        written = [self._row(name) for name in self.contenders if name in self.found]
+        names = dict.fromkeys([*self.earlier, *self.contenders])
+        written = [self._row(name) for name in names if name in {*self.found, *self.earlier}]
         rows.write(self.work / "real.jsonl", written)
         return []
+
+    def choose(self, name: str, rates: dict[str, Any], score: float) -> None:
+        """Of a search that has ended, for this study and others."""
+        self.chosen[name] = rates, score
+        (self.work / "rates.json").write_text(json.dumps(self.chosen, indent=1))
 
     def failed(self, what: str, why: str | None) -> list[Job]:
         self.failures += 1
@@ -190,35 +205,54 @@ class Study:
         return []
 
     def _row(self, name: str) -> rows.Row:
-        """The mean over seeds, and what explains it."""
+        """The mean over seeds, and what explains it; costs are the earlier study's where there is
+        one."""
+        earlier = self.earlier.get(name)
+        done = [self.found[name][seed] for seed in sorted(self.found.get(name, ()))]
+        if earlier is not None and not done:
+            return earlier
         contender = self.contenders[name]
-        done = [self.found[name][seed] for seed in sorted(self.found[name])]
-        scores = [run["test"]["top1"] for run in done]
-        mean, config = statistics.mean(scores), done[0]["config"]
-        sd = statistics.stdev(scores) if len(scores) > 1 else None
+        config, machine = done[0]["config"], done[0]["machine"]
         facts = {
-            "seeds": [run["config"]["seed"] for run in done],
-            "seeds wanted": len(self.seeds),
-            "top1": scores,
             "validation": self.chosen[contender.rates_of or name][1],
-            # of the mean, 95 %: the seeds', and what so many test images can tell
-            "interval": None if sd is None else T[len(scores)] * sd / math.sqrt(len(scores)),
-            "sampling": 1.96 * math.sqrt(mean * (100 - mean) / done[0]["test"]["images"]),
             "lr": config["lr"],
             "weight decay": config["weight_decay"],
             "epochs": config["epochs"],
             "trials": self.trials * contender.trials,
             "trained parameters": done[0]["trained_parameters"],
-            "train loss": statistics.mean(run["train"]["loss"] for run in done),
             "seconds": statistics.mean(run["seconds"] for run in done),
             "peak bytes": max(run["peak"] for run in done),
+        }
+        runs = [
+            (run["config"]["seed"], run["test"]["top1"], run["train"]["loss"], machine["device"])
+            for run in done
+        ]
+        facts |= self.facts
+        if earlier is not None:
+            facts, machine = earlier.facts | {"train loss": None}, earlier.machine
+            devices = facts.get("devices") or [machine["device"]] * len(facts["seeds"])
+            losses = facts.get("train losses") or [earlier.facts["train loss"]] * len(devices)
+            runs += list(zip(facts["seeds"], facts["top1"], losses, devices, strict=True))
+        seeds, scores, losses, devices = zip(*sorted(runs), strict=True)
+        mean = statistics.mean(scores)
+        sd = statistics.stdev(scores) if len(scores) > 1 else None
+        facts |= {
+            "seeds": seeds,
+            "top1": scores,
+            "devices": devices,
+            "train losses": losses,
+            "train loss": statistics.mean(losses),
+            "seeds wanted": len(self.seeds),
+            # of the mean, 95 %: the seeds', and what so many test images can tell
+            "interval": None if sd is None else T[len(scores)] * sd / math.sqrt(len(scores)),
+            "sampling": 1.96 * math.sqrt(mean * (100 - mean) / done[0]["test"]["images"]),
         }
         return rows.Row(
             *("real", CASE, name, mean, "%"),
             rounds=len(scores),
             dtype="bfloat16",
-            facts=facts | self.facts,
-            machine=done[0]["machine"],
+            facts=facts,
+            machine=machine,
         )
 
 
@@ -268,7 +302,7 @@ class Search:
         if until < self.epochs and ranked:
             yield from self._rung(ranked[: max(1, len(self.tried) // 3)], self.epochs)
         elif ranked:
-            self.study.chosen[self.name] = self.tried[ranked[0]], self._scores[ranked[0]][0]
+            self.study.choose(self.name, self.tried[ranked[0]], self._scores[ranked[0]][0])
             for number in range(len(self.tried)):
                 shutil.rmtree(self._order(number, until).folder, ignore_errors=True)
             for name, contender in self.study.contenders.items():
@@ -291,26 +325,6 @@ def draws(contender: Contender, count: int) -> list[dict[str, Any]]:
     return found
 
 
-def write_photos(source: Path, target: Path, most: int | None) -> None:
-    """The photos as one .npz, at most so many of a class in each part."""
-    if source.suffix == ".npz":
-        held = np.load(source)
-        names, limits = held["classes"], (most, most)
-        parts = {p: (held[f"x_{p}"], held[f"y_{p}"]) for p in ("train", "test")}
-    else:
-        from torchvision.datasets import CIFAR10
-
-        sets = {p: CIFAR10(source, train=p == "train", download=True) for p in ("train", "test")}
-        names, limits = np.array(sets["train"].classes), (most or 100, most or 200)
-        parts = {p: (found.data, np.array(found.targets)) for p, found in sets.items()}
-    content = {"classes": names}
-    for (part, (images, labels)), each in zip(parts.items(), limits, strict=True):
-        chosen = [np.flatnonzero(labels == c)[:each] for c in range(len(names))]
-        places = np.sort(np.concatenate(chosen))
-        content |= {f"x_{part}": images[places], f"y_{part}": labels[places].astype(np.int64)}
-    np.savez(target, **content)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -325,6 +339,8 @@ def main() -> int:
     parser.add_argument("--limit", type=float, metavar="SECONDS", default=math.inf)
     parser.add_argument("--trials", type=int, default=6, help="of each search")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 6))
+    parser.add_argument("--continue", type=Path, dest="earlier", metavar="ROWS")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="of searches that have ended")
     parser.add_argument("--only", nargs="+", choices=STUDY, metavar="NAME")
     parser.add_argument("--smoke", action="store_true", help="a few photos, one epoch")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines to write")
@@ -349,6 +365,9 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = "1"
     seeds = range(args.seeds)
     study = Study(work, work / "photos.npz", args.device, args.trials, seeds, contenders, facts)
+    study.earlier = {row.contender: row for row in rows.read(args.earlier)} if args.earlier else {}
+    for name, (rates, score) in (json.loads(args.rates.read_text()) if args.rates else {}).items():
+        study.choose(name, rates, score)
     whole = work_off(
         study.jobs(),
         carry_out,

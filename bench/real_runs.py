@@ -137,6 +137,26 @@ def parts(order: Order, config: TrainConfig) -> Parts:
     return assemble(config, Splits(train, validation, test, len(names), names), backbone)
 
 
+def write_photos(source: Path, target: Path, most: int | None) -> None:
+    """The photos as one .npz, at most so many of a class in each part."""
+    if source.suffix == ".npz":
+        held = np.load(source)
+        names, limits = held["classes"], (most, most)
+        parts = {p: (held[f"x_{p}"], held[f"y_{p}"]) for p in ("train", "test")}
+    else:
+        from torchvision.datasets import CIFAR10
+
+        sets = {p: CIFAR10(source, train=p == "train", download=True) for p in ("train", "test")}
+        names, limits = np.array(sets["train"].classes), (most or 100, most or 200)
+        parts = {p: (found.data, np.array(found.targets)) for p, found in sets.items()}
+    content = {"classes": names}
+    for (part, (images, labels)), each in zip(parts.items(), limits, strict=True):
+        chosen = [np.flatnonzero(labels == c)[:each] for c in range(len(names))]
+        places = np.sort(np.concatenate(chosen))
+        content |= {f"x_{part}": images[places], f"y_{part}": labels[places].astype(np.int64)}
+    np.savez(target, **content)
+
+
 class Photos:
     """A data set of one part of an .npz: uint8 arrays (h, w, 3), or the bytes (3, H, W) that a
     transform without randomness makes of them."""

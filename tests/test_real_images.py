@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -97,25 +98,27 @@ def play(study, answer):
     return orders
 
 
+def finished(order, device):
+    """What a run on a device tells at its end."""
+    config = {name: order.given[name] for name in ("seed", "lr", "epochs")}
+    return {
+        "config": config | {"weight_decay": 0.0},
+        "test": {"top1": 70.0 + order.given["seed"], "images": 2000},
+        "train": {"loss": 0.5},
+        "trained_parameters": 10,
+        "seconds": 1.0,
+        "peak": 5,
+        "machine": {"device": device},
+    }
+
+
 def test_the_search_halves_and_its_winner_trains_every_seed(study):
     told = {}
 
     def answer(order):
         rate = order.given["lr"]
         if order.until is None:
-            config = {"seed": order.given["seed"], "lr": rate, "weight_decay": 0.0}
-            return (
-                {
-                    "config": config | {"epochs": order.given["epochs"]},
-                    "test": {"top1": 70.0 + order.given["seed"], "images": 2000},
-                    "train": {"loss": 0.5},
-                    "trained_parameters": 10,
-                    "seconds": 1.0,
-                    "peak": 5,
-                    "machine": {"device": "x"},
-                },
-                None,
-            )
+            return finished(order, "x"), None
         if len(told) == 0:  # the first trial that comes dies
             told[rate] = None
             return None, "dead"
@@ -178,3 +181,21 @@ def test_weights_travel_as_half_of_their_bytes(bench, tmp_path):
     assert weights.widen(tmp_path / "half", tmp_path / "whole") == "float16"
     found = load_file(tmp_path / "whole")["w"]
     assert found.dtype == torch.float32 and torch.equal(found, whole.half().float())
+
+
+def test_a_study_goes_on_where_an_earlier_one_ended(bench, study):
+    """Seeds that are there are not run again, nor is the search; who ran what is told."""
+    rates = study.chosen["a"] = {"lr": 1e-3}, 65.0
+    study.seeds = range(1)
+    play(study, lambda order: (finished(order, "x"), None))
+    written = study.work / "real.jsonl"
+    earlier = {row.contender: row for row in bench("rows").read(written) if row.contender == "a"}
+    again = dataclasses.replace(study, seeds=range(3), found={}, earlier=earlier)
+    orders = play(again, lambda order: (finished(order, "y"), None))
+    assert all(order.until is None and order.given["lr"] == rates[0]["lr"] for order in orders)
+    ran = sorted((order.folder.parent.name, order.given["seed"]) for order in orders)
+    assert ran == [("a", 1), ("a", 2), ("b", 0), ("b", 1), ("b", 2)]
+    a, b = map(json.loads, written.read_text().splitlines())
+    assert (a["value"], a["facts"]["top1"]) == (71.0, [70.0, 71.0, 72.0])
+    assert a["facts"]["devices"] == ["x", "y", "y"] and a["machine"] == {"device": "x"}
+    assert b["facts"]["devices"] == ["y"] * 3 and b["facts"]["validation"] == 65.0
