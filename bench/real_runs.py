@@ -8,7 +8,7 @@ import gc
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pgn_fast
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.data import carve_validation
-from pgn_fast.train.given import given_split
+from pgn_fast.train.given import GivenImages, given_split
 from pgn_fast.train.loader import eval_transform, preprocessing, train_transform
 from pgn_fast.train.loop import run, whole
 from pgn_fast.train.methods import load_backbone_for
@@ -131,10 +131,19 @@ def parts(order: Order, config: TrainConfig) -> Parts:
         transform = eval_transform(pixels, normalize=False)
         test = given_split("test", Photos(order.photos, "test", transform))
     else:
+        train = replace(train, images=ByClass(train.images.dataset, train.images.title))
         train, validation = carve_validation(train, HELD_OUT, config.seed)
     names = train.class_names
     assert names is not None
     return assemble(config, Splits(train, validation, test, len(names), names), backbone)
+
+
+class ByClass(GivenImages):
+    """Photos that are parted class by class."""
+
+    @property
+    def strata(self) -> list[int]:
+        return self.dataset.targets
 
 
 def write_photos(source: Path, target: Path, most: int | None) -> None:

@@ -163,7 +163,10 @@ def test_one_run_pauses_goes_on_and_trains_on_all_photos(bench, tmp_path):
         return runs.Order({**given, **more}, folder, tmp_path / "photos.npz", "cpu", until)
 
     search = {"epochs": 3, "val_interval": 1}
-    first = runs.carry_out(order("trial", 1, **search))
+    of_search = order("trial", 1, **search)
+    apart = runs.parts(of_search, runs.TrainConfig.make(**of_search.given)).splits.validation
+    assert sorted(apart.images.dataset.targets[i] for i in apart.indices) == [0, 1]
+    first = runs.carry_out(of_search)
     assert first == runs.carry_out(order("trial", 1, **search))  # found again
     assert runs.carry_out(order("trial", 3, **search))["loss"] != first["loss"]
     told = runs.carry_out(order("seed0", None, epochs=2))
