@@ -183,7 +183,7 @@ def test_a_loader_is_read_again_and_its_images_are_counted(tmp_path):
     once = Batches(rest)
     once.__class__ = type("Once", (Batches,), {"__iter__": lambda self: self.left})
     once.left = iter(rest)
-    with pytest.raises(UserError, match="gave no batch: a loader has to begin renamed"):
+    with pytest.raises(UserError, match="gave no batch: a loader has to begin again"):
         pgn_fast.fit(model(), once, output=tmp_path / "once", **OPTIONS)
 
 

@@ -205,7 +205,7 @@ def pretrain(
             torch.cat([batch.labels for batch in held_out]),
         )
         splits = Splits(
-            given_split("train", Batches(settings, log_every)),
+            given_split("train", Batches(settings, log_every), task=None),
             given_split("validation", scored),
             None,
             NUM_CLASSES,

@@ -26,7 +26,7 @@ def given_split(
     data: Any,
     *,
     num_classes: int = 0,
-    task: str = "multiclass",
+    task: str | None = "multiclass",
     pixels: Mapping[str, Any] | None = None,
 ) -> Split:
     """A split of ``data``: a map-style data set, or a loader of batches.
@@ -37,7 +37,8 @@ def given_split(
             (H, W) of uint8, or a tensor (3, H, W) that is the model's input as it is. Otherwise a
             loader of batches of tensors, such as a torch DataLoader.
         num_classes: of the model; 0: not known.
-        task: "multiclass", or "multilabel": labels are vectors.
+        task: "multiclass", or "multilabel": labels are vectors; None: a loader's labels are what a
+            loss of one's own takes, and pass as they are.
         pixels: the preprocessing of the backbone, by timm's names; a tensor that was not
             normalized so is worth a warning.
 
@@ -50,7 +51,7 @@ def given_split(
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
         loader = GivenLoader(data, origin, task, pixels)
         return Split(name, origin, loader, range(loader.count), names)
-    images = GivenImages(data, origin, task)
+    images = GivenImages(data, origin, task or "multiclass")
     if not len(images):
         raise UserError(f"`{name}`: the {type(data).__name__} has no image.")
     _check_first(images, num_classes, pixels)

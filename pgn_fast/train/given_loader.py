@@ -23,7 +23,7 @@ class GivenLoader:
     batch_sampler = None
 
     def __init__(
-        self, loader: Any, title: str, task: str, pixels: Mapping[str, Any] | None = None
+        self, loader: Any, title: str, task: str | None, pixels: Mapping[str, Any] | None = None
     ) -> None:
         self.loader, self.title, self.task, self.pixels = loader, title, task, pixels
         self.seed, self.epoch, self.start = 0, 0, 0
@@ -107,6 +107,8 @@ class GivenLoader:
             )
         if first and self.pixels and (said := unusual(images, self.pixels)):
             warnings.warn(f"{self.title}: {said}", stacklevel=2)
+        if self.task is None:
+            return images, labels
         return images, labels_of(labels, len(images), self.task, where)
 
 
