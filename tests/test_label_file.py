@@ -250,5 +250,5 @@ def test_vectors_of_ones_own_data_set_train(tmp_path):
     )
     assert result.validation["map"] == pytest.approx(100)
     bad = [(rows[0][0], [0, 5])]
-    with pytest.raises(ValueError, match="is a vector of 0 and 1"):
+    with pytest.raises(ValueError, match="as a vector of 0 and 1"):
         pgn_fast.fit(LinearProbe(tiny_vit(), 2), bad, output=tmp_path / "bad", task="multilabel")

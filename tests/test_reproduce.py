@@ -219,7 +219,7 @@ def test_a_run_that_diverges_does_not_end_the_others(tasks, tmp_path, monkeypatc
     assert result.stopped == ["vtab/dtd/vpt-deep/final/seed-1"]
     assert any("the loss is nan" in line for line in said)
     text = write_tables(tmp_path, "vpt", "vpt-deep", {"vtab/dtd": result})
-    assert "| 1 (1 diverged) |" in text
+    assert "| 1 (1 diverged) (of 4 test images; published: 1880) |" in text
 
     monkeypatch.setattr(
         work,
