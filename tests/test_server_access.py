@@ -140,8 +140,18 @@ def test_a_changed_token_file_is_read_again(tmp_path, monkeypatch, caplog):
     tokens.check("Bearer another")
     with pytest.raises(ApiError):
         tokens.check("Bearer one")
-    # a file that is half written or gone leaves the tokens in use
-    for damage in (lambda: file.write_text("\n"), file.unlink):
+    # other tokens of the same size, copied with the time of the old ones
+    status = file.stat()
+    file.write_text("revoked\n")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    tokens.check("Bearer revoked")
+    file.write_text("another\n")
+    tokens.check("Bearer another")
+    # a file that is half written, a pipe or gone leaves the tokens in use
+    damages = [lambda: file.write_text("\n"), file.unlink]
+    if hasattr(os, "mkfifo"):
+        damages.append(lambda: os.mkfifo(file))
+    for damage in damages:
         damage()
         caplog.clear()
         tokens.check("Bearer another")
@@ -155,7 +165,20 @@ def test_token_files_that_cannot_serve_are_refused(tmp_path, caplog):
     empty.write_text("# nothing\n")
     with pytest.raises(UserError, match="must hold one token a line"):
         Tokens(empty)
+    for data in (b"se\0cret", "secret\n".encode("utf-16"), "secret\n".encode("utf-16-le")):
+        empty.write_bytes(data)  # no header carries it
+        with pytest.raises(UserError, match="more than printable ASCII"):
+            Tokens(empty)
+    empty.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")  # an editor's
+    for token in ("one", "two"):
+        Tokens(empty).check(f"Bearer {token}")
+    with pytest.raises(UserError, match="is no plain file"):
+        Tokens(tmp_path)
     if os.name == "posix":
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(UserError, match="pipe is no plain file"):
+            Tokens(tmp_path / "pipe")
+        caplog.clear()
         empty.write_text("secret\n")
         empty.chmod(0o644)
         Tokens(empty)
@@ -166,13 +189,16 @@ def test_token_files_that_cannot_serve_are_refused(tmp_path, caplog):
 # routes and what answers carry
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/model", "/metrics"])
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/readyz", "/v1/model", "/metrics", "/v2", "/v2/models/tiny"]
+)
 def test_head_is_answered_where_get_is(client, path):
     end = time.monotonic() + 20
     while client.get("/readyz").status_code != 200 and time.monotonic() < end:
         time.sleep(0.01)
     answer = client.head(path)
     assert (answer.status_code, answer.content) == (200, b"")
+    assert client.head("/v1/predict").status_code == client.get("/v1/predict").status_code == 405
 
 
 def test_no_page_loads_scripts_from_elsewhere(client):

@@ -7,11 +7,13 @@ import hmac
 import ipaddress
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._files import open_file
 from ..errors import UserError
 from .errors import ApiError
 
@@ -19,6 +21,7 @@ _logger = logging.getLogger(__name__)
 _LOOPBACK = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 _LOOK_S = 1.0
 _MAX_TOKEN_FILE = 64 * 1024
+_SENDABLE = re.compile(rb"[\x20-\x7e]+")
 
 
 class AllowedHosts:
@@ -86,7 +89,7 @@ class Tokens:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None
         self._tokens: list[bytes] = []
         self._looked = time.monotonic()
         self._read()
@@ -112,27 +115,29 @@ class Tokens:
             return
         self._looked = now
         try:
-            if _stamp(self._path) != self._stamp:
+            if _stamp(self._path.stat()) != self._stamp:
                 self._read()
         except (OSError, UserError) as error:
             _logger.error("the tokens in use stay: %s", error)
 
     def _read(self) -> None:
         try:
-            self._stamp = _stamp(self._path)
-            with open(self._path, "rb") as file:
+            with open_file(self._path) as file:
+                status = os.fstat(file.fileno())
                 data = file.read(_MAX_TOKEN_FILE + 1)
-            mode = self._path.stat().st_mode
+        except UserError as error:
+            raise UserError(f"token file {error}") from error
         except OSError as error:
             raise UserError(f"token file {self._path}: {error.strerror or error}.") from error
+        self._stamp = _stamp(status)
         # some editors begin a file with a mark of its encoding
         lines = [line.strip() for line in data.removeprefix(codecs.BOM_UTF8).splitlines()]
         tokens = [line for line in lines if line and not line.startswith(b"#")]
-        if any(not line.isascii() for line in tokens):
+        if any(not _SENDABLE.fullmatch(line) for line in tokens):
             raise UserError(
-                f"token file {self._path} has a token with letters that are not ASCII, which "
-                "callers send in different ways. Make another: python -c 'import secrets; "
-                "print(secrets.token_urlsafe())'."
+                f"token file {self._path} has a token of more than printable ASCII, which no "
+                "header carries alike for all callers (or the file is UTF-16). Make another: "
+                "python -c 'import secrets; print(secrets.token_urlsafe())'."
             )
         if not tokens or len(data) > _MAX_TOKEN_FILE:
             raise UserError(
@@ -140,19 +145,17 @@ class Tokens:
                 f"{_MAX_TOKEN_FILE} bytes; it has {len(tokens)} tokens in {len(data)} bytes or "
                 "more. Make one: python -c 'import secrets; print(secrets.token_urlsafe())'."
             )
+        mode = status.st_mode & 0o777
         if os.name == "posix" and mode & 0o077:
             _logger.warning(
-                "%s can be read by others (mode %o): chmod 600 %s",
-                self._path,
-                mode & 0o777,
-                self._path,
+                "%s can be read by others (mode %o): chmod 600 %s", self._path, mode, self._path
             )
         self._tokens = tokens
 
 
-def _stamp(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
-    return status.st_mtime_ns, status.st_size, status.st_ino
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    # the time of the change too: a copy may keep the other one, and tokens are of one size
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def _name_of(host: str) -> str | None:
