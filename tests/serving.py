@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import torch
 import uvicorn
@@ -60,6 +62,10 @@ class Gated:
     def run(self, calls):
         assert self.gate.wait(20)
         return self._served.run(calls)
+
+
+def connect(url: str) -> socket.socket:
+    return socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=10)
 
 
 def serving(app, **config: object):

@@ -6,7 +6,9 @@ import base64
 import json
 import struct
 import time
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -100,18 +102,30 @@ def test_tritons_client_gets_the_same_answer(tasks, client, binary_in, binary_ou
         triton.close()
 
 
-def test_tritons_client_asks_for_a_models_features():
+@pytest.mark.parametrize("name", ["tiny", "hf-hub:timm/tiny.infer"])
+def test_tritons_client_asks_for_a_models_features(name):
     http = pytest.importorskip("tritonclient.http")
-    served = load_served_model(tiny_vit(), name="tiny")
+    served = load_served_model(tiny_vit(), name=name)
     encoded = [encode(images(1)[0])]
     with serving(create_app(served)) as (url, _):
         triton = http.InferenceServerClient(urlsplit(url).netloc)
         sent = http.InferInput("images", [1], "BYTES")
         sent.set_data_from_numpy(np.array(encoded, dtype=object))
-        assert triton.infer("tiny", [sent]).as_numpy("features").shape == (1, 48)
+        assert triton.infer(name, [sent]).as_numpy("features").shape == (1, 48)
         logits = [http.InferRequestedOutput("logits")]
-        assert triton.infer("tiny", [sent], outputs=logits).as_numpy("logits").shape == (1, 10)
+        assert triton.infer(name, [sent], outputs=logits).as_numpy("logits").shape == (1, 10)
+        assert triton.get_model_metadata(name)["name"] == name
+        end = time.monotonic() + 20
+        while not triton.is_server_ready() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert triton.is_model_ready(name, "1") and not triton.is_model_ready("nothing")
         triton.close()
+        encoded_name = name.replace("/", "%2F")
+        with urlopen(f"{url}/v2/models/{encoded_name}/versions/1") as answer:
+            assert json.load(answer)["name"] == name
+        # the end of a path belongs to no name
+        with pytest.raises(HTTPError, match="404"):
+            urlopen(f"{url}/v2/models/{name}/nothing")
 
 
 # by hand

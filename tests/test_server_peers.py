@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from odd_images import encode
-from serving import Gated, as_json, guarded, images, tiny_vit
+from serving import Gated, as_json, connect, guarded, images, tiny_vit
 from starlette.testclient import TestClient
 
 from pgn_fast.serve import ServedModel, ServerSettings, create_app, load_served_model
@@ -45,10 +45,6 @@ def honest(url: str, call: bytes) -> int:
         return urllib.request.urlopen(request, timeout=10).status
     except urllib.error.HTTPError as error:
         return error.code
-
-
-def connect(url: str) -> socket.socket:
-    return socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=10)
 
 
 def head(length: int | None) -> bytes:

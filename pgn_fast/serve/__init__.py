@@ -38,6 +38,7 @@ _WITHOUT_EXTRA = {
 _EXTRA = {
     "fastapi": "fastapi",
     "uvicorn": "uvicorn",
+    "h11": "h11",
     "python_multipart": "python-multipart",
     "prometheus_client": "prometheus-client",
 }

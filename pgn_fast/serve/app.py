@@ -76,14 +76,13 @@ def create_app(
         return await service.predict(request, PredictForm())
 
     def get(path: str) -> Callable[[Callable[[], Response]], None]:
-        """A route for GET and HEAD, answered on the event loop."""
+        """A route that is answered on the event loop."""
 
         def add(answer: Callable[[], Response]) -> None:
             async def route() -> Response:
                 return answer()
 
             app.get(path)(route)
-            app.head(path, include_in_schema=False)(route)
 
         return add
 

@@ -6,13 +6,16 @@ import asyncio
 import errno
 import logging
 import os
+import sys
 from collections import Counter
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from ..errors import brief
 from .admission import client_of
-from .errors import overloaded
+from .errors import ApiError, overloaded
 from .settings import ServerSettings
 
 _logger = logging.getLogger(__name__)
@@ -66,6 +69,39 @@ class Connection(H11Protocol):
     def resume_writing(self) -> None:
         self.stuck = None
         super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP, in the form of all refusals, and end the connection.
+
+        It has come instead of a call, or in the midst of one's body: that call gets this answer,
+        where its own has not been begun, and whoever works on it is told that the client is gone.
+        """
+        error = sys.exc_info()[1]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            status = getattr(error, "error_status_hint", 400)
+            why = "its headers are too long" if status == 431 else brief(error, 200)
+            body = ApiError(status, "bad_http", f"this is no HTTP/1.1 call: {why}.").body()
+            headers = {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(body)),
+                "Connection": "close",
+            }
+            for event in (
+                h11.Response(
+                    status_code=status, headers=[*headers.items()], reason=STATUS_PHRASES[status]
+                ),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    def _should_upgrade(self) -> bool:
+        """To no other protocol: a call that offers one is answered as if it did not."""
+        return False
 
     async def _call(self, scope: Any, receive: Any, send: Any) -> None:
         self._enter("reading")

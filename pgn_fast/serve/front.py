@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers
 
@@ -18,6 +19,8 @@ access_logger = logging.getLogger("pgn_fast.access")
 # probes carry neither a name nor a token, and learn one bit
 PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,64}")
+# a target that names the server too, as calls through a proxy do (RFC 9112, 3.2.2)
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)(/.*)?", re.IGNORECASE)
 _TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -53,6 +56,7 @@ class Front:
         given = headers.get("x-request-id", "")
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        call, host = _as_routed(scope, headers)
         status = 0
 
         async def tagged(message: Any) -> None:
@@ -66,18 +70,26 @@ class Front:
             await send(message)
 
         try:
-            self._check(scope["path"], headers)
+            self._check(call["path"], host, headers)
         except ApiError as error:
-            await _refuse(error, scope, receive, tagged)
+            await error_response(error, call["path"])(call, receive, tagged)
         else:
-            await self._app(scope, receive, tagged)
+            await self._app(call, receive, tagged)
         finally:
             self._log(scope, headers, request_id, status, time.perf_counter() - began)
 
-    def _check(self, path: str, headers: Headers) -> None:
+    def _check(self, path: str, host: str, headers: Headers) -> None:
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # a proxy before this server may have believed the other one
+            raise ApiError(
+                400,
+                "bad_request",
+                "the call states its length by Transfer-Encoding and by Content-Length; send one.",
+                headers={"Connection": "close"},
+            )
         if path in PROBES:
             return
-        self._hosts.check(headers.get("host", ""), headers.get("origin"))
+        self._hosts.check(host, headers.get("origin"))
         if self._tokens is not None:
             self._tokens.check(headers.get("authorization"))
 
@@ -101,5 +113,16 @@ class Front:
         access_logger.info("call", extra={"facts": facts})
 
 
-async def _refuse(error: ApiError, scope: Any, receive: Any, send: Any) -> None:
-    await error_response(error, scope["path"])(scope, receive, send)
+def _as_routed(scope: Any, headers: Headers) -> tuple[Any, str]:
+    """The call as the routes know it, and the name by which it addresses the server.
+
+    HEAD is GET to them: the server that listens leaves the body out.
+    """
+    call, host = scope, headers.get("host", "")
+    if scope["method"] == "HEAD":
+        call = {**call, "method": "GET"}
+    if match := _ABSOLUTE.fullmatch(scope.get("raw_path") or b""):
+        path = match[2] or b"/"
+        call = {**call, "raw_path": path, "path": unquote(path.decode("ascii"))}
+        host = match[1].decode("ascii")
+    return call, host

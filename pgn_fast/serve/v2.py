@@ -37,7 +37,6 @@ def add_routes(app: FastAPI, service: Service, served: Answerer) -> None:
     """Put the protocol's routes under ``/v2``."""
 
     @app.get("/v2")
-    @app.head("/v2", include_in_schema=False)
     async def server() -> Response:
         return _json(
             {
@@ -48,36 +47,36 @@ def add_routes(app: FastAPI, service: Service, served: Answerer) -> None:
         )
 
     @app.get("/v2/health/live")
-    @app.head("/v2/health/live", include_in_schema=False)
     async def live() -> Response:
         return Response(status_code=200 if service.batcher.alive else 503)
 
     @app.get("/v2/health/ready")
-    @app.head("/v2/health/ready", include_in_schema=False)
     async def ready() -> Response:
         return Response(status_code=200 if service.readiness() == "ready" else 503)
 
-    @app.get("/v2/models/{model}")
-    @app.get("/v2/models/{model}/versions/1", include_in_schema=False)
+    # a name may have slashes (hf-hub:timm/...): the longest ends of a path are looked at first,
+    # which of two decorators are those of the lower one
+    @app.get("/v2/models/{model:path}/ready")
+    @app.get("/v2/models/{model:path}/versions/1/ready", include_in_schema=False)
+    async def model_ready(model: str) -> Response:
+        if model not in served.models():
+            return error_response(_unknown(model, served), "/v2/")
+        return Response(status_code=200 if service.readiness() == "ready" else 503)
+
+    @app.post("/v2/models/{model:path}/infer")
+    @app.post("/v2/models/{model:path}/versions/1/infer", include_in_schema=False)
+    async def infer(model: str, request: Request) -> Response:
+        return await service.predict(request, InferForm(model, served))
+
+    @app.get("/v2/models/{model:path}")
+    @app.get("/v2/models/{model:path}/versions/1", include_in_schema=False)
     async def metadata(model: str) -> Response:
         sizes = served.models().get(model)
         return (
             _json(_metadata(model, sizes))
             if sizes is not None
-            else error_response(_unknown(model), "/v2/")
+            else error_response(_unknown(model, served), "/v2/")
         )
-
-    @app.get("/v2/models/{model}/ready")
-    @app.get("/v2/models/{model}/versions/1/ready", include_in_schema=False)
-    async def model_ready(model: str) -> Response:
-        if model not in served.models():
-            return error_response(_unknown(model), "/v2/")
-        return Response(status_code=200 if service.readiness() == "ready" else 503)
-
-    @app.post("/v2/models/{model}/infer")
-    @app.post("/v2/models/{model}/versions/1/infer", include_in_schema=False)
-    async def infer(model: str, request: Request) -> Response:
-        return await service.predict(request, InferForm(model, served))
 
 
 @dataclass
@@ -92,7 +91,7 @@ class InferForm:
     def parse(self, request: Request, body: bytes, settings: ServerSettings) -> PredictCall:
         sizes = self.served.models().get(self.model)
         if sizes is None:
-            raise _unknown(self.model)
+            raise _unknown(self.model, self.served)
         if request.headers.get("content-encoding", "identity") != "identity":
             raise ApiError(415, "unsupported_media_type", "send the body uncompressed.")
         call, binary = _split(request, body, settings.max_call_images)
@@ -282,8 +281,10 @@ def _parameters(of: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _unknown(model: str) -> ApiError:
-    return ApiError(404, "no_such_task", f"there is no model {model[:128]!r}; see GET /v1/tasks.")
+def _unknown(model: str, served: Answerer) -> ApiError:
+    names = list(served.models())
+    where = f"this server has {names[0]!r}" if len(names) == 1 else "see GET /v1/tasks"
+    return ApiError(404, "no_such_task", f"there is no model {model[:128]!r}; {where}.")
 
 
 def _bad(message: str) -> ApiError:
