@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 from given_world import OPTIONS, Batches, model, pictures, tensors
-from small_world import tiny_vit
+from small_world import MODEL, tiny_vit
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -17,9 +19,11 @@ from torch.utils.data import (
 
 import pgn_fast
 from pgn_fast.adapters import read_adapter
+from pgn_fast.cli import main
 from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.models import LinearProbe
 from pgn_fast.train import checkpoints
+from pgn_fast.train.step import Stepper
 
 
 class Columns:
@@ -114,6 +118,30 @@ def test_a_killed_fit_resumes_to_the_bit(tmp_path, monkeypatch, loader):
     pgn_fast.fit(model(), given(), output=tmp_path / "torn", resume=True, **options)
     one, two = (read_adapter(tmp_path / name / "last")[1] for name in ("whole", "torn"))
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_fit_that_was_stopped_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    step, folder = Stepper.step, tmp_path / "run"
+
+    def asked(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingStopped) as stop:
+        patch.setattr(Stepper, "step", asked)
+        pgn_fast.fit(model(), pictures(), output=folder, **{**OPTIONS, "log_interval": 1})
+    assert str(stop.value).endswith(
+        f"Continue with: pgn_fast.fit(model, train, ..., output={str(folder)!r}, resume=True)"
+    )
+    # the command line has neither the model nor the data, and says so
+    assert main(["train", "--resume", str(folder)]) == 2
+    assert "was started by pgn_fast.fit, by a script that has its" in capsys.readouterr().err
+    with pytest.raises(UserError, match="has `method` = 'vpt-deep', now 'linear' is asked for"):
+        pgn_fast.fit(LinearProbe(tiny_vit(), 3), pictures(), output=folder, resume=True, **OPTIONS)
+    result = pgn_fast.fit(model(), pictures(), output=folder, resume=True, **OPTIONS)
+    assert len(result.history) == 30
+    # what is written names the backbone that was given, and no default
+    assert result.summary["model"] == MODEL + "." + tiny_vit().pretrained_cfg["tag"]
 
 
 def head_after(tmp_path, given, **options):

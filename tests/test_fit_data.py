@@ -8,13 +8,12 @@ import torch
 from given_world import OPTIONS, Batches, model, pictures, tensors
 from PIL import Image
 from small_world import tiny_vit
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pgn_fast
 from pgn_fast.adapters import backbone_pixels
 from pgn_fast.errors import UserError
 from pgn_fast.models import LinearProbe
-from pgn_fast.train.given_loader import GivenLoader
 
 
 def relabeled(label):
@@ -185,17 +184,3 @@ def test_a_loader_is_read_again_and_its_images_are_counted(tmp_path):
     once.left = iter(rest)
     with pytest.raises(UserError, match="gave no batch: a loader has to begin again"):
         pgn_fast.fit(model(), once, output=tmp_path / "once", **OPTIONS)
-
-
-def test_what_a_distributed_sampler_repeats_is_scored_once():
-    images, labels = tensors(pictures(7))
-    data = TensorDataset(images, labels)
-    seen = []
-    for rank in (0, 1):
-        sampler = DistributedSampler(data, num_replicas=2, rank=rank, shuffle=False)
-        loader = GivenLoader(DataLoader(data, 2, sampler=sampler), "it", "multiclass")
-        assert sum(len(b.labels) for b in loader.batches(0, 2)) == 4  # in training, as torch does
-        seen += list(loader.batches(0, 2, once=True))
-    places = torch.cat([batch.indices for batch in seen])
-    assert sorted(places.tolist()) == list(range(7))
-    assert torch.equal(torch.cat([batch.images for batch in seen]), images[places])

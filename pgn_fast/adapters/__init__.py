@@ -7,6 +7,7 @@ prove that they belong together, ``identity`` which backbone they were trained o
 """
 
 from .files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from .identity import backbone_name
 from .load import build, from_pretrained
 from .pixels import backbone_pixels
 from .save import save_pretrained
@@ -14,6 +15,7 @@ from .save import save_pretrained
 __all__ = [
     "CONFIG_FILE",
     "WEIGHTS_FILE",
+    "backbone_name",
     "backbone_pixels",
     "build",
     "from_pretrained",

@@ -34,7 +34,7 @@ def describe(model: Any, *, trained: bool) -> dict[str, Any]:
         trained: the backbone is part of what was trained: no digest tells which one it was.
     """
     backbone = model.backbone
-    name = _name(backbone)
+    name = backbone_name(backbone)
     kept = isinstance(model.head, KeptHead)
     return {
         "base_model_name_or_path": name,
@@ -62,7 +62,7 @@ def facts(backbone: Any) -> dict[str, Any]:
     }
 
 
-def _name(backbone: Any) -> str | None:
+def backbone_name(backbone: Any) -> str | None:
     """timm's name with its tag, or an id on the hub; None for a model that has neither.
 
     Weights of the user's own have no tag, whatever the model that they were put into says.
@@ -172,7 +172,7 @@ def differences(config: Mapping[str, Any], model: Any) -> list[str]:
             told.append(f"its {name} is {shown(found[name])}, not {shown(wanted)}")
     digest = config.get("backbone_digest")
     if digest is None:
-        trained_on, given = config.get("base_model_name_or_path"), _name(backbone)
+        trained_on, given = config.get("base_model_name_or_path"), backbone_name(backbone)
         if trained_on and given and trained_on != given:
             told.append(f"it is {given}, not {trained_on}, and hardly has the same weights")
     elif config.get("dtype", found["dtype"]) != found["dtype"]:
@@ -184,8 +184,8 @@ def differences(config: Mapping[str, Any], model: Any) -> list[str]:
         own = known_digest(backbone, isinstance(model.head, KeptHead))
         if own != digest:
             told.append(
-                f"its weights ({_name(backbone) or 'of no known name'}, digest {own[:12]}) are "
-                f"others than those of the training "
+                f"its weights ({backbone_name(backbone) or 'of no known name'}, digest "
+                f"{own[:12]}) are others than those of the training "
                 f"({config.get('base_model_name_or_path') or 'of no known name'}, digest "
                 f"{digest[:12]})"
             )

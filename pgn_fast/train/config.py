@@ -22,6 +22,9 @@ from .recipes import (
     generator_defaults,
 )
 
+# ``data`` of a run that a script has started by ``pgn_fast.fit``
+GIVEN = "given from Python"
+
 
 @dataclass(frozen=True)
 class TrainConfig:

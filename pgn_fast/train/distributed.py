@@ -29,12 +29,15 @@ class Processes:
     """Joins the process group that the launcher describes in the environment, where there is one.
 
     timm reads the environment: torchrun's variables, or SLURM's or MPI's with MASTER_ADDR and
-    MASTER_PORT. Each process gets the accelerator of its local rank.
+    MASTER_PORT. Each process gets the accelerator of its local rank. A group that the user's own
+    script has made is taken as it is, and stays.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self._joined = device, False
         self._local_rank, self.rank, self.world = world_info_from_env()
+        if dist.is_available() and dist.is_initialized():
+            self.world, self.rank = dist.get_world_size(), dist.get_rank()
         if self.world == 1:
             self.rank = 0
 
@@ -48,7 +51,7 @@ class Processes:
             with as_user_error(RuntimeError):
                 joined = self._join()
             self.world, self.rank = joined["world_size"], joined["global_rank"]
-            self.device = torch.device(joined["device"])
+            self.device, self._joined = torch.device(joined["device"]), True
         elif self.device.type == "cuda":
             if self.device.index is None:  # set_device wants a number
                 self.device = torch.device("cuda", torch.cuda.current_device())
@@ -72,7 +75,7 @@ class Processes:
             ) from error
 
     def __exit__(self, *exception: object) -> None:
-        if self.world > 1:
+        if self._joined:
             dist.destroy_process_group()
 
     def sum(self, *values: float) -> list[float]:

@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters import backbone_name
 from ..errors import UserError
 from ..methods import method_of
 from ..models.heads import is_new
 from . import checkpoints
-from .config import TrainConfig
+from .config import GIVEN, TrainConfig
 from .given import given_split, same_classes
 from .loader import preprocessing
 from .loop import run
 from .parts import Parts, seed_everything
+from .signals import Interrupted
 from .split import Splits
 from .state import resume_config
 
@@ -34,7 +36,6 @@ _NOT_HERE = (
     *("image_grid", "canvas_grid", "allow_blank", "compensate", "server", "backend", "init_from"),
     *("head", "template", "text_model"),
 )
-_DATA = "given from Python"
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,13 @@ def fit(
     if unknown := sorted(set(options) - known):
         raise UserError(f"fit takes no {', '.join(unknown)}; it takes the options of TrainConfig.")
     given = {**options, **({} if epochs is None else {"epochs": epochs})}
-    folder = Path(output or f"runs/{method}")
-    config = resume_config(folder, given) if resume else None
-    config = config or TrainConfig.make(recipe, data=_DATA, method=method, **given)
     facts: Any = model
+    folder = Path(output or f"runs/{method}")
+    # what was given, for people and for a resumed run; only their script can make it again
+    name = backbone_name(facts.backbone) or type(facts.backbone).__name__
+    own = {"data": GIVEN, "method": method, "model": name}
+    config = resume_config(folder, own | given) if resume else None
+    config = config or TrainConfig.make(recipe, **own, **given)
     pixels = preprocessing(facts.backbone, config)
     told = {"num_classes": facts.num_classes, "task": config.task, "pixels": pixels}
     split: dict[str, Any] = {
@@ -135,7 +139,11 @@ def fit(
         return Parts(splits, model, pixels, fresh="head_init" in options or is_new(facts.head))
 
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    summary = run(config, folder, parts, where, resume, show)
+    try:
+        summary = run(config, folder, parts, where, resume, show)
+    except Interrupted as stop:
+        again = f"pgn_fast.fit(model, train, ..., output={str(folder)!r}, resume=True)"
+        raise stop.continued_by(again) from stop
     state = checkpoints.load(folder)
     assert state is not None
     return RunResult(

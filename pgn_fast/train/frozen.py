@@ -270,7 +270,8 @@ class FrozenCache:
         if number := self.run.stop.number:
             raise Interrupted(
                 f"stopped while the frozen blocks ran; what they have made is kept in "
-                f"{store.folder}. Give the same command again to go on.",
+                f"{store.folder}",
+                "the same command",
                 number,
             )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from ..errors import UserError
+from .distributed import Processes
 from .given_items import labels_of, pair, unusual
 from .loader import Batch
 from .seeding import seeded
@@ -28,9 +29,10 @@ class GivenLoader:
         self.loader, self.title, self.task, self.pixels = loader, title, task, pixels
         self.seed, self.epoch, self.start = 0, 0, 0
         # where the images of this process are in the order of all; those beyond ``size`` are
-        # repeated by the sampler, so that processes have equally many
+        # repeated by the sampler, so that processes have equally many, and are left out
         self.rank, self.world = 0, 1
         self.size: int | None = None
+        self._paces = self._told = False
 
     @property
     def count(self) -> int:
@@ -46,33 +48,51 @@ class GivenLoader:
 
     labels = None
 
-    def batches(self, seed: int, world: int, *, once: bool = False) -> GivenLoader:
-        """The loader for a run of ``world`` processes.
+    def batches(self, seed: int, processes: Processes, *, paces: bool = False) -> GivenLoader:
+        """The loader for a run of so many processes; every image comes once.
 
         Args:
-            once: every image counts once: what a DistributedSampler repeats is left out.
+            paces: steps are counted by ``len()``, in training.
 
         Raises:
-            UserError: every process would see the same images.
+            UserError: processes would see the same images, not all of them, or take more steps
+                than others.
         """
-        sampler = getattr(self.loader, "sampler", None)
-        if world > 1 and not isinstance(sampler, DistributedSampler):
+        sampler, world, rank = self._sampler, processes.world, processes.rank
+        divides = isinstance(sampler, DistributedSampler)
+        if world > 1 and not divides:
             raise UserError(
                 f"{self.title}: with {world} processes a loader needs torch's DistributedSampler; "
                 "or give the data set itself, which is divided here."
             )
-        self.seed = seed
-        if isinstance(sampler, DistributedSampler):
-            self.rank, self.world = sampler.rank, sampler.num_replicas
-            self.size = len(sampler.dataset) if once else None  # type: ignore[arg-type]
+        if divides and (sampler.num_replicas, sampler.rank) != (world, rank):
+            raise UserError(
+                f"{self.title}: its DistributedSampler has num_replicas={sampler.num_replicas} and "
+                f"rank={sampler.rank}, this is process {rank} of {world}; or give the data set "
+                "itself, which is divided here."
+            )
+        if paces and len(set(lengths := processes.collect(len(self)))) > 1:
+            raise UserError(
+                f"{self.title}: the loaders of the processes have {', '.join(map(str, lengths))} "
+                "batches; all have to take as many steps."
+            )
+        self.seed, self.rank, self.world, self._paces = seed, rank, world, paces
+        if divides and sampler.total_size - len(sampler.dataset) < world:
+            self.size = len(sampler.dataset)
         return self
+
+    @property
+    def _sampler(self) -> Any:
+        """What chooses a loader's images, or those of its batches."""
+        of_batches = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
+        own = getattr(self.loader, "sampler", None)
+        return of_batches if isinstance(of_batches, DistributedSampler) else own
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """The next pass is that of ``epoch``, from its batch number ``batch`` on."""
         self.epoch, self.start = epoch, batch
-        sampler: Any = getattr(self.loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -86,8 +106,10 @@ class GivenLoader:
             raise UserError(
                 f"{self.title} gave no batch: a loader has to begin again each time it is iterated."
             )
-        begin = 0
+        begin = number = 0
         for number, item in enumerate(chain(first, iterator)):
+            if number == len(self):
+                self._miscounted("more")
             images, labels = self._checked(item, f"batch {number} of {self.title}", number == 0)
             places = self.rank + self.world * torch.arange(begin, begin + len(images))
             begin += len(images)
@@ -96,6 +118,21 @@ class GivenLoader:
                 images, labels, places = images[kept], labels[kept], places[kept]
             if number >= self.start:
                 yield Batch(images, labels, places, [])
+        if number + 1 < len(self):
+            self._miscounted(str(number + 1))
+
+    def _miscounted(self, found: str) -> None:
+        """Say once that ``len()`` counts other batches than there are.
+
+        Raises:
+            UserError: in one of several processes, where the others would wait for its steps.
+        """
+        said = f"{self.title} gave {found} batches, its len() is {len(self)}"
+        if self._paces and self.world > 1:
+            raise UserError(f"{said}: of several processes all have to take as many steps.")
+        if self._paces and not self._told:
+            warnings.warn(f"{said}: learning rates follow len().", stacklevel=3)
+        self._told = True
 
     def _checked(self, item: Any, where: str, first: bool) -> tuple[Tensor, Tensor]:
         images, labels = pair(item, where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import signal
 import sys
 import time
@@ -275,8 +276,8 @@ class Run:
             self._save_checkpoint()
             kept = f"saved at step {self.position.updates}"
         raise Interrupted(
-            f"stopped by {signal.Signals(number).name}, {kept}. Continue with: "
-            f"pgn-fast train --resume {self.output}",
+            f"stopped by {signal.Signals(number).name}, {kept}",
+            f"pgn-fast train --resume {shlex.quote(str(self.output))}",
             number,
         )
 

@@ -11,11 +11,21 @@ from ..errors import TrainingStopped
 
 
 class Interrupted(TrainingStopped):
-    """A signal ended the run; its checkpoint continues it. Exit code 128 + the signal's number."""
+    """A signal ended the run; its checkpoint continues it. Exit code 128 + the signal's number.
 
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
+    Args:
+        what: what has ended, and what is kept.
+        how: the command or call that goes on.
+    """
+
+    def __init__(self, what: str, how: str, number: int) -> None:
+        super().__init__(f"{what}. Continue with: {how}")
+        self.what, self.number = what, number
         self.exit_code = 128 + number
+
+    def continued_by(self, how: str) -> Interrupted:
+        """The same, for whoever started the run in another way than ``pgn-fast train``."""
+        return Interrupted(self.what, how, self.number)
 
 
 class Asked(Exception):

@@ -58,7 +58,7 @@ class Source:
     def _training_loader(self) -> Any:
         config, processes = self.config, self.processes
         if isinstance(self.splits.train.images, GivenLoader):
-            return self.splits.train.images.batches(config.seed, processes.world)
+            return self.splits.train.images.batches(config.seed, processes, paces=True)
         return make_loader(
             self.splits.train,
             # timm erases in normalized pixels; all others are normalized on the device
@@ -159,7 +159,7 @@ class Source:
     def _ordered_loader(self, split: Split) -> Any:
         config, processes = self.config, self.processes
         if isinstance(split.images, GivenLoader):
-            return split.images.batches(config.seed, processes.world, once=True)
+            return split.images.batches(config.seed, processes)
         return make_loader(
             split,
             eval_transform(self.pixels, normalize=False),

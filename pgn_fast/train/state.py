@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserError
 from . import checkpoints
-from .config import TrainConfig
+from .config import GIVEN, TrainConfig
 
 # choices that do not change what is computed; a resumed run may differ in them
 FREE = {
@@ -86,6 +86,11 @@ def resume_config(
     saved = state["config"]
     plain = lambda values: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
     wanted = plain(given)
+    if saved["data"] == GIVEN != wanted.get("data"):
+        raise UserError(
+            f"`resume`: the run in {output} was started by pgn_fast.fit, by a script that has its "
+            "model and data: call that again with resume=True."
+        )
     longer = {"epochs"} if wanted.get("epochs", 0) > saved["epochs"] else set()
     for name, value in (plain(recipe or {}) | wanted).items():
         if name in FREE or (name in longer and name in wanted) or saved.get(name) == value:
