@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pgn_fast.cli import tune as tune_command
 from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.train import loop, run
 from pgn_fast.train.config import TrainConfig
+from pgn_fast.train.run_folder import RunFolder
 from pgn_fast.train.step import Stepper
 from pgn_fast.train.tune import tune
 from pgn_fast.train.tune_space import METHODS
@@ -59,8 +62,9 @@ def given(world, **changes):
 
 
 def search(world, output, **options):
-    options = {"trials": 5, "show": False, "methods": ("linear", "vpt-deep")} | options
     changes = options.pop("given", {})
+    methods = None if "method" in changes else ("linear", "vpt-deep")
+    options = {"trials": 5, "show": False, "methods": methods} | options
     return tune(given(world, **changes), output, device=CPU, **options)
 
 
@@ -212,9 +216,8 @@ def test_the_loss_decides_between_trials_of_one_score(world, tmp_path, monkeypat
     whole = [trial for trial in found.trials if "9" in trial.scores]
     finalists = sorted(whole, key=lambda trial: trial.losses["9"])[:3]
     assert [trial for trial in whole if trial.again] == [t for t in whole if t in finalists]
-    assert json.loads((tmp_path / "tune" / "tune.json").read_text())["settings"]["ranking"] == (
-        "top1, then loss"
-    )
+    kept = json.loads((tmp_path / "tune" / "tune.json").read_text())
+    assert kept["search"]["made_by"]["ranking"] == "by the metric, then by the loss"
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
@@ -234,8 +237,58 @@ def test_more_trials_go_on_from_where_it_stood(world, tmp_path):
         search(world, tmp_path / "tune", trials=3)
     search(world, tmp_path / "tune", trials=3, resume=True)
     assert trials(tmp_path / "tune")[:2] == first and len(trials(tmp_path / "tune")) == 3
-    with pytest.raises(UserError, match=r"has given .*now .*is asked for"):
+    with pytest.raises(UserError, match=r"has `batch_size` = 12, now it is 5: leave it"):
         search(world, tmp_path / "tune", trials=3, resume=True, given={"batch_size": 5})
+    with pytest.raises(UserError, match=r"was given no `lr`, now it is 0.5"):
+        search(world, tmp_path / "tune", trials=3, resume=True, given={"lr": 0.5})
+
+
+def test_a_killed_search_goes_on_as_it_was_begun(world, tmp_path, monkeypatch, capsys):
+    """By the command that it says, without one of its flags."""
+    folder, whole, step = tmp_path / "a tune", tmp_path / "whole", Stepper.step
+    kwargs = [f"{k}={v!r}" for k, v in tiny_vit_kwargs(world).items()]
+    words = ["tune", str(world / "data"), "--model", MODEL, "--model-kwargs", *kwargs]
+    words += ["--trials", "2", "--epochs", "3", "-b", "12", "--no-aug", "-j", "0"]
+    words += ["--device", "cpu", "--methods", "vpt-deep", "linear", "--output"]
+    assert main([*words, str(whole)]) == 0
+
+    def asked(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", asked)
+        assert main([*words, str(folder)]) == 143
+    again = capsys.readouterr().err.strip().rpartition("Continue with: ")[2]
+    assert shlex.split(again) == ["pgn-fast", "tune", "--resume", str(folder)]
+    assert main([*shlex.split(again)[1:], "--device", "cpu"]) == 0
+    assert trials(folder) == trials(whole) and len(trials(folder)) == 2
+
+
+def test_a_search_and_a_run_do_not_take_each_others_folder(world, tmp_path, capsys):
+    """Either would write its best/ over the other's."""
+    options = {"method": "linear", "epochs": 1, "num_prompts": 2}
+    searched, trained = tmp_path / "tune", tmp_path / "run"
+    search(world, searched, trials=1, given=options)
+    loop.train(TrainConfig.make(**given(world, **options)), trained, device=CPU, show=False)
+    before = [read_adapter(folder / "best")[0]["weights_digest"] for folder in (searched, trained)]
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"holds a run already .*pgn-fast train --resume"):
+            search(world, trained, trials=1, given=options, resume=resume)
+        with pytest.raises(UserError, match=r"holds a search already .*pgn-fast tune --resume"):
+            loop.train(TrainConfig.make(**given(world)), searched, device=CPU, resume=resume)
+    assert main(["tune", "--resume", str(trained), "--device", "cpu"]) == 2
+    assert f"there is no search in {trained}" in capsys.readouterr().err
+    assert before == [
+        read_adapter(folder / "best")[0]["weights_digest"] for folder in (searched, trained)
+    ]
+
+
+def test_a_folder_has_one_search_at_a_time(world, tmp_path):
+    with RunFolder(tmp_path / "tune", search=True) as folder:
+        folder.make()
+        with pytest.raises(UserError, match="is in use by process"):
+            search(world, tmp_path / "tune", trials=1)
 
 
 def test_what_is_given_is_not_searched(world, tmp_path):
@@ -291,6 +344,10 @@ def test_a_trial_that_fails_is_no_end(world, tmp_path, monkeypatch):
         ),
         ({"given": {"init_from": "runs/x"}}, "tune chooses a method's start itself"),
         ({"methods": ("vpt-deeep",)}, "`method` is 'vpt-deeep'"),
+        (
+            {"given": {"method": "pgn"}, "methods": ("linear",)},
+            "`method` and `methods`: give one of them",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -18,7 +18,8 @@ examples:
   pgn-fast tune digits --budget 2m --epochs 9             offline
   pgn-fast tune photos --budget 20m --model vit_base_patch16_224 --no-aug
   pgn-fast tune photos --budget 1h --method vpt-deep --views 4   one method, its rates
-  pgn-fast tune --resume --output runs/tune --budget 1h   go on after a kill, or for longer
+  pgn-fast tune --resume runs/tune                        go on after a kill, as it was begun
+  pgn-fast tune --resume runs/tune --budget 1h            or for longer, an hour in all
 
 Flags of pgn-fast train hold for every trial; what is given is not searched: --method, --lr,
 --weight-decay, --num-prompts, --method-kwargs. Trials are judged by validation images, pause and go
@@ -44,19 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..train.run_folder import SEARCH
     from ..train.tune import tune
-    from ..train.tune_space import METHODS
 
     if args.recipe:
         raise UserError(f"--recipe {args.recipe} sets what tune searches: use pgn-fast train.")
     given = train.given_fields(args)
+    if args.resume and args.output and Path(args.resume) != Path(args.output):
+        raise UserError(f"--resume {args.resume} and --output {args.output}: give one of them.")
     output = Path(args.resume or args.output or "runs/tune") / (args.experiment or "")
+    if args.resume and not (output / SEARCH).is_file():
+        raise UserError(f"--resume: there is no search in {output} ({SEARCH}).")
     found = tune(
         given,
         output,
         seconds=None if args.budget is None else seconds(args.budget),
         trials=args.trials,
-        methods=args.methods or METHODS,
+        methods=args.methods,
         device=pick_device(args.device),
         resume=args.resume is not None,
     )

@@ -1,4 +1,7 @@
-"""The folder of a run: one process writes into it at a time, and it holds one run only."""
+"""The folder of a run: one process writes into it at a time, and it holds one run only.
+
+That of a search is locked, and told from a run's, in the same way.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ except ImportError:  # Windows
 
 LOCK = ".lock"
 ARGS = "args.yaml"
-# what a run leaves; a folder with one of these is not a new one
-_TRACES = (checkpoints.FILE, "best", "last", "summary.json")
+# the file of a search by ``tune``, whose folder holds runs of its own
+SEARCH = "tune.json"
+# what a run or a search leaves; a folder with one of these is not a new one
+_TRACES = (SEARCH, checkpoints.FILE, "best", "last", "summary.json")
 # POSIX locks do not refuse the process that holds them already
 _held: set[Path] = set()
 
@@ -77,10 +82,13 @@ class RunFolder:
         path: the folder.
         resume: whether a run in it is continued; without, a folder that holds a run is refused.
         writes: False in the processes of a distributed run that only read.
+        search: whether it is the folder of a search, and not of one run.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False, writes: bool = True) -> None:
-        self.path, self.resume, self.writes = path, resume, writes
+    def __init__(
+        self, path: Path, *, resume: bool = False, writes: bool = True, search: bool = False
+    ) -> None:
+        self.path, self.resume, self.writes, self.search = path, resume, writes, search
         self.took_over: str | None = None
         self._descriptor: int | None = None
 
@@ -93,17 +101,21 @@ class RunFolder:
         return self
 
     def create(self, settings: dict[str, Any]) -> None:
-        """Make the folder and lock it, where that is not done yet; write the settings there.
+        """``make`` the folder, and write the settings there.
 
         ``args.yaml`` is what timm's train.py writes, and what ``-c`` reads.
         """
         if not self.writes:
             return
+        self.make()
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        write_files({self.path / ARGS: text.encode()})
+
+    def make(self) -> None:
+        """Make the folder and lock it, where that is not done yet."""
         if self._descriptor is None:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        write_files({self.path / ARGS: text.encode()})
 
     def __exit__(self, *exception: object) -> None:
         if self._descriptor is None:
@@ -123,12 +135,18 @@ class RunFolder:
         if self.writes:
             self._descriptor = self._take()
         trace = next((name for name in _TRACES if (self.path / name).exists()), None)
-        if trace is not None and not self.resume:
-            self.__exit__()
-            raise UserError(
-                f"`output`: {self.path} holds a run already ({trace}). Add `resume=True` to "
-                "continue it, or give another folder."
-            )
+        kind = "search" if trace == SEARCH else "run"
+        other = self.search != (kind == "search")
+        if trace is None or (self.resume and not other):
+            return
+        self.__exit__()
+        command = "tune" if kind == "search" else "train"
+        way = f"pgn-fast {command} --resume continues it; give"
+        if not other:
+            way = "Add `resume=True` to continue it, or give"
+        raise UserError(
+            f"`output`: {self.path} holds a {kind} already ({trace}). {way} another folder."
+        )
 
     def _take(self) -> int:
         while True:

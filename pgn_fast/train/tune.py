@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from .._files import write_files
 from ..errors import TrainingStopped, UserError
 from ..methods import find_method
 from .config import TrainConfig
@@ -34,17 +34,18 @@ from .loop import run
 from .methods import load_backbone_for
 from .parts import Parts, assemble
 from .run import Run
+from .run_folder import SEARCH, RunFolder
 from .signals import Interrupted
-from .state import FREE
+from .state import Record
 from .tune_report import plot_trials
 from .tune_space import METHODS, propose
+from .tune_state import Search, continued, load_search, save_search
 from .tune_trial import FINALISTS, Trial, affordable
 
 # of the trials go on after each rung, with as many times the epochs
 REDUCTION = 3
 # trials whose values are drawn before any is proposed from scores
 DRAWN = 8
-STATE = "tune.json"
 
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ def tune(
     *,
     seconds: float | None = None,
     trials: int | None = None,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     device: torch.device | None = None,
     resume: bool = False,
     show: bool = True,
@@ -86,9 +87,10 @@ def tune(
             and ``summary.json``.
         seconds: begins nothing new after so many; the best trial is finished in any case.
         trials: how many at most.
-        methods: that are tried.
+        methods: that are tried; None: the usual ones.
         device: the CPU where None.
-        resume: go on with the search in ``output``; its answer is that of an undisturbed one.
+        resume: go on with the search in ``output``; its answer is that of an undisturbed one. What
+            is not given is as it was, the budget too.
         show: print a line for each step.
 
     Raises:
@@ -97,26 +99,38 @@ def tune(
         TrainingStopped: a signal asked to stop, or no trial could be trained.
     """
     refuse_many("tune")
-    if seconds is None and trials is None:
-        raise UserError("tune needs a `budget`, such as 20m, or a number of `trials`.")
-    search = _Search(dict(given), output, tuple(methods), device or torch.device("cpu"), show)
-    search.load(resume)
-    search.go(seconds, trials)
-    search.repeat(seconds)
-    return search.finish()
+    with RunFolder(output, resume=resume, search=True) as folder:
+        asked = Search(dict(given), tuple(methods or METHODS), seconds, trials, _made_by())
+        known = load_search(output)
+        search = continued(known[0], asked, output, methods is not None) if known else asked
+        if search.seconds is None and search.trials is None:
+            raise UserError("tune needs a `budget`, such as 20m, or a number of `trials`.")
+        if search.given.get("method") and methods:
+            raise UserError("`method` and `methods`: give one of them.")
+        work = _Search(search, folder, device or torch.device("cpu"), show)
+        work.trials = known[1] if known else []
+        try:
+            work.go()
+            work.repeat()
+            return work.finish()
+        except Interrupted as stop:
+            if not (output / SEARCH).exists():
+                raise  # the blocks that are frozen ran, and the same command goes on
+            again = f"pgn-fast tune --resume {shlex.quote(str(output))}"
+            raise stop.continued_by(again) from stop
 
 
 class _Search:
     def __init__(
         self,
-        given: dict[str, Any],
-        output: Path,
-        methods: tuple[str, ...],
+        search: Search,
+        folder: RunFolder,
         device: torch.device,
         show: bool,
     ) -> None:
-        self.given, self.output, self.methods = given, output, methods
-        self.device, self.show = device, show
+        self.search, self.folder, self.output = search, folder, folder.path
+        self.given, self.methods = given, methods = search.given, search.methods
+        self.seconds, self.device, self.show = search.seconds, device, show
         self.base = TrainConfig.make(**{"method": methods[0]} | given)
         given.setdefault("epochs", self.base.epochs)
         for method in methods:
@@ -143,46 +157,9 @@ class _Search:
                 f"`epochs` {epochs} first; give {first} or less."
             )
 
-    # --- what is kept
-
-    def load(self, resume: bool) -> None:
-        """Take over what an earlier process has found."""
-        path = self.output / STATE
-        if not path.exists():
-            return
-        if not resume:
-            raise UserError(
-                f"`output`: {self.output} holds a search already ({STATE}). Add `resume=True` to "
-                "go on with it, or give another folder."
-            )
-        try:
-            state = json.loads(path.read_text())
-            found = [Trial(**trial) for trial in state["trials"]]
-            settings = state["settings"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"`resume`: {path} is damaged: {error}") from error
-        for name, now in self._settings().items():
-            if settings.get(name) != now:
-                raise UserError(
-                    f"`resume`: the search in {self.output} has {name} {settings.get(name)!r}, now "
-                    f"{now!r} is asked for; start a new one with `output`."
-                )
-        self.trials = found
-
-    def _settings(self) -> dict[str, Any]:
-        given = {k: v for k, v in self.given.items() if k not in FREE}
-        about = {"given": given, "methods": self.methods, "optuna": _optuna().__version__}
-        about["ranking"] = f"{self.base.eval_metric}, then loss"
-        return dict(_plain(about))
-
     def _save(self) -> None:
-        content = {
-            "settings": self._settings(),
-            "rungs": self.rungs,
-            "trials": [dataclasses.asdict(trial) for trial in self.trials],
-        }
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_files({self.output / STATE: (json.dumps(content, indent=1) + "\n").encode()})
+        self.folder.make()
+        save_search(self.output, self.search, self.rungs, self.trials)
 
     def _folder(self, trial: Trial, seed: int) -> Path:
         again = "" if seed == self.base.seed else f"-seed{seed}"
@@ -190,12 +167,12 @@ class _Search:
 
     # --- the search
 
-    def go(self, seconds: float | None, trials: int | None) -> None:
+    def go(self) -> None:
         """Propose, train and judge until the budget is spent."""
         optuna = _optuna()
         halving = optuna.pruners.SuccessiveHalvingPruner(self.rungs[0], REDUCTION)
         study = optuna.create_study(direction="maximize", pruner=halving)
-        number, given_method = 0, self.given.get("method")
+        number, trials, given_method = 0, self.search.trials, self.given.get("method")
         while trials is None or number < trials:
             # a sampler of its own for each trial: its draws do not depend on a kill in between
             study.sampler = optuna.samplers.TPESampler(
@@ -207,7 +184,7 @@ class _Search:
             asked = study.ask()
             trial = self._known(number, propose(asked, self.given, self.methods, self.backbone))
             try:
-                pruned = self._climb(asked, trial, seconds)
+                pruned = self._climb(asked, trial)
             except _BudgetSpent:
                 if not trial.scores:
                     self.trials.remove(trial)
@@ -233,7 +210,7 @@ class _Search:
             )
         return trial
 
-    def _climb(self, asked: Any, trial: Trial, seconds: float | None) -> bool:
+    def _climb(self, asked: Any, trial: Trial) -> bool:
         """Train from rung to rung as long as halving lets it; whether it was stopped below the top.
 
         Raises:
@@ -241,7 +218,7 @@ class _Search:
         """
         for epochs in self.rungs:
             if trial.failed is None and str(epochs) not in trial.scores:
-                self._check_budget(trial, epochs, seconds)
+                self._check_budget(trial, epochs)
                 self._train(trial, epochs)
             if trial.failed is not None:
                 return False
@@ -250,8 +227,8 @@ class _Search:
                 return True
         return False
 
-    def _check_budget(self, trial: Trial, epochs: int, seconds: float | None) -> None:
-        if seconds is None or self.trials[0] is trial:
+    def _check_budget(self, trial: Trial, epochs: int) -> None:
+        if (seconds := self.seconds) is None or self.trials[0] is trial:
             return  # one trial there has to be
         left = seconds - sum(one.spent for one in self.trials) - self._reserve(seconds)
         done = max(map(int, trial.scores), default=0)
@@ -270,10 +247,10 @@ class _Search:
         counts = [n for n in range(2, FINALISTS + 1) if n * dearest <= seconds / 3]
         return dearest * max(counts, default=0)
 
-    def repeat(self, seconds: float | None) -> None:
+    def repeat(self) -> None:
         """Train the best trials once more with the next seed, as many as the budget allows."""
         seed = self.base.seed + 1
-        left = None if seconds is None else seconds - sum(one.spent for one in self.trials)
+        left = self.seconds and self.seconds - sum(one.spent for one in self.trials)
         self.finalists = affordable(self._whole()[:FINALISTS], seed, left)
         for trial in self.finalists:
             if str(seed) in trial.again:
@@ -295,9 +272,14 @@ class _Search:
 
     def _train(self, trial: Trial, epochs: int) -> None:
         """Go on with a trial until it has had so many epochs, and keep its score."""
+
+        def work(run: Run) -> Record:
+            self._save()  # nothing was refused: from here on a kill is no loss
+            return run.fit(epochs)
+
         start = time.perf_counter()
         try:
-            record = self._run(trial, lambda run: run.fit(epochs))
+            record = self._run(trial, work)
             trial.scores[str(epochs)] = record.best_score
             trial.losses[str(epochs)] = record.best_loss
         except Interrupted:
@@ -394,6 +376,6 @@ def _replace(source: Path, target: Path) -> None:
     beside.replace(target)
 
 
-def _plain(values: Any) -> Any:
-    """Values as they come back from JSON."""
-    return json.loads(json.dumps(values))
+def _made_by() -> dict[str, str]:
+    """What else the answer of a search depends on."""
+    return {"optuna": _optuna().__version__, "ranking": "by the metric, then by the loss"}
