@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -510,6 +511,61 @@ def test_a_task_may_be_put_into_place_in_one_step_or_in_many(folder, tmp_path, c
     for _ in range(2):
         watched.look()
     assert classes() == {"linked": 4, "whole": 3}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_what_cannot_be_looked_into_keeps_its_task_and_is_told_once(folder, tmp_path, caplog):
+    """Another owner's folder, a share that does not answer; here a link that leads to itself."""
+    served = tmp_path / "served"
+    for name in ("one", "two"):
+        shutil.copytree(folder / "deep", served / name)
+    (served / "odd").symlink_to("odd")
+    tasks = load_served_tasks(served, watch_s=0.02)
+    assert [reason for reason in tasks.failed if "odd cannot be read: Too many" in reason]
+    watched = tasks.beside
+
+    (served / "one").rename(tmp_path / "away")
+    (served / "one").symlink_to("one")
+    caplog.clear()
+    for _ in range(3):
+        watched.look()
+    assert list(tasks.tasks()) == ["one", "two"]
+    assert [r.getMessage()[:29] for r in caplog.records] == ["task 'one' is left as it is: "]
+    # it is there again, as it was: nothing is loaded anew
+    (served / "one").unlink()
+    (tmp_path / "away").rename(served / "one")
+    for _ in range(3):
+        watched.look()
+    shutil.rmtree(served / "two")
+    watched.look()
+    assert list(tasks.tasks()) == ["one"]
+
+    caplog.clear()
+    served.rename(tmp_path / "gone")
+    watched.start()
+    end = time.monotonic() + 20
+    while not caplog.records and time.monotonic() < end:
+        time.sleep(0.01)
+    watched.stop()
+    assert list(tasks.tasks()) == ["one"]
+    assert "cannot be watched, its tasks stay" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_many_new_tasks_keep_no_change_waiting(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pgn_fast.serve.task_folder._LOADING_S", 0.0)
+    shutil.copytree(folder / "deep", tmp_path / "old")
+    tasks = load_served_tasks(tmp_path, watch_s=0)
+    watched = tasks.beside
+    for number in range(4):
+        shutil.copytree(folder / "deep", tmp_path / f"new{number}")
+    counts = []
+    for look in range(8):
+        if look == 3:
+            shutil.rmtree(tmp_path / "old")
+        watched.look()
+        counts.append(("old" in tasks.tasks(), len(tasks.tasks().keys() - {"old"})))
+    assert counts[2] == (True, 2) and counts[3] == (False, 3)
+    assert counts[-1] == (False, 4)
 
 
 def test_admin_adds_and_removes(folder, tmp_path):

@@ -300,6 +300,8 @@ def test_the_same_warning_is_written_once_a_minute_with_a_count():
     assert once.filter(record("flood"))
     assert not any(once.filter(record("flood")) for _ in range(999))
     assert once.filter(record("another place", line=2))
+    about = [once.filter(record("task", line=3, about=name)) for name in ("a", "b", "a")]
+    assert about == [True, True, False]
     assert all(once.filter(record("call", logging.INFO)) for _ in range(5))
     now[0] = 61.0
     late = record("flood")

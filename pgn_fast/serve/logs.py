@@ -14,18 +14,21 @@ _ONCE_IN_S = 60.0
 
 
 class OncePerMinute(logging.Filter):
-    """Lets one warning or error of each place in the code through a minute, with a count."""
+    """Lets one warning or error of each place in the code through a minute, with a count.
+
+    A record's ``about``, where it has one, names what it is about: each counts by itself.
+    """
 
     def __init__(self, clock: Any = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        # (logger, file, line) -> (when a record was let through, records held back since)
-        self._seen: dict[tuple[str, str, int], tuple[float, int]] = {}
+        # (logger, file, line, about) -> (when a record was let through, records held back since)
+        self._seen: dict[tuple[str, str, int, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        place = (record.name, record.pathname, record.lineno)
+        place = (record.name, record.pathname, record.lineno, getattr(record, "about", ""))
         now = self._clock()
         when, held = self._seen.get(place, (float("-inf"), 0))
         if now - when < _ONCE_IN_S:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import logging.config
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +22,8 @@ from .lifetime import Server
 from .logs import log_config
 from .settings import ServerSettings, usable_cores
 from .tasks import ServedTasks
+
+_logger = logging.getLogger(__name__)
 
 
 def run_server(
@@ -57,6 +61,7 @@ def run_server(
     torch.set_num_threads(max(1, usable_cores() // settings.model_workers))
     warnings.filterwarnings("ignore", module="PIL")
     logging.config.dictConfig(log_config(log_format, access_log))
+    warnings.showwarning = _log_warning
     tokens = None if token_file is None else Tokens(token_file)
     app = create_app(
         served,
@@ -71,6 +76,11 @@ def run_server(
             raise UserError("admin_port adds and removes tasks; a single model has none.")
         admin = create_admin(served, tokens), admin_port
     return Server(app, settings, admin).listen(host, port)
+
+
+def _log_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    """A line of the log, and not of another form beside it."""
+    _logger.warning("%s", message, extra={"about": str(message)})
 
 
 def _give_memory_back() -> None:
