@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import logging
 import random
 import shutil
 import socket
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from odd_images import encode
-from serving import as_json, guarded, images, serving
+from serving import as_json, connect, guarded, images, serving
 from starlette.testclient import TestClient
 from timm.data import create_transform
 
@@ -306,6 +307,8 @@ def test_a_damaged_adapter_is_named_and_the_rest_serves(folder, tmp_path, caplog
 
 
 def test_what_holds_no_task_is_refused(tmp_path, folder):
+    with pytest.raises(UserError, match="watch_s=nan: give the seconds"):
+        load_served_tasks(folder, watch_s=float("nan"))
     with pytest.raises(UserError, match="there is no folder"):
         load_served_tasks(tmp_path / "none")
     with pytest.raises(UserError, match="holds no adapter, no training run and no folder of them"):
@@ -531,7 +534,7 @@ def test_what_cannot_be_looked_into_keeps_its_task_and_is_told_once(folder, tmp_
         watched.look()
     assert list(tasks.tasks()) == ["one", "two"]
     assert [r.getMessage()[:29] for r in caplog.records] == ["task 'one' is left as it is: "]
-    # it is there again, as it was: nothing is loaded anew
+    # it is there again, as it was: nothing is loaded again
     (served / "one").unlink()
     (tmp_path / "away").rename(served / "one")
     for _ in range(3):
@@ -648,6 +651,58 @@ def test_task_client_asks_by_name(tasks, folder):
                 client.describe()
 
 
+@pytest.mark.parametrize("forced", [False, True], ids=["waits", "cuts-off"])
+def test_the_end_waits_for_what_is_being_loaded_or_cuts_it_off(folder, monkeypatch, caplog, forced):
+    tasks = load_served_tasks(folder / "deep")
+    gate, begun, answers = threading.Event(), threading.Event(), []
+    load = tasks.add
+
+    def slowly(name, adapter):
+        begun.set()
+        assert gate.wait(20)
+        return load(name, adapter)
+
+    monkeypatch.setattr(tasks, "add", slowly)
+    call = json.dumps({"name": "more", "source": str(folder / "probe")})
+
+    def ask(port: int) -> None:
+        admin = http.client.HTTPConnection(f"127.0.0.1:{port}", timeout=20)
+        admin.request("POST", "/v1/tasks", call, {"Content-Type": "application/json"})
+        answer = admin.getresponse()
+        answers.append((answer.status, json.loads(answer.read()).get("error", {}).get("code")))
+
+    with guarded(create_app(tasks), admin=(create_admin(tasks), 0)) as (_, server):
+        port = server._admin_server.sockets[0].getsockname()[1]
+        asking = threading.Thread(target=ask, args=(port,))
+        asking.start()
+        assert begun.wait(20)
+        server.should_exit = True
+        server.force_exit = forced
+        if not forced:
+            gate.set()
+    gate.set()
+    asking.join(20)
+    assert answers == [(503, "closing") if forced else (201, None)]
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
+def test_a_body_for_admin_that_does_not_come_ends(folder, monkeypatch, caplog):
+    monkeypatch.setattr("pgn_fast.serve.admin._BODY_S", 0.3)
+    tasks = load_served_tasks(folder / "deep")
+    opening = (
+        b"POST /v1/tasks HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 99\r\n\r\n{"
+    )
+    with guarded(create_app(tasks), admin=(create_admin(tasks), 0)) as (_, server):
+        url = f"http://127.0.0.1:{server._admin_server.sockets[0].getsockname()[1]}"
+        with connect(url) as slow:
+            slow.sendall(opening)
+            assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        with connect(url) as leaving:
+            leaving.sendall(opening)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
 # the command line
 
 
@@ -661,7 +716,7 @@ def test_serve_takes_adapters_runs_and_folders_of_them(folder, monkeypatch, caps
     assert cli.main(["serve", str(folder), "--device", "cpu", "--admin", "8124"]) == 0
     assert len(seen["served"].tasks()) == 4 and seen["admin_port"] == 8124
     assert seen["settings"].default_output == "logits"
-    assert "4 tasks on pgn_demo_vit on http://127.0.0.1:8000" in capsys.readouterr().out
+    assert "4 tasks on pgn_demo_vit at /v1/predict" in capsys.readouterr().out
     assert cli.main(["serve", str(folder / "pgn"), "--device", "cpu"]) == 0
     assert list(seen["served"].tasks()) == ["pgn"]
 

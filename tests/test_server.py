@@ -405,6 +405,9 @@ def test_limits_on_bytes_and_pixels(served):
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="max_batch=0 must be above zero"):
         ServerSettings(max_batch=0)
+    for endless in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"timeout_s={endless} must be a number"):
+            ServerSettings(timeout_s=endless)
     with pytest.raises(ValueError, match="can never enter a queue"):
         ServerSettings(max_call_images=500)
     with pytest.raises(ValueError, match="would never be let in"):

@@ -454,6 +454,19 @@ def test_signals_drain_then_stop_then_cut_off(served):
     assert other.should_exit and not other.force_exit
 
 
+def test_calls_that_are_cut_off_are_told_so(served, call, caplog):
+    gated = Gated(served)
+    with guarded(create_app(gated)) as (url, server), ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(honest, url, call) for _ in range(4)]
+        while sum(each.phase == "working" for each in server.server_state.connections) < 4:
+            time.sleep(0.01)
+        server.should_exit = server.force_exit = True
+        assert [each.result(20) for each in calls] == [503] * 4
+    gated.gate.set()
+    assert "4 calls were cut off" in caplog.text
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
 def test_an_address_in_use_is_one_sentence(served):
     from pgn_fast.errors import UserError
     from pgn_fast.serve.lifetime import Server
@@ -462,5 +475,7 @@ def test_an_address_in_use_is_one_sentence(served):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}: Address already"):
+        with pytest.raises(UserError, match=f"on http://127.0.0.1:{port}: [^:(]+[.]$"):
             Server(create_app(served), ServerSettings()).listen("127.0.0.1", port)
+    with pytest.raises(UserError, match="port 70000 is none"):
+        Server(create_app(served), ServerSettings()).listen("127.0.0.1", 70_000)

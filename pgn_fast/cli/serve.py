@@ -106,7 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(127.0.0.1)")
-    server.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (8000)")
+    server.add_argument(
+        "--port", type=at_least(0), default=8000, metavar="N", help="0: a free one (8000)"
+    )
     server.add_argument(
         "--allowed-host",
         action="append",
@@ -120,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     server.add_argument(
         "--admin",
-        type=int,
+        type=at_least(0),
         metavar="PORT",
         help="add and remove tasks on this port of 127.0.0.1 (POST, DELETE /v1/tasks)",
     )
@@ -163,7 +165,8 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     what = args.model if args.place is None else f"{len(served.tasks())} tasks on {served.name}"
-    print(f"{what} on http://{args.host}:{args.port}/v1/predict", flush=True)
+    # where it listens is in the log, once it does
+    print(f"{what} at /v1/predict", flush=True)
     with as_user_error():
         cut_off = run_server(
             served,

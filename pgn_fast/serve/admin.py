@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..adapters.places import fetch_adapter, find_adapter
-from ..errors import UserError
+from ..errors import UserError, brief
 from .access import AllowedHosts, Tokens
 from .app import http_error
 from .errors import ApiError, error_response
@@ -19,6 +24,9 @@ from .tasks import ServedTasks
 
 _logger = logging.getLogger(__name__)
 _MAX_BODY = 64 * 1024
+# seconds for a body to arrive
+_BODY_S = 10.0
+_T = TypeVar("_T")
 
 
 def create_admin(tasks: ServedTasks, tokens: Tokens | None = None) -> FastAPI:
@@ -42,7 +50,7 @@ def create_admin(tasks: ServedTasks, tokens: Tokens | None = None) -> FastAPI:
     @app.post("/v1/tasks")
     async def add(request: Request) -> Response:
         try:
-            name, source, replace = await _wanted(request)
+            name, source, replace = await _in_time(_wanted(request))
             async with loading:
                 if name in tasks.tasks() and not replace:
                     raise ApiError(
@@ -51,7 +59,7 @@ def create_admin(tasks: ServedTasks, tokens: Tokens | None = None) -> FastAPI:
                         f'there is a task {name[:128]!r}; "replace": true puts this one in its '
                         "place.",
                     )
-                await asyncio.to_thread(_add, tasks, name, source)
+                await _in_thread(_add, tasks, name, source)
         except ApiError as error:
             return error_response(error)
         return _json({"name": name, **tasks.tasks().get(name, {})}, 201)
@@ -70,6 +78,33 @@ def create_admin(tasks: ServedTasks, tokens: Tokens | None = None) -> FastAPI:
         return error_response(http_error(request, error))
 
     return app
+
+
+async def _in_time(reading: Awaitable[_T]) -> _T:
+    try:
+        return await asyncio.wait_for(reading, _BODY_S)
+    except ClientDisconnect:
+        raise ApiError(400, "disconnected", "the client left before it had sent.") from None
+    except asyncio.TimeoutError:  # another class than the builtin before Python 3.11
+        text = f"the body did not arrive within {_BODY_S:g} seconds."
+        raise ApiError(408, "body_too_slow", text) from None
+
+
+async def _in_thread(function: Callable[..., object], *args: object) -> None:
+    """In a thread that, unlike asyncio's own, the end of the process does not wait for."""
+    done: Future[None] = Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            function(*args)
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=run, name="pgn-fast-admin", daemon=True).start()
+    await asyncio.wrap_future(done)
 
 
 async def _wanted(request: Request) -> tuple[str, str, bool]:
@@ -103,7 +138,7 @@ def _add(tasks: ServedTasks, name: str, source: str) -> None:
             raise UserError(f"{source[:200]!r} holds no adapter and no training run.")
         tasks.add(name, adapter)
     except (UserError, OSError, ValueError) as error:
-        raise ApiError(400, "bad_adapter", f"{str(error).rstrip('.')}.") from None
+        raise ApiError(400, "bad_adapter", f"{brief(error, 600).rstrip('.')}.") from None
     except Exception as error:
         _logger.exception("task %r from %s", name[:128], source[:200])
         text = f"{source[:200]!r} fails with {type(error).__name__}; the server's log says why."

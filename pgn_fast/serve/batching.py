@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .admission import Share
-from .errors import ApiError, overloaded
+from .errors import closing, overloaded
 from .preprocess import Levels
 
 # the images of one call, (C, H, W) each, and what they are put to (``Target.key``)
@@ -95,7 +95,7 @@ class Batcher:
         waiting = _Waiting(levels, key, client)
         with self._changed:
             if self._closed:
-                raise ApiError(503, "closing", "this server is shutting down.", retry_after=5)
+                raise closing()
             self._check(client, len(levels))
             self._queue.append(waiting)
             self._images.take(client, len(levels))

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from ..errors import brief
 from .admission import client_of
-from .errors import ApiError, overloaded
+from .errors import ApiError, closing, error_response, overloaded
 from .settings import ServerSettings
 
 _logger = logging.getLogger(__name__)
@@ -114,8 +114,18 @@ class Connection(H11Protocol):
 
         try:
             await self._application(scope, noticed, send)
+        except asyncio.CancelledError:
+            await self._cut_off(scope, noticed, send)
         finally:
             self._enter("waiting")
+
+    async def _cut_off(self, scope: Any, receive: Any, send: Any) -> None:
+        """Tell a call that is cancelled, as the server's end alone does, where it can be told."""
+        if self.cycle.response_started or self.flow.write_paused:
+            self.cycle.disconnected = True
+            self.transport.abort()
+        else:
+            await error_response(closing(), scope["path"])(scope, receive, send)
 
     def _enter(self, phase: str) -> None:
         self.phase = phase

@@ -50,6 +50,10 @@ def overloaded(message: str) -> ApiError:
     return ApiError(503, "overloaded", message, retry_after=1)
 
 
+def closing() -> ApiError:
+    return ApiError(503, "closing", "this server is shutting down.", retry_after=5)
+
+
 def out_of_time(doing: str) -> ApiError:
     return ApiError(503, "timeout", f"the time for this call ran out while {doing}.", retry_after=1)
 

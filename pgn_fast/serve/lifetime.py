@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import signal
 import socket
 import threading
@@ -107,7 +108,7 @@ class Server(uvicorn.Server):
         guard = Guard(dataclasses.replace(self._settings, max_connections=_ADMIN_CONNECTIONS))
         config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False)
         config.load()
-        state = ServerState()
+        state = self._admin_state = ServerState()
 
         def connection() -> Connection:
             return Connection(config, state, {}, guard=guard)
@@ -127,10 +128,24 @@ class Server(uvicorn.Server):
         self._service.draining = True
         if self._admin_server is not None:
             self._admin_server.close()
-            self._admin_watch.cancel()
         await super().shutdown(sockets)
+        if self._admin_server is not None:
+            await self._answer_admin()
+            self._admin_watch.cancel()
+        if self.force_exit:
+            # the base class stops the application only where nothing is cut off
+            self._service.cut_off = True
+            await self.lifespan.shutdown()
+            if cut_off := len(self.server_state.tasks):
+                _logger.warning("%d calls were cut off", cut_off)
         self._watch.cancel()
         _logger.info("stopped")
+
+    async def _answer_admin(self) -> None:
+        """Wait for what is being loaded, as long as for any call."""
+        until = time.monotonic() + self._settings.timeout_s
+        while self._admin_state.tasks and not self.force_exit and time.monotonic() < until:
+            await asyncio.sleep(0.1)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -157,6 +172,8 @@ class Server(uvicorn.Server):
 
 def _bind(host: str, port: int) -> list[socket.socket]:
     """A listening socket on every address of ``host``."""
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"port {port} is none: give one of 1 to 65535, or 0 for a free one.")
     sockets: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -168,10 +185,16 @@ def _bind(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for each in sockets:
             each.close()
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}.") from error
+        # asyncio's and Python's own messages repeat the address
+        number = None if isinstance(error, socket.gaierror) else error.errno
+        reason = os.strerror(number) if number else error.strerror or error
+        raise UserError(f"cannot listen on {_url(host, port)}: {reason}.") from error
     return sockets
 
 
 def _address(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
+    return _url(*listening.getsockname()[:2])
+
+
+def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -82,6 +82,8 @@ def load_served_tasks(
         UserError: nothing there can be served; the reason of each adapter is named. Where some can,
             the others are named in the log.
     """
+    if not 0 <= watch_s < float("inf"):
+        raise UserError(f"watch_s={watch_s}: give the seconds between two looks, or 0 for none.")
     folder = fetch_adapter(place)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}.")

@@ -57,6 +57,8 @@ class Service:
         self._admission = Admission(settings)
         self._warm = False
         self.draining = False
+        # whether the end waits for nobody: the threads are left to the process's end
+        self.cut_off = False
         self.metrics = Metrics(lambda: self.batcher.depth, lambda: self._admission.calls)
 
     def start(self) -> None:
@@ -80,6 +82,8 @@ class Service:
     def stop(self) -> None:
         for watch in self._watches:
             watch.cancel()
+        if self.cut_off:
+            return
         self._served.stop()
         self.batcher.close()
         self._pool.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields
 
@@ -80,6 +81,8 @@ class ServerSettings:
             if field.name == "default_output":
                 if value not in OUTPUTS:
                     raise ValueError(f"default_output={value!r}: known are {', '.join(OUTPUTS)}.")
+            elif not math.isfinite(value):
+                raise ValueError(f"{field.name}={value} must be a number, and not without an end.")
             elif value < 0 or (value == 0 and field.name not in ("max_wait_ms", "drain_s")):
                 raise ValueError(f"{field.name}={value} must be above zero.")
         if self.max_call_images > self.queue_images:
