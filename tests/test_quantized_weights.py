@@ -16,7 +16,9 @@ from pgn_fast.backbone import quantized
 from pgn_fast.backbone.load import load_backbone
 from pgn_fast.backbone.options import FastOptions
 from pgn_fast.backbone.quantized import Float8Linear, Int8Linear
+from pgn_fast.backbone.weights import PLACES, FrozenLinear
 from pgn_fast.digits import load_digits
+from pgn_fast.errors import UserError
 from pgn_fast.ops import onednn
 
 INT8 = FastOptions(weights="int8")
@@ -77,23 +79,62 @@ def test_the_product_is_the_formula(width, block, bias):
 def test_a_channel_that_is_far_larger_than_the_others_costs_them_little():
     x, weight, _ = linear(width=192)
     x[:, 7] *= 100  # by a scale for itself and all others these would have 1 of 127 steps
-    y, expected = Int8Linear(weight)(x), x @ weight.T
+    y, expected = Int8Linear(weight)(x[None])[0], x @ weight.T
     assert relative(y, expected) <= 0.02
     others = weight.clone()
     others[:, 7] = 0
     lengths = x.norm(dim=1, keepdim=True) * others.norm(dim=1)
-    assert ((Int8Linear(others)(x) - x @ others.T).abs() / lengths).max() <= 0.01
+    assert ((Int8Linear(others)(x[None])[0] - x @ others.T).abs() / lengths).max() <= 0.01
 
 
 @needs_int8
 def test_tokens_of_zeros_and_of_no_numbers():
     x, weight, b = linear()
     x[3], x[5, 7], x[6, 0] = 0, torch.nan, torch.inf
-    y = Int8Linear(weight, b)(x)
+    y = Int8Linear(weight, b)(x[None])[0]
     assert torch.equal(y[3], b)
     assert not y[5].isfinite().any() and not y[6].isfinite().any()
     others = [i for i in range(len(x)) if i not in (5, 6)]
     assert y[others].isfinite().all()
+
+
+@needs_int8
+def test_what_stays_in_float():
+    """By a token's place, never by the number of images."""
+    x, weight, b = linear()
+    for few in (x[:, None], x[:195].view(13, 15, 96), x):
+        assert torch.equal(Int8Linear(weight, b)(few), FrozenLinear(weight, b)(few))
+    images = x.view(10, 20, 96)
+    together = Int8Linear(weight, b)(images)
+    alone = torch.cat([Int8Linear(weight, b)(image[None]) for image in images])
+    assert relative(alone, together) <= 1e-6 < relative(alone, x.view_as(images) @ weight.T + b)
+    for depth in (1, 2, 4):
+        model = pgn_fast.VPT(tiny_vit(depth=depth), 10, num_prompts=2, fast=INT8)
+        with torch.no_grad():
+            weights = model.engine.cache.weights(torch.float32)
+        for place in PLACES:
+            kinds = [type(getattr(w, place)) for w in weights]
+            assert kinds == [Int8Linear] * (depth - 1) + [FrozenLinear if depth > 1 else Int8Linear]
+
+
+@needs_int8
+def test_an_answer_does_not_depend_on_the_batch():
+    backbone = tiny_vit(img_size=32)
+    bank = pgn_fast.TaskBank(backbone, fast=INT8)
+    methods = {"deep": ("vpt-deep", 2), "three": ("vpt-shallow", 3), "five": ("vpt-shallow", 5)}
+    for name, (method, count) in methods.items():
+        torch.manual_seed(count)
+        model = pgn_fast.create_model(method, backbone, 10, num_prompts=count)
+        torch.nn.init.normal_(model.head.weight)
+        bank.add(name, model)
+    images = torch.nn.functional.interpolate(IMAGES, size=32)
+    images = torch.cat([a * images + b for a in (1, -1, 2) for b in (0, 1, 2)])
+    tasks = [*methods] * 6
+    with torch.no_grad():
+        together = bank(images, tasks)
+        alone = [bank(image[None], [task])[0] for image, task in zip(images, tasks, strict=True)]
+    # float sums of another batch size may bring a code to its neighbor
+    assert all(relative(a, b) <= 3e-3 for a, b in zip(together, alone, strict=True))
 
 
 @needs_int8
@@ -180,6 +221,25 @@ def test_the_error_is_reported_and_the_option_travels(tmp_path):
     assert pgn_fast.from_pretrained(tmp_path, tiny_vit(img_size=96)).engine.options == INT8
     with torch.no_grad():
         assert "int8 in inference" in model.explain()
+
+
+@needs_int8
+def test_what_was_trained_in_float_is_loaded_in_int8(tmp_path):
+    backbone = tiny_vit(img_size=96)
+    model = pgn_fast.VPT(backbone, 10, num_prompts=2)
+    torch.nn.init.normal_(model.head.weight)
+    model.save_pretrained(tmp_path)
+    load = lambda **given: pgn_fast.from_pretrained(tmp_path, backbone, **given)
+    images = torch.nn.functional.interpolate(IMAGES, size=96)
+    with torch.no_grad():
+        exact, rounded = load()(images), load(fast={"weights": "int8"})(images)
+        assert torch.equal(load(fast=INT8)(images), rounded)
+        assert torch.equal(exact, model(images))
+        assert torch.allclose(load(fast=False)(images), exact, atol=1e-5)
+    assert 1e-5 < relative(rounded, exact) < 0.1
+    for given in ({"fast": {"weights": "int4"}}, {"fast": {"bits": 8}}, {"backend": "reference"}):
+        with pytest.raises(UserError, match=r"int4|bits|modules of your own by name"):
+            load(**given)
 
 
 @needs_int8

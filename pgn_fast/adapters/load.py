@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._stored import check_numbers, check_shapes
 from ..backbone.load import load_backbone, load_recorded
+from ..backbone.options import FastOptions
 from ..errors import UserError, brief, shown
 from ..inversion.gamut import GamutLibrary
 from ..methods import METHODS
@@ -31,6 +32,7 @@ def from_pretrained(
     *,
     trainable: bool = False,
     strict_backbone: bool = False,
+    fast: bool | str | Mapping[str, Any] | FastOptions | None = None,
     **modules: nn.Module,
 ) -> Any:
     """Load an adapter in front of its frozen backbone.
@@ -46,6 +48,8 @@ def from_pretrained(
             and head with gradients, to go on training.
         strict_backbone: refuse a backbone with other weights or settings than that of the training,
             instead of a warning.
+        fast: the savings, as for ``pgn_fast.PGN``; {"weights": "int8"} serves in int8 what was
+            trained in float. None: as the adapter was trained.
         **modules: ``head``, ``generator`` or ``token_library``, where the adapter was trained with
             a module of your own, which no configuration can rebuild.
 
@@ -60,7 +64,7 @@ def from_pretrained(
 
     Unknown entries of the configuration are ignored with a warning.
     """
-    model = _load(directory, backbone, modules, strict_backbone, shared=False)
+    model = _load(directory, backbone, modules, strict_backbone, fast, shared=False)
     return model.train() if trainable else model.requires_grad_(False).eval()
 
 
@@ -73,7 +77,7 @@ def load_on(
         UserError: as there; also for a fine-tuned model, which would write its own weights into
             the backbone of the others.
     """
-    model = _load(directory, backbone, {}, strict_backbone, shared=True)
+    model = _load(directory, backbone, {}, strict_backbone, None, shared=True)
     return model.requires_grad_(False).eval()
 
 
@@ -82,12 +86,15 @@ def _load(
     backbone: str | nn.Module | None,
     modules: Mapping[str, nn.Module],
     strict_backbone: bool,
+    fast: bool | str | Mapping[str, Any] | FastOptions | None,
     *,
     shared: bool,
 ) -> Any:
     try:
         with OpenAdapter(directory) as adapter:
             config = _known_entries(adapter.config)
+            if fast is not None:
+                config["fast"] = fast
             if shared and METHODS[config["method"]].trains_backbone:
                 raise UserError(OWN_BACKBONE)
             given = None if backbone is None else load_backbone(backbone)
@@ -198,6 +205,12 @@ def _check_fit(
         found: tensors, or what a header says about them.
         twin: the backbone on the device "meta".
     """
+    for name, module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise UserError(
+                f"from_pretrained takes modules of your own by name, got {brief(name, 60)}="
+                f"{brief(module, 60)}."
+            )
     library = config.get("token_library")
     stand_ins = {name: on_meta(module) for name, module in modules.items()}
     if isinstance(library, Mapping):

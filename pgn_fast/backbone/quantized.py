@@ -28,10 +28,10 @@ from torch import Tensor
 from ..ops import onednn
 from ..ops._register import transformed
 from .options import Weights
-from .weights import FrozenLinear
+from .weights import PLACES, FrozenLinear
 
-# below, a product in 8 bits saves less than finding the tokens' scales costs
-_MIN_ROWS = 64
+# of an image; below, a product in 8 bits saves less than finding the tokens' scales costs
+_MIN_TOKENS = 16
 _FLOAT8 = torch.float8_e4m3fn
 # of the GPU; the first with float8 products
 _CAPABILITY = (8, 9)
@@ -49,7 +49,9 @@ class Int8Linear(FrozenLinear):
     packed: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if transformed() or x.numel() < _MIN_ROWS * x.shape[-1]:
+        # never by the number of images, nor of a batch's prompts (two dimensions): an answer does
+        # not depend on what else is in the batch
+        if transformed() or x.ndim != 3 or x.shape[1] < _MIN_TOKENS:
             return super().__call__(x)
         if self.packed is None:
             self.packed = onednn.pack_int8(self.weight)
@@ -57,6 +59,12 @@ class Int8Linear(FrozenLinear):
 
     def gelu(self, x: Tensor, approximate: str) -> None:
         """None: the scales of the tokens stand between the product and GELU."""
+
+    @staticmethod
+    def places(block: int, depth: int) -> tuple[str, ...]:
+        """Nothing of the last block: of all it errs the most, and where one token is read it has
+        one row an image, which a bank of tasks would multiply in batches."""
+        return () if 0 < block == depth - 1 else PLACES
 
 
 @dataclass

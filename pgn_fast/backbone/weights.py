@@ -89,6 +89,10 @@ class Norm:
         return grad_x.to(dtype)
 
 
+# the linears of a block
+PLACES = ("qkv", "out", "fc1", "fc2")
+
+
 @dataclass
 class FrozenLinear:
     """y = x W^T + b with weights that never get a gradient; x is cast to the weights' dtype.
@@ -116,6 +120,11 @@ class FrozenLinear:
         """The outputs start..stop alone, as a view."""
         bias = None if self.bias is None else self.bias[start:stop]
         return type(self)(self.weight[start:stop], bias, self.backend)
+
+    @staticmethod
+    def places(block: int, depth: int) -> tuple[str, ...]:
+        """Which linears of that block this kind is for."""
+        return PLACES
 
 
 @dataclass
@@ -160,15 +169,20 @@ class BlockWeights:
         self.attn_dim = A = self.qkv.weight.shape[0] // 3
         self.q, self.kv = self.qkv.rows(0, A), self.qkv.rows(A, 3 * A)
 
-    def replace_linears(self, make: Callable[[FrozenLinear], FrozenLinear]) -> None:
-        """Put ``make(linear)`` in place of each of the four linears."""
-        self.qkv, self.out, self.fc1, self.fc2 = map(make, (self.qkv, self.out, self.fc1, self.fc2))
+    def replace_linears(
+        self, make: Callable[[FrozenLinear], FrozenLinear], places: tuple[str, ...] = PLACES
+    ) -> None:
+        """Put ``make(linear)`` in place of each of these linears."""
+        for place in places:
+            setattr(self, place, make(getattr(self, place)))
         self.__post_init__()
 
-    def with_linears(self, make: Callable[[FrozenLinear], FrozenLinear]) -> BlockWeights:
-        """The same with ``make(linear)`` for each of the four linears; the rest is shared."""
+    def with_linears(
+        self, make: Callable[[FrozenLinear], FrozenLinear], places: tuple[str, ...] = PLACES
+    ) -> BlockWeights:
+        """The same with ``make(linear)`` for each of these linears; the rest is shared."""
         copied = replace(self)
-        copied.replace_linears(make)
+        copied.replace_linears(make, places)
         return copied
 
     def tensors(self) -> list[Tensor]:
@@ -184,7 +198,8 @@ def multiplied_by(linear: type[FrozenLinear], weights: list[BlockWeights]) -> li
     if linear is FrozenLinear:
         return weights
     make = lambda bare: linear(bare.weight, bare.bias, bare.backend)
-    return [w.with_linears(make) for w in weights]
+    depth = len(weights)
+    return [w.with_linears(make, linear.places(i, depth)) for i, w in enumerate(weights)]
 
 
 def from_timm(
