@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
+import shutil
 import socket
 import stat
 import threading
@@ -18,6 +20,8 @@ from .errors import UserError
 # a file of more than this, of which less than a quarter is on the disk, is made of holes
 _SPARSE = 64 << 20
 _DAY = 86_400
+# errors of a disk, or of a user's share of it, that is full; Windows knows no quota
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _HOST = re.sub(r"\W", "", socket.gethostname()) or "host"
 _count = itertools.count()
 
@@ -35,7 +39,8 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         contents: target path -> new bytes; the folders must exist.
 
     Raises:
-        OSError: a file could not be written (disk full, no permission); it names the target.
+        OSError: a file could not be written (disk full, no permission); it names the target, and
+            of a full disk what is needed and free.
     """
     staged: dict[Path, Path] = {}
     try:
@@ -47,7 +52,9 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from error
+                for temporary in staged.values():
+                    temporary.unlink(missing_ok=True)
+                raise named(error, path, sum(map(len, contents.values()))) from error
         for path in contents:
             os.replace(staged[path], path)
             del staged[path]
@@ -58,6 +65,28 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
         _sweep(path)
     for folder in {path.parent for path in contents}:
         _flush_folder(folder)
+
+
+def named(error: OSError, path: Path, need: int | None = None) -> OSError:
+    """The error of writing ``path``, whatever file beside it was written.
+
+    Args:
+        need: bytes that were to be written in all; a full disk's error says them.
+    """
+    reason = error.strerror or str(error)
+    if error.errno in FULL:
+        free = shutil.disk_usage(path.parent).free
+        needed = "" if need is None else f"{size_text(need)} are needed, "
+        reason += f" ({needed}{size_text(free)} are free)"
+    return OSError(error.errno, reason, str(path))
+
+
+def size_text(nbytes: float) -> str:
+    """ "12.3 GB"."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes / 1e3:.1f} kB"
 
 
 def _temporary(path: Path) -> Path:

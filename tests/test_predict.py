@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -109,6 +110,17 @@ def test_a_failing_write_names_the_users_path(tmp_path):
     path = tmp_path / "gone" / "x.csv"
     with pytest.raises(OSError, match=r"gone/x\.csv'$"), tables.replacing(path):
         pass
+
+
+def test_a_full_disk_names_the_users_path_and_what_is_free(tmp_path):
+    """As a write fails: the system's error then names no file."""
+    path = tmp_path / "x.csv"
+    path.write_text("old")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    message = r"left on device \(.* are free\): .*x\.csv'$"
+    with pytest.raises(OSError, match=message), tables.replacing(path):
+        raise full
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_device_is_written_to_and_stays_one(world):

@@ -153,6 +153,19 @@ def quick_plot(output, history, title):
     _files.write_files({output / "learning_curve.png": b"plot"})
 
 
+def test_a_full_disk_says_what_is_needed_and_leaves_the_old(tmp_path, monkeypatch):
+    old = {tmp_path / "a": b"old", tmp_path / "b": b"old"}
+    _files.write_files(old)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"device \(3.0 kB are needed, .* are free\): .*a'$"):
+        _files.write_files({tmp_path / "a": bytes(1000), tmp_path / "b": bytes(2000)})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing of the package catches it."""
 

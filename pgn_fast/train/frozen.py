@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .._files import size_text
 from ..backbone.digest import backbone_digest
 from ..backbone.schedule import FrozenTokens
 from ..backbone.watch import foreign_code
@@ -32,7 +33,7 @@ from .given_loader import GivenLoader
 from .loader import Batch, EpochBatches, Samples, stack_labels
 from .signals import Interrupted
 from .split import Split
-from .token_store import TokenStore, row_key, size_text
+from .token_store import TokenStore, row_key
 
 if TYPE_CHECKING:
     from .parts import Parts
@@ -181,7 +182,12 @@ class FrozenCache:
             for begin in range(0, len(samples), size)
         ]
         store = self._store(samples, augmented)
-        unreadable = self._fill(store, digests, chunks)
+        try:
+            unreadable = self._fill(store, digests, chunks)
+        except (OSError, Changing):
+            if self.own:  # a full disk needs the room for what the run has yet to write
+                shutil.rmtree(store.folder, ignore_errors=True)
+            raise
         if isinstance(sampler, EpochBatches):
             sampler.views = different  # what was drawn once comes again, in every epoch
         return CachedLoader(self, sampler, store, digests, unreadable)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from .._files import write_files
+from .._files import FULL, named, write_files
 
 Row = dict[str, Any]
 
@@ -145,8 +145,10 @@ def replacing(path: Path) -> Iterator[TextIO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError) and (
+            error.filename == str(temporary) or (error.errno in FULL and error.filename is None)
+        ):
+            raise named(error, path) from error
         raise
 
 

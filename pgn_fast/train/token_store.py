@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._files import write_files
+from .._files import size_text, write_files
 
 try:
     import fcntl
@@ -158,14 +158,6 @@ class TokenStore:
 def row_key(*parts: object) -> bytes:
     """16 bytes of SHA-256 of the parts' texts."""
     return _digest("\n".join(map(str, parts)).encode())
-
-
-def size_text(nbytes: float) -> str:
-    """ "12.3 GB"."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes / 1e3:.1f} kB"
 
 
 def _lock(descriptor: int) -> bool:
