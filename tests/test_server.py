@@ -356,6 +356,23 @@ def test_malformed_calls_are_refused_with_the_reason(client, request_, status, c
     assert error_of(client.post("/v1/predict", **request_)) == (status, code)
 
 
+def test_what_is_said_twice_or_behind_the_address_is_refused(client):
+    """Which of two tasks is meant cannot be told, and no call is answered for another one."""
+    twice = b'{"images": ["AAAA"], "task": "a", "task": "b"}'
+    kind = {"content-type": "application/json"}
+    boundary = {"content-type": "multipart/form-data; boundary=b"}
+    field = b'--b\r\nContent-Disposition: form-data; name="task"\r\n\r\na\r\n'
+    for content, headers in ((twice, kind), (field * 2 + b"--b--\r\n", boundary)):
+        answer = client.post("/v1/predict", content=content, headers=headers)
+        assert answer.status_code == 400
+        assert "'task' is there twice" in answer.json()["error"]["message"]
+    answer = client.post("/v1/predict?task=a", files=as_files([encode(images(1)[0])]))
+    assert error_of(answer) == (400, "bad_request")
+    assert "beside the images in the body" in answer.json()["error"]["message"]
+    answer = client.post("/v1/predict?trace=1", files=as_files([encode(images(1)[0])]))
+    assert answer.status_code == 200
+
+
 def test_small_bodies_cannot_become_large_objects(client):
     before = resident_bytes()
     lists = b'{"images": [' + b"[]," * 2_000_000 + b"[]]}"

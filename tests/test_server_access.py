@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+import warnings
 
 import pytest
 from odd_images import encode
@@ -13,7 +14,14 @@ from serving import as_json, images, tiny_vit
 from starlette.testclient import TestClient
 
 from pgn_fast.errors import UserError
-from pgn_fast.serve import ApiError, ServedModel, create_app, load_served_model
+from pgn_fast.serve import (
+    ApiError,
+    ServedModel,
+    ServerSettings,
+    create_app,
+    load_served_model,
+    run_server,
+)
 from pgn_fast.serve.access import AllowedHosts, Tokens
 from pgn_fast.serve.body import parse_call
 from pgn_fast.serve.logs import JsonLines, OncePerMinute, TextLines
@@ -307,6 +315,23 @@ def test_the_same_warning_is_written_once_a_minute_with_a_count():
     late = record("flood")
     assert once.filter(late)
     assert late.getMessage() == "flood (999 more like this since the last line)"
+
+
+def test_warnings_are_lines_of_the_log(caplog):
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+        patched.setattr("pgn_fast.serve.server.create_app", lambda *args, **more: None)
+        patched.setattr("pgn_fast.serve.server.logging.config.dictConfig", lambda config: None)
+        patched.setattr("pgn_fast.serve.server.torch.set_num_threads", lambda count: None)
+        patched.setattr("pgn_fast.serve.server.Server", lambda *args: Warns())
+        run_server(None, ServerSettings())
+    (line,) = [r for r in caplog.records if r.getMessage() == "an odd file"]
+    assert (line.levelno, line.about) == (logging.WARNING, "an odd file")
+
+
+class Warns:
+    def listen(self, host: str, port: int) -> bool:
+        warnings.warn("an odd file", stacklevel=1)
+        return False
 
 
 def test_lines_are_json_objects_or_text_on_one_line():

@@ -18,6 +18,7 @@ from ..adapters.places import fetch_adapter, find_adapter
 from ..errors import UserError, brief
 from .access import AllowedHosts, Tokens
 from .app import http_error
+from .body import read_json
 from .errors import ApiError, error_response
 from .front import Front
 from .tasks import ServedTasks
@@ -116,10 +117,10 @@ async def _wanted(request: Request) -> tuple[str, str, bool]:
         body += chunk
         if len(body) > _MAX_BODY:
             raise ApiError(413, "too_many_bytes", f"the body is longer than {_MAX_BODY} bytes.")
+    call = read_json(bytes(body))
     try:
-        call = json.loads(bytes(body))
         name, source, replace = call["name"], call["source"], call.get("replace", False)
-    except (ValueError, RecursionError, TypeError, KeyError):
+    except (AttributeError, TypeError, KeyError):
         name = source = replace = None
     if not (isinstance(name, str) and isinstance(source, str) and isinstance(replace, bool)):
         raise ApiError(

@@ -17,6 +17,8 @@ from .errors import ApiError
 from .settings import OUTPUTS
 
 ENCODINGS = ("json", "base64")
+# what a call says beside its images
+FIELDS = ("task", "output", "encoding", "topk")
 # form fields or JSON values beside the images, known or not
 _MAX_OTHERS = 16
 # "filename*" and "filename*0" of RFC 5987 and RFC 2231, which python-multipart leaves out
@@ -96,10 +98,7 @@ def _read_json(body: bytes, max_images: int) -> tuple[list[bytes], dict[str, Any
     # each further JSON value takes a comma: counted first, because millions of empty lists fit a
     # body and would be fifty times its size as Python objects
     check_count(body.count(b",") - _MAX_OTHERS, max_images)
-    try:
-        call = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise _bad(f"the body is not JSON ({error}).") from None
+    call = read_json(body)
     if not isinstance(call, dict) or not isinstance(call.get("images"), list):
         raise _bad('the body must be a JSON object like {"images": ["<base64>", ...]}.')
     encoded = call["images"]
@@ -111,6 +110,23 @@ def _read_json(body: bytes, max_images: int) -> tuple[list[bytes], dict[str, Any
         except (TypeError, binascii.Error, ValueError) as error:
             raise _bad(f"image {index} is not base64 ({error}).") from None
     return images, call
+
+
+def read_json(text: bytes) -> Any:
+    """Raises ApiError 400 for what is no JSON, or names something twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_named_once)
+    except (ValueError, RecursionError) as error:
+        raise _bad(f"the body is not JSON ({error}).") from None
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _bad(f"{twice[:40]!r} is there twice; which one is meant cannot be told.")
+    return found
 
 
 def _read_multipart(
@@ -178,6 +194,8 @@ class _Parts:
             if len(self.fields) >= _MAX_OTHERS:
                 raise _bad(f"the call has more than {_MAX_OTHERS} fields beside its images.")
             name = options.get(b"name", b"").decode("utf-8", "replace")
+            if name in self.fields:
+                raise _bad(f"{name[:40]!r} is there twice; which one is meant cannot be told.")
             self.fields[name] = data.decode("utf-8", "replace")
 
     def _finish(self) -> None:

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from torch import Tensor
 
 from .answerer import Target
-from .body import PredictCall, parse_call
+from .body import FIELDS, PredictCall, parse_call
 from .errors import ApiError, error_response
 from .settings import ServerSettings
 
@@ -32,6 +32,14 @@ class PredictForm:
     """``POST /v1/predict``."""
 
     def parse(self, request: Request, body: bytes, settings: ServerSettings) -> PredictCall:
+        for name in FIELDS:
+            if name in request.query_params:
+                raise ApiError(
+                    400,
+                    "bad_request",
+                    f"{name} stands behind the address, where it is not read; put it beside the "
+                    "images in the body.",
+                )
         return parse_call(
             request.headers.get("content-type", ""),
             body,

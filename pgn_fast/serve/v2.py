@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import __version__
 from .answerer import Answerer, Target
-from .body import PredictCall, check_count
+from .body import PredictCall, check_count, read_json
 from .errors import ApiError, error_response
 from .service import Service
 from .settings import OUTPUTS, ServerSettings
@@ -194,10 +194,7 @@ def _split(request: Request, body: bytes, max_images: int) -> tuple[dict[str, An
     text = body[:length]
     # as in /v1/predict: many small JSON values are far larger as objects
     check_count(text.count(b",") - 64, max_images)
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _bad(f"the body is not JSON ({error}).") from None
+    call = read_json(text)
     if not isinstance(call, dict):
         raise _bad("the body must be a JSON object.")
     return call, body[length:]
