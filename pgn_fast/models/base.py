@@ -150,11 +150,13 @@ class PromptedViT(TimmInterface, FrozenBelow, AdapterInterface):
     def _logits(self, images: Tensor | FrozenTokens) -> Tensor:
         if self._disabled and isinstance(images, Tensor):
             return self.backbone(normalized(self.backbone, images))
+        return self._classify(*self._tokens(images))
+
+    def _tokens(self, images: Tensor | FrozenTokens) -> tuple[Tensor, int]:
+        """What the head reads of images, (B, M, D), and how many of each image's are prompts."""
         images, schedule = self._prompted(images, self.backend)
         readout = self.readout
-        return self._classify(
-            self._encode(images, schedule, readout), readout.prompts_left(schedule)
-        )
+        return self._encode(images, schedule, readout), readout.prompts_left(schedule)
 
     def forward_reference(self, images: Tensor) -> Tensor:
         """The same logits by timm's own blocks, ``torch.cat`` and PyTorch's own ops."""

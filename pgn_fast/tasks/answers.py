@@ -155,10 +155,7 @@ class Answers:
         if isinstance(model, LinearProbe):
             pooled = model.below(images).tokens
             return torch.cat([model.classify(x[None]) for x in pooled])
-        pixels, schedule = model._prompted(images, model.backend)
-        readout = model.readout
-        tokens = model._encode(pixels, schedule, readout)
-        prompts = readout.prompts_left(schedule)
+        tokens, prompts = model._tokens(images)
         return torch.cat([model._classify(x[None], prompts) for x in tokens])
 
     def _logits(self, model: Any, part: Part, tokens: Tensor) -> Tensor:
