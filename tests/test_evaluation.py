@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import math
 
 import pytest
 import torch
@@ -122,6 +124,20 @@ def test_several_labels_are_scored_by_their_definitions():
     assert found.value("map") == found.map and found.value("auc") == found.auc
     low, high = found.intervals["map"]
     assert low < found.map < high
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_several_labels_that_tell_nothing_have_no_score(every):
+    """No class has images with it and without: torchmetrics' nan, and no bad model's 0."""
+    pytest.importorskip("torchmetrics")
+    logits, vectors = many()
+    found = score(logits, torch.full_like(vectors, every), 4, task="multilabel", details=True)
+    assert math.isnan(found.map) and math.isnan(found.auc) and found.per_class == [None] * 4
+    told = found.as_dict()
+    assert told["map"] is told["auc"] is None and found.headline == ("map", None)
+    assert json.loads(json.dumps(told, allow_nan=False))["loss"] == found.loss
+    assert found.value("map") == found.value("auc") == -found.loss
+    assert "mean average precision undefined (no class has images with it" in found.line()
 
 
 def test_labels_of_the_other_task_are_answered():

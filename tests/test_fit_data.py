@@ -171,6 +171,42 @@ def test_labels_go_by_the_names_that_the_data_give_their_classes(tmp_path):
         pgn_fast.fit(model(), train, loader, output=tmp_path / "d", **OPTIONS)
 
 
+def test_several_labels_that_tell_nothing_choose_by_the_loss(tmp_path, capsys):
+    pytest.importorskip("torchmetrics")
+    images, labels = tensors(pictures(12))
+    train = TensorDataset(images, torch.nn.functional.one_hot(labels, 3))
+    nothing = TensorDataset(images[:4], torch.zeros(4, 3))
+    options = {**OPTIONS, "task": "multilabel", "epochs": 3, "show": True, "head_init": "zero"}
+    folder = tmp_path / "run"
+    found = pgn_fast.fit(model(), train, nothing, test=nothing, output=folder, **options)
+    losses = [row["validation_loss"] for row in found.history]
+    assert found.best_epoch == 1 + losses.index(min(losses))
+    assert found.summary["chosen_by"] == "validation loss" and "map" not in found.validation
+    assert found.test["map"] is None and found.test["loss"] == pytest.approx(min(losses))
+    said = capsys.readouterr().out
+    assert said.count("no class has images with it and images without, so that the loss") == 1
+
+
+def test_labels_of_test_images_are_looked_at_before_the_work(tmp_path):
+    """A Hugging Face test split is often without labels: all are -1."""
+    images, labels = tensors(pictures(12))
+    train, unknown = TensorDataset(images, labels), labels.new_full((12,), -1)
+    folder = tmp_path / "run"
+    for name in ("val", "test"):
+        given = {name: DataLoader(TensorDataset(images, unknown), 4)}
+        message = rf"batch 0 of DataLoader given as {name}\w*: label -1 is out of range"
+        with pytest.raises(UserError, match=message):
+            pgn_fast.fit(model(), train, **given, output=folder, **OPTIONS)
+        assert not folder.exists()
+    # one further on is found at the end, and nothing is lost
+    labels[-1] = -1
+    data, late = TensorDataset(images[:6], labels[:6]), TensorDataset(images, labels)
+    with pytest.raises(UserError, match=r"These are the test images: .* `resume` goes on"):
+        pgn_fast.fit(model(), data, test=late, epochs=2, output=folder, **OPTIONS)
+    found = pgn_fast.fit(model(), data, test=data, output=folder, resume=True, **OPTIONS)
+    assert len(found.history) == 2 and found.test["images"] == 6
+
+
 def test_a_loader_is_read_again_and_its_images_are_counted(tmp_path):
     images, labels = tensors(pictures(9))
     rest = [(images[:4], labels[:4]), (images[4:8], labels[4:8]), (images[8:], labels[8:])]

@@ -320,7 +320,7 @@ def print_results(summary: dict[str, Any], output: Path) -> None:
             words = {"top1": "top-1", "mean_class": "mean class", "map": "mean average precision"}
             words |= {"auc": "ROC-AUC"}
             found = summary[name]
-            shown = [f"{w} {found[k]:6.2f} %" for k, w in words.items() if k in found]
+            shown = [f"{w} {found[k]:6.2f} %" for k, w in words.items() if found.get(k) is not None]
             shown = shown or [f"loss {found['loss']:.4f}"]
             print(f"{name:>10}: {'  '.join(shown)}  {found['images']} images: {found['split']}")
     if summary["unreadable"]["count"]:

@@ -140,7 +140,7 @@ def check(config: TrainConfig) -> None:
     if config.warmup_epochs is not None and config.warmup_epochs > config.epochs:
         raise UserError(
             f"`warmup_epochs` {config.warmup_epochs:g} is more than `epochs` {config.epochs}: "
-            "the full rate would never be reached."
+            f"the full rate would never be reached; give `warmup_epochs` {config.epochs} or less."
         )
     if config.pretrained_path is not None and "checkpoint_path" in config.model_kwargs:
         raise UserError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..errors import UserError
 from . import checkpoints
 from .config import TrainConfig
+from .split import Split
 
 
 def what_is_kept(output: Path) -> str:
@@ -28,6 +29,14 @@ def out_of_memory(config: TrainConfig, output: Path, error: Exception) -> str:
         f"the device's memory is full with `batch_size` {config.batch_size} ({reason}); "
         f"{what_is_kept(output)}. Start a new run with {smaller}, or `resume` once other programs "
         "have left the device."
+    )
+
+
+def not_tested(split: Split, error: UserError, output: Path) -> UserError:
+    """The test images cannot be scored, after all the work."""
+    return UserError(
+        f"{split.origin}: {str(error).removeprefix('data: ')} These are the test images: training "
+        f"is at its end, {output / 'best'} is whole, and `resume` goes on with them alone."
     )
 
 

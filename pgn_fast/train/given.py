@@ -50,6 +50,8 @@ def given_split(
     names = _names(data)
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
         loader = GivenLoader(data, origin, task, pixels)
+        if name != "train" and num_classes:  # training looks at its own at once
+            loader.check_first(num_classes)
         return Split(name, origin, loader, range(loader.count), names)
     images = GivenImages(data, origin, task or "multiclass")
     if not len(images):

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from ..errors import UserError
 from .distributed import Processes
+from .evaluation import check_labels
 from .given_items import labels_of, pair, unusual
 from .loader import Batch
 from .seeding import seeded
@@ -87,6 +88,24 @@ class GivenLoader:
         of_batches = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
         own = getattr(self.loader, "sampler", None)
         return of_batches if isinstance(of_batches, DistributedSampler) else own
+
+    def check_first(self, num_classes: int) -> None:
+        """Look at a first batch before the loader's turn comes, if it can be read again.
+
+        Raises:
+            UserError: its images or labels cannot be meant.
+        """
+        again = isinstance(self.loader, DataLoader) and len(self.loader) > 0
+        if self.task is None or not again or isinstance(self.loader.dataset, IterableDataset):
+            return
+        with seeded(self.seed, 0):
+            item = next(iter(self.loader))
+        where = f"batch 0 of {self.title}"
+        labels = self._checked(item, where, False)[1]
+        try:
+            check_labels(labels, num_classes, self.task)
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('data: ')}") from error
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """The next pass is that of ``epoch``, from its batch number ``batch`` on."""

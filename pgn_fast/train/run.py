@@ -19,22 +19,17 @@ from ..errors import TrainingStopped, UserError, as_user_error
 from .config import TrainConfig
 from .distributed import Processes
 from .evaluation import Autocast, evaluate
-from .failures import out_of_memory, what_is_kept
+from .failures import not_tested, out_of_memory, what_is_kept
 from .frozen import FrozenCache
 from .head_init import start_head
 from .objective import Objective
 from .parts import Parts, seed_everything
 from .recipe import Schedule, learning_rate, make_optimizer
-from .reports import (
-    ProgressReport,
-    plot_learning_curve,
-    write_csv,
-    write_json,
-)
+from .reports import ProgressReport, plot_learning_curve, write_csv, write_json
 from .run_folder import RunFolder
 from .saving import keep_adapter, load_best, restore_state, save_adapter, save_state
 from .score_files import write_details
-from .scores import Score, check_torchmetrics
+from .scores import UNDEFINED, Score, check_torchmetrics
 from .signals import Asked, Interrupted, StopRequest
 from .source import Source
 from .split import Split
@@ -305,7 +300,9 @@ class Run:
             record.images["validation"] = score.images
             self._note_unreadable(score.unreadable, report)
             self._say_notes(report)
-            name, found = ("map", score.map) if score.top1 is None else ("top1", score.top1)
+            if score.undefined and not record.history:
+                report.say(f"validation: {UNDEFINED}, so that the loss chooses the epoch")
+            name, found = score.headline
             row |= {"validation_loss": score.loss, f"validation_{name}": found}
             value = score.value(self.config.eval_metric)
         row |= {
@@ -381,7 +378,10 @@ class Run:
         if splits.test is not None:
             if not self.frozen.auto:  # other runs that share the folder look at them, too
                 self.source.keep(self.frozen.keep, splits.test)
-            test = self._evaluate(splits.test, details=True)
+            try:
+                test = self._evaluate(splits.test, details=True)
+            except UserError as error:
+                raise not_tested(splits.test, error, self.output) from error
             record.unreadable = self.processes.gather(record.unreadable + test.unreadable)
         summary = summarize(self, test)
         if self.processes.first:

@@ -8,6 +8,7 @@ not taken: a class that is missing in a resample would count there as one withou
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from ..errors import UserError
 _RESAMPLES = {"multiclass": 1000, "multilabel": 200}
 # classes from which a confusion matrix would be larger than the score
 _MOST_CONFUSED = 1000
+UNDEFINED = "no class has images with it and images without"
 INSTALL = "pip install 'pgn_fast[metrics]'"
 
 
@@ -34,7 +36,8 @@ class Score:
         top1, top5: None for multi-label data; top5 with five classes or fewer, too.
         mean_class: mean over the classes that have images: VTAB's and FGVC's figure.
         map, auc: multi-label data: mean over the classes of average precision and of the area under
-            the ROC curve. A class counts where some images have it and some have not.
+            the ROC curve. A class counts where some images have it and some have not; nan where
+            none does, as torchmetrics has it.
         per_class: top-1 of each class, or its average precision; None where there is none.
         calibration_error: expected, of 15 bins of the top class's probability, or of every class's.
         intervals: of some of these figures, 2.5 % and 97.5 % of a bootstrap over the images.
@@ -55,18 +58,32 @@ class Score:
     confusion: Tensor | None = None
 
     def value(self, metric: str) -> float:
-        """What an epoch is chosen by, larger is better, by ``TrainConfig.eval_metric``."""
+        """What an epoch is chosen by, larger is better, by ``TrainConfig.eval_metric``; the loss
+        where that is not defined."""
         if metric == "loss":
             return -self.loss
         # with five classes or fewer, every answer is among the first five
         found = self.top1 if metric == "top5" and self.top5 is None else getattr(self, metric)
         assert found is not None
-        return found
+        return -self.loss if math.isnan(found) else found
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, without what does not belong to the task, and without the confusion matrix."""
+        """For JSON, without what does not belong to the task, and without the confusion matrix;
+        None for what is not defined."""
         other = ("map", "auc") if self.map is None else ("top1", "top5", "mean_class")
-        return {k: v for k, v in vars(self).items() if k not in (*other, "confusion")}
+        found = {k: v for k, v in vars(self).items() if k not in (*other, "confusion")}
+        return found | ({"map": None, "auc": None} if self.undefined else {})
+
+    @property
+    def headline(self) -> tuple[str, float | None]:
+        """The name of the figure of every epoch, and its value where it is defined."""
+        name = "map" if self.top1 is None else "top1"
+        return name, None if self.undefined else getattr(self, name)
+
+    @property
+    def undefined(self) -> bool:
+        """Whether the images tell nothing of several labels."""
+        return self.map is not None and math.isnan(self.map)
 
     def line(self) -> str:
         """The figures in one line, with their intervals where there are some."""
@@ -76,6 +93,9 @@ class Score:
         for name, word in names.items():
             if (value := getattr(self, name)) is not None:
                 low, high = self.intervals.get(name, (None, None))
+                if math.isnan(value):
+                    shown.append(f"{word} undefined ({UNDEFINED})")
+                    continue
                 around = "" if low is None else f" ({low:.2f} ... {high:.2f})"
                 shown.append(f"{word} {value:.2f} %{around}")
         shown.append(f"loss {self.loss:.4f}")
@@ -192,7 +212,7 @@ def multilabel_score(
     each: list[float | None] = [None] * targets.shape[1]
     for place, value in zip(known.nonzero().flatten().tolist(), precision.tolist(), strict=True):
         each[place] = 100 * value
-    mean, area = means(everything) if bool(known.any()) else (0.0, 0.0)
+    mean, area = means(everything)
     more: dict[str, Any] = {}
     if details and bool(known.any()):
         intervals = bootstrap(means, len(targets), _RESAMPLES["multilabel"])

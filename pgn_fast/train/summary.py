@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,7 @@ def summarize(run: Run, test: Score | None) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         "num_classes": splits.num_classes,
         "best_epoch": record.best_epoch,
-        "chosen_by": f"validation {_METRICS[config.eval_metric]}"
-        if splits.validation
-        else "last epoch",
+        "chosen_by": _chosen_by(run, best),
         "train": {
             "split": splits.train.origin,
             "images": record.images.get("train", len(splits.train)),
@@ -83,6 +82,13 @@ def summarize(run: Run, test: Score | None) -> dict[str, Any]:
         },
         "config": config.as_dict(),
     }
+
+
+def _chosen_by(run: Run, best: dict[str, Any]) -> str:
+    if run.splits.validation is None:
+        return "last epoch"
+    undefined = best.get("validation_map", math.nan) is None
+    return f"validation {_METRICS['loss' if undefined else run.config.eval_metric]}"
 
 
 def _of_epoch(row: dict[str, Any], split: str) -> dict[str, Any]:

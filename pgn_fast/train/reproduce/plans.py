@@ -7,6 +7,7 @@ VPT's: github.com/KMnP/vpt, ``tune_vtab.py``, ``tune_fgvc.py`` and ``demo.ipynb`
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,13 @@ _PIXELS: dict[str, dict[str, Any]] = {
 }
 
 
+# options that have no flag of their own, in a message
+_SET = re.compile(
+    r"`(?!(?:data_dir|model|model_kwargs|method|num_prompts|pretrained_path|weight_decay|workers)`)"
+    r"(\w+)`"
+)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a plan.
@@ -61,7 +69,10 @@ class Cell:
 
     def config(self) -> TrainConfig:
         """Raises UserError: an option out of its range."""
-        return TrainConfig.make(self.recipe, **self.options)
+        try:
+            return TrainConfig.make(self.recipe, **self.options)
+        except UserError as error:
+            raise UserError(_SET.sub(r"`set` \1", str(error))) from error
 
 
 @dataclass(frozen=True)
@@ -109,14 +120,17 @@ def make_plan(paper: str, choices: Choices) -> list[Experiment]:
     """The experiments of "pgn" or "vpt".
 
     Raises:
-        UserError: a data set that is none of the paper's.
+        UserError: a data set that is none of the paper's, or an option out of its range.
     """
     suite = "pgn" if paper == "pgn" else choices.suite
     rows = [_row(name, suite) for name in choices.datasets] or [
         row for row in DATA_SETS.values() if row.suite == suite
     ]
     make = _pgn if paper == "pgn" else _vpt
-    return [make(row, choices) for row in dict.fromkeys(rows)]
+    plan = [make(row, choices) for row in dict.fromkeys(rows)]
+    for cell in itertools.chain.from_iterable(one.cells() for one in plan):
+        cell.config()  # what the last run would refuse is said before the first
+    return plan
 
 
 def _row(name: str, suite: str) -> DataSet:
