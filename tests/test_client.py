@@ -397,4 +397,4 @@ def test_serve_runs_what_was_asked_for(monkeypatch, capsys):
     assert seen["served"].preprocessing.describe()["crop_pct"] == 1.0
     assert (seen["settings"].max_batch, seen["settings"].default_output) == (7, "logits")
     assert (seen["host"], seen["port"]) == ("127.0.0.1", 8123)
-    assert "http://127.0.0.1:8123/v1/predict" in capsys.readouterr().out
+    assert capsys.readouterr().out == "test_vit at /v1/predict\n"
