@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -23,6 +24,7 @@ from pgn_fast.adapters import WEIGHTS_FILE, backbone_pixels, read_adapter
 from pgn_fast.errors import TrainingStopped, UserError
 from pgn_fast.methods import METHODS
 from pgn_fast.train import checkpoints, loop, objective, parts, recipe, run, split, state
+from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.distributed import Processes
 from pgn_fast.train.run_folder import RunFolder
 from pgn_fast.train.signals import StopRequest
@@ -146,6 +148,35 @@ def test_training_learns_and_keeps_the_backbone(world, tmp_path):
     assert losses[-1] < 0.5 * losses[0] and one.record.history[-1]["validation_top1"] > 60
     for name, value in one.model.backbone.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"epochz": 2}, "there is no option epochz; did you mean `epochs`"),
+        ({"epochs": "two"}, "`epochs` is 'two'; give a whole number"),
+        ({"epochs": 2.5}, "`epochs` is 2.5; give a whole number"),
+        ({"seed": True}, "`seed` is True; give a whole number"),
+        ({"lr": None}, "`lr` is None; give a number"),
+        ({"scale": 0.5}, "`scale` is 0.5; give two values, each a number"),
+        ({"scale": [0.5]}, r"`scale` is \[0.5\]; give two values"),
+        ({"mean": [0.5]}, "`mean` is 0.5; give three values"),
+        ({"amp": "yes"}, "`amp` is 'yes'; give True or False"),
+        ({"tracker": "wandb"}, "`tracker` is 'wandb'; give several values, each a text"),
+        ({"method_kwargs": [1]}, r"`method_kwargs` is \[1\]; give names and their values"),
+    ],
+)
+def test_a_choice_of_another_kind_is_one_sentence(given, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig.make(**given)
+
+
+def test_choices_are_taken_as_people_have_them(tmp_path):
+    """YAML reads 1e-3 as a text, scripts have paths and NumPy's numbers."""
+    given = {"lr": "1e-3", "data": tmp_path, "scale": [0.5, 1], "seed": np.int64(3), "epochs": 4.0}
+    config = TrainConfig.make(**given)
+    assert (config.lr, config.data, config.scale, config.seed) == (1e-3, str(tmp_path), (0.5, 1), 3)
+    assert type(config.epochs) is int and config.epochs == 4
 
 
 def quick_plot(output, history, title):

@@ -190,6 +190,10 @@ def _check_pixels(config: TrainConfig) -> None:
                 f"`{name}` is {low:g} {high:g}; give the smallest and the largest, above 0"
                 + (" and up to 1." if top == 1 else ".")
             )
+    for name in ("mean", "std"):
+        value = getattr(config, name)
+        if value is not None and len(value) != 3:
+            raise UserError(f"`{name}` is {' '.join(map(str, value))}; give three values.")
     if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
         raise UserError(f"`crop_pct` is {config.crop_pct}; give a share above 0, up to 1.")
     if config.std is not None and not all(s > 0 for s in config.std):

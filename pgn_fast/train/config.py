@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import UserError
 from ..methods import METHODS, Method, find_method
 from .checks import check, check_choice
+from .kinds import typed
 from .recipes import (
     DATA_DEFAULTS,
     RECIPES,
@@ -195,7 +196,7 @@ class TrainConfig:
             given: fields of this class.
 
         Raises:
-            UserError: an unknown name, or a value out of its range.
+            UserError: an unknown name, or a value of another kind or out of its range.
         """
         if recipe is not None:
             check_choice("recipe", recipe, tuple(RECIPES))
@@ -219,9 +220,7 @@ class TrainConfig:
             **deploy_defaults(given.get("deploy"), given.get("model", cls.model)),
             **given,
         }
-        # tuples, whether the values come from the command line, JSON or Python
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        config = cls(**values)
+        config = cls(**typed(cls, values))
         check(config)
         if config.warmup_epochs is None:
             config = dataclasses.replace(config, warmup_epochs=min(3.0, config.epochs / 10))

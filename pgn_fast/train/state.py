@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UserError
 from . import checkpoints
 from .config import GIVEN, TrainConfig
+from .kinds import typed
 
 # choices that do not change what is computed; a resumed run may differ in them
 FREE = {
@@ -85,7 +86,7 @@ def resume_config(
         return None
     saved = state["config"]
     plain = lambda values: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    wanted = plain(given)
+    wanted = plain(typed(TrainConfig, given))
     if saved["data"] == GIVEN != wanted.get("data"):
         raise UserError(
             f"`resume`: the run in {output} was started by pgn_fast.fit, by a script that has its "

@@ -30,6 +30,7 @@ from ..methods import find_method
 from .config import TrainConfig
 from .data import load_splits
 from .distributed import refuse_many
+from .kinds import typed
 from .loop import run
 from .methods import load_backbone_for
 from .parts import Parts, assemble
@@ -100,7 +101,9 @@ def tune(
     """
     refuse_many("tune")
     with RunFolder(output, resume=resume, search=True) as folder:
-        asked = Search(dict(given), tuple(methods or METHODS), seconds, trials, _made_by())
+        asked = Search(
+            typed(TrainConfig, given), tuple(methods or METHODS), seconds, trials, _made_by()
+        )
         known = load_search(output)
         search = continued(known[0], asked, output, methods is not None) if known else asked
         if search.seconds is None and search.trials is None:
