@@ -87,7 +87,7 @@ def main() -> None:
         "explain": next(t.strip() for t in rounded.explain().splitlines() if "int8" in t),
     }
     same = 100 * float((one == other).mean())
-    row = rows.Row("models", case, "int8: the class that float32 gives", same, "%", facts=facts)
+    row = rows.Row("int8", case, "int8: the class that float32 gives", same, "%", facts=facts)
     print(row)
     if args.rows:
         rows.write(args.rows, [row])
