@@ -94,6 +94,8 @@ def _load(
         with OpenAdapter(directory) as adapter:
             config = _known_entries(adapter.config)
             if fast is not None:
+                if "fast" not in METHODS[config["method"]].parameters():
+                    raise UserError(f"fast={fast!r}: a {config['method']} adapter takes no savings")
                 config["fast"] = fast
             if shared and METHODS[config["method"]].trains_backbone:
                 raise UserError(OWN_BACKBONE)
