@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pgn_fast
 from pgn_fast import demo
+from pgn_fast.adapters import save_pretrained
 from pgn_fast.backbone import quantized
 from pgn_fast.backbone.load import load_backbone
 from pgn_fast.backbone.options import FastOptions
@@ -240,7 +241,7 @@ def test_what_was_trained_in_float_is_loaded_in_int8(tmp_path):
     for given in ({"fast": {"weights": "int4"}}, {"fast": {"bits": 8}}, {"backend": "reference"}):
         with pytest.raises(UserError, match=r"int4|bits|modules of your own by name"):
             load(**given)
-    pgn_fast.create_model("linear", backbone, 10).save_pretrained(tmp_path / "linear")
+    save_pretrained(pgn_fast.create_model("linear", backbone, 10), tmp_path / "linear")
     with pytest.raises(UserError, match="a linear adapter takes no savings"):
         pgn_fast.from_pretrained(tmp_path / "linear", backbone, fast=INT8)
 
