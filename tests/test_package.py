@@ -39,7 +39,7 @@ LAYERS = [
     {"reference", "kernels", "_native"},
     {"_C"},
     {"_stored", "_values", "hub", "images"},
-    {"_files"},
+    {"_files", "_json"},
     {"errors", "digits", "plots", "_cuda_archs"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._files import open_file
+from .._json import named_once
 from ..errors import UserError, shown
 
 LARGEST_CONFIG = 4 << 20  # bytes; class names of a hundred thousand classes
@@ -71,7 +72,7 @@ def parse_json(data: bytes) -> Any:
             deep.
     """
     try:
-        found = json.loads(data, object_pairs_hook=_once, parse_constant=_no_constant)
+        found = json.loads(data, object_pairs_hook=named_once, parse_constant=_no_constant)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     level, depth = [found], 0
@@ -85,15 +86,6 @@ def parse_json(data: bytes) -> Any:
         depth += 1
         if depth > _DEEPEST:
             raise ValueError("it is nested too deep")
-    return found
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"{shown(twice)} stands there twice")
     return found
 
 

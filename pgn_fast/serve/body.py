@@ -13,6 +13,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
+from .._json import NamedTwice, named_once
 from .errors import ApiError
 from .settings import OUTPUTS
 
@@ -115,18 +116,15 @@ def _read_json(body: bytes, max_images: int) -> tuple[list[bytes], dict[str, Any
 def read_json(text: bytes) -> Any:
     """Raises ApiError 400 for what is no JSON, or names something twice."""
     try:
-        return json.loads(text, object_pairs_hook=_named_once)
+        return json.loads(text, object_pairs_hook=named_once)
+    except NamedTwice as error:
+        raise _twice(error.name) from None
     except (ValueError, RecursionError) as error:
         raise _bad(f"the body is not JSON ({error}).") from None
 
 
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise _bad(f"{twice[:40]!r} is there twice; which one is meant cannot be told.")
-    return found
+def _twice(name: str) -> ApiError:
+    return _bad(f"{name[:40]!r} is there twice; which one is meant cannot be told.")
 
 
 def _read_multipart(
@@ -195,7 +193,7 @@ class _Parts:
                 raise _bad(f"the call has more than {_MAX_OTHERS} fields beside its images.")
             name = options.get(b"name", b"").decode("utf-8", "replace")
             if name in self.fields:
-                raise _bad(f"{name[:40]!r} is there twice; which one is meant cannot be told.")
+                raise _twice(name)
             self.fields[name] = data.decode("utf-8", "replace")
 
     def _finish(self) -> None:
